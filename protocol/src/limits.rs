@@ -1,0 +1,40 @@
+//! Every bound of the data path, by name, with its reason. Settable ones are defaults that a flag overrides; relations
+//! between them are asserted at compile time.
+
+/// Bytes of a request or response head, request line and blank line included. Browsers' cookies need 8 KiB; more is abuse.
+pub const HEAD_BYTES_MAX: usize = 32 * 1024;
+/// Header fields of one head. Real clients send fewer than 40.
+pub const HEADERS_MAX: usize = 100;
+/// Bytes of a request target. RFC 9112 section 3 recommends that 8000 octets be supported.
+pub const TARGET_BYTES_MAX: usize = 8 * 1024;
+/// Bytes of one chunk-size line, extensions included (RFC 9112 section 7.1.1 asks for a limit on extensions).
+pub const CHUNK_LINE_BYTES_MAX: usize = 256;
+/// Bytes of the trailer section of one chunked body.
+pub const TRAILER_BYTES_MAX: usize = 8 * 1024;
+/// Bytes of one request body: base64 images in chat requests reach tens of megabytes.
+pub const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Bytes of a request body in which model, stream and stream options are looked for; `stream` may follow a long `messages`.
+pub const FACTS_PREFIX_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes of one SSE event from a backend; images arrive as single events of some megabytes.
+pub const EVENT_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Interim (1xx) responses accepted from a backend before its final head; each costs it nothing to send.
+pub const INTERIM_RESPONSES_MAX: u32 = 8;
+
+/// Bytes of the first segment of an event log: an idle stream owns no more than this.
+pub const LOG_SEGMENT_FIRST_BYTES: usize = 512;
+/// Bytes to which segments grow, doubling: the most that one send lends to the kernel.
+pub const LOG_SEGMENT_BYTES_MAX: usize = 64 * 1024;
+
+/// Lag (bytes appended but not confirmed by completions) above which the producer's receive is paused.
+pub const LAG_HIGH_BYTES: u64 = 64 * 1024;
+/// Lag below which the producer's receive is resumed.
+pub const LAG_LOW_BYTES: u64 = 16 * 1024;
+
+/// Completions handled in one turn, so that one noisy neighbour cannot stretch it; the rest stay in the ring.
+pub const COMPLETIONS_PER_TURN_MAX: usize = 1024;
+/// Milliseconds after which a turn counts as a fault of the shard.
+pub const TURN_FAULT_MS: u64 = 10;
+
+const _: () = assert!(LAG_LOW_BYTES < LAG_HIGH_BYTES, "marks need a gap, or pause and resume alternate per event");
+const _: () = assert!(LOG_SEGMENT_FIRST_BYTES <= LOG_SEGMENT_BYTES_MAX, "segments grow");
+const _: () = assert!(TARGET_BYTES_MAX < HEAD_BYTES_MAX, "a target that fits must leave room for its head");
