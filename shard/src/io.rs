@@ -1,0 +1,177 @@
+//! The only door to the kernel: what a shard asks for, and what comes back. Implemented by `uring` and by the simulation.
+//!
+//! Every operation names the connection it belongs to and is answered by exactly one final completion (a multishot one by
+//! any number before it). Memory and sockets belong to the implementation until that final completion. Nothing is
+//! submitted to the kernel before the next [`Io::turn`].
+
+use protocol::log::Lent;
+use protocol::slots::Key;
+use std::fmt::Debug;
+use std::net::SocketAddr;
+use std::ops::Deref;
+
+/// An error number of the kernel, positive.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Errno(pub i32);
+
+impl Errno {
+    /// The operation was cancelled by us.
+    pub const CANCELED: Errno = Errno(libc::ECANCELED);
+    /// The buffer ring had nothing to receive into; the receive is to be armed again when buffers are back.
+    pub const NO_BUFFERS: Errno = Errno(libc::ENOBUFS);
+}
+
+impl std::fmt::Display for Errno {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", std::io::Error::from_raw_os_error(self.0))
+    }
+}
+
+/// Names an operation from its request to its final completion.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct OpId(pub u64);
+
+/// Which half of a connection to shut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Half {
+    /// Send FIN; go on receiving.
+    Write,
+    /// Both; operations in flight end.
+    Both,
+}
+
+/// How long a turn may sleep.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wait {
+    /// Submit, take what is there, come back.
+    Not,
+    /// Sleep until something completes or this time of [`Io::now_us`] is reached.
+    Until(u64),
+    /// Sleep until something completes.
+    Forever,
+}
+
+/// What the kernel did.
+#[derive(Debug)]
+pub enum Completion<S, B> {
+    /// A client was accepted. More follow while the accept is armed.
+    Accepted {
+        /// Index of the listener.
+        listener: usize,
+        /// The client's socket; belongs to the shard from here on.
+        socket: S,
+    },
+    /// The accept is no longer armed (final).
+    AcceptEnded {
+        /// Index of the listener.
+        listener: usize,
+        /// `None`: a one-shot accept is complete, or a multishot one ended without an error.
+        error: Option<Errno>,
+    },
+    /// The connect ended (final).
+    Connected {
+        /// The connection.
+        conn: Key,
+        /// Whether it stands.
+        result: Result<(), Errno>,
+    },
+    /// Bytes arrived; never empty. More follow while the receive is armed.
+    Received {
+        /// The connection.
+        conn: Key,
+        /// The bytes; the buffer goes back to the ring when this is dropped.
+        buffer: B,
+    },
+    /// The receive is no longer armed (final).
+    ReceiveEnded {
+        /// The connection.
+        conn: Key,
+        /// Why.
+        why: ReceiveEnd,
+    },
+    /// The send in flight ended (final); its memory is no longer the kernel's.
+    Sent {
+        /// The connection.
+        conn: Key,
+        /// Bytes the socket accepted, `0 <= bytes <= lent`; fewer than lent is followed by another send.
+        result: Result<u32, Errno>,
+    },
+    /// The peer hung up while nothing was being received (final), or the watch was cancelled.
+    Hangup {
+        /// The connection.
+        conn: Key,
+        /// `Err(CANCELED)` when the watch was cancelled.
+        result: Result<(), Errno>,
+    },
+    /// Somebody rang: the mailbox has something.
+    Woken,
+}
+
+/// Why a receive is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ReceiveEnd {
+    /// The peer sent FIN.
+    Fin,
+    /// The kernel ended the multishot for reasons of its own; arm again.
+    Rearm,
+    /// An error: `NO_BUFFERS` and `CANCELED` are ours, others the peer's or the network's.
+    Error(Errno),
+}
+
+/// What a shard needs of the kernel.
+pub trait Io: Sized {
+    /// A connected socket; copying it copies the name, not the socket.
+    type Socket: Copy + Eq + Debug;
+    /// Received bytes in a lent buffer; given back on drop.
+    type Buffer: Deref<Target = [u8]> + Debug;
+
+    /// Microseconds of the monotonic clock. Called once per turn.
+    fn now_us(&self) -> u64;
+
+    /// Submits everything queued, sleeps as told, and appends at most
+    /// [`COMPLETIONS_PER_TURN_MAX`](protocol::limits::COMPLETIONS_PER_TURN_MAX) completions.
+    ///
+    /// # Errors
+    /// Only what makes the ring itself unusable.
+    fn turn(
+        &mut self,
+        wait: Wait,
+        completions: &mut Vec<Completion<Self::Socket, Self::Buffer>>,
+    ) -> Result<(), Errno>;
+
+    /// Listeners of this shard.
+    fn listeners(&self) -> usize;
+
+    /// Arms accepting on a listener: multishot, or one client only.
+    fn accept(&mut self, listener: usize, multishot: bool) -> OpId;
+
+    /// Makes a socket and connects it.
+    ///
+    /// # Errors
+    /// When no socket can be made (no descriptors, no memory); then nothing is in flight.
+    fn connect(&mut self, conn: Key, address: SocketAddr) -> Result<(Self::Socket, OpId), Errno>;
+
+    /// Arms a multishot receive. At most one per connection.
+    fn receive(&mut self, conn: Key, socket: Self::Socket) -> OpId;
+
+    /// Sends the whole range (MSG_WAITALL). At most one per connection. The range is the kernel's until `Sent`.
+    fn send(&mut self, conn: Key, socket: Self::Socket, range: Lent) -> OpId;
+
+    /// Watches for the peer's FIN or RST without receiving, for a connection whose receive is not armed.
+    fn watch_hangup(&mut self, conn: Key, socket: Self::Socket) -> OpId;
+
+    /// Asks for an operation to end; its final completion still comes (possibly as a success). A stale id does nothing.
+    fn cancel(&mut self, op: OpId);
+
+    /// Shuts one or both directions.
+    fn shutdown(&mut self, socket: Self::Socket, half: Half);
+
+    /// Closes. No operation of the connection may be in flight. The name is void from here on.
+    fn close(&mut self, socket: Self::Socket);
+
+    /// The peer's address, for logs and `/status`. Costs a syscall: never on the hot path.
+    fn peer(&self, socket: Self::Socket) -> Option<SocketAddr>;
+
+    /// Free receive buffers, for the shortage policy and `/status`.
+    fn buffers_free(&self) -> usize;
+}

@@ -1,0 +1,117 @@
+//! What a shard is told at its start and by snapshots later. Built and validated by `server`; immutable here.
+
+use protocol::demo::DemoSettings;
+use protocol::http::HeadLimits;
+use protocol::phase::Deadlines;
+use std::net::SocketAddr;
+
+/// Everything of one process that does not change while it runs; shared read-only by its shards.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Client connections of one shard at a time, > 0.
+    pub connections_max: usize,
+    /// Pending connections in the kernel per listener (`listen(2)`).
+    pub backlog: u32,
+    /// Entries of the submission queue, a power of two; the completion queue has four times as many.
+    pub ring_depth: u32,
+    /// Receive buffers of one shard, a power of two <= 32768.
+    pub buffers: u16,
+    /// Bytes of one receive buffer.
+    pub buffer_bytes: u32,
+    /// `TCP_NOTSENT_LOWAT` of client sockets, bytes; 0 leaves the kernel's default.
+    pub notsent_lowat_bytes: u32,
+    /// Microseconds to spin for completions before sleeping; 0 sleeps at once.
+    pub spin_us: u32,
+    /// Milliseconds after which glommio's preemption timer fires.
+    pub preempt_ms: u32,
+    /// Where an idle shard sleeps.
+    pub sleep: Sleep,
+    /// Limits of request and response heads.
+    pub head: HeadLimits,
+    /// Bytes of one request body.
+    pub body_bytes_max: u64,
+    /// Bytes of one SSE event from a backend.
+    pub event_bytes_max: usize,
+    /// Lag in bytes above which the producer's receive is paused.
+    pub lag_high_bytes: u64,
+    /// Lag in bytes below which it is resumed; `< lag_high_bytes`.
+    pub lag_low_bytes: u64,
+    /// Bytes of a request kept for one more attempt on a fresh backend connection.
+    pub retry_bytes_max: u64,
+    /// Idle backend connections kept per upstream and shard.
+    pub pool_idle_max: usize,
+    /// Milliseconds an idle backend connection is kept.
+    pub pool_idle_ms: u32,
+    /// Milliseconds after which a backend connection is not used again; 0 is off.
+    pub pool_age_ms: u32,
+    /// Routes, most specific first; the last one matches every path.
+    pub routes: Vec<Route>,
+    /// What the demo model does when a request does not say otherwise.
+    pub demo: DemoSettings,
+    /// Seconds since 1970 at the start of the process.
+    pub unix_time_at_start_s: u64,
+    /// Seed of everything random in a shard (the shard's number is mixed in).
+    pub seed: u64,
+}
+
+/// Where an idle shard sleeps (docs/decisions/002-where-a-shard-sleeps.md).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sleep {
+    /// In the data ring; glommio is polled between turns.
+    Ring,
+    /// In glommio's reactor, woken by an eventfd of the data ring.
+    Reactor,
+}
+
+/// How requests of one part of the path space are treated.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// Name in logs and `/status`.
+    pub name: String,
+    /// Requests whose path starts with this, at a path segment's boundary; "/" matches all.
+    pub path_prefix: String,
+    /// Indexes into [`UpstreamSet::upstreams`]; empty: the demo model answers.
+    pub upstreams: Vec<usize>,
+    /// The deadlines.
+    pub deadlines: Deadlines,
+    /// Silence on the client's side after which a heartbeat is sent, ms; 0 is off.
+    pub heartbeat_ms: u32,
+    /// Time after the complete request at which a streaming answer is committed (200 and a first heartbeat) although the
+    /// backend has not answered yet, ms; 0 is off.
+    pub commit_ms: u32,
+    /// What a FIN alone means on a streaming request.
+    pub half_close: HalfClose,
+    /// Add `id:` lines to events.
+    pub event_ids: bool,
+}
+
+/// What a FIN without RST means while a streaming answer is under way. On other requests the answer is always sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HalfClose {
+    /// The client left.
+    Leave,
+    /// The client only closed its sending side; the answer is still sent.
+    Serve,
+}
+
+/// The backends as last resolved; a new one replaces the old one whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UpstreamSet {
+    /// Counts up with every change.
+    pub epoch: u64,
+    /// The backends; indexes are stable over the life of the process.
+    pub upstreams: Vec<Upstream>,
+}
+
+/// One backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Upstream {
+    /// As configured, for logs, metrics and `/status`.
+    pub url: String,
+    /// The `Host` it is sent.
+    pub authority: String,
+    /// Path prefixed to every request's target; empty or "/v" form without a trailing slash.
+    pub base_path: String,
+    /// Its addresses in order of preference; empty while its name cannot be resolved.
+    pub addresses: Vec<SocketAddr>,
+}

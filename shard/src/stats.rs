@@ -1,0 +1,231 @@
+//! What a shard counts: plain integers and histograms, owned by the shard and copied out on request.
+//! One definition per counter gives its field, its metric name and its help text.
+
+use hdrhistogram::Histogram;
+use protocol::phase::{End, Phase};
+use std::net::SocketAddr;
+
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $field:ident => $metric:literal),* $(,)?) => {
+        /// Monotonic counters since the start of the shard.
+        #[derive(Clone, Default, Debug, PartialEq, Eq)]
+        pub struct Counters { $($(#[doc = $doc])+ pub $field: u64),* }
+        impl Counters {
+            /// `(metric name, help, value)` of every counter. Names end in `_total`.
+            pub fn all(&self) -> Vec<(&'static str, &'static str, u64)> {
+                vec![$(($metric, concat!($($doc),+), self.$field)),*]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Client connections accepted.
+    accepts => "tokenring_accepts_total",
+    /// Times the accept was disarmed because no connection slot was free.
+    accept_pauses => "tokenring_accept_pauses_total",
+    /// Accepts that failed (no descriptors, no memory).
+    accept_errors => "tokenring_accept_errors_total",
+    /// Client connections closed.
+    closes => "tokenring_closes_total",
+    /// Client connections closed while idle (keep-alive deadline).
+    keep_alive_closes => "tokenring_keep_alive_closes_total",
+    /// Requests whose head was complete.
+    requests => "tokenring_requests_total",
+    /// Requests refused for breaking a rule or limit of HTTP.
+    refusals => "tokenring_refusals_total",
+    /// Events relayed to or produced for clients.
+    events => "tokenring_events_total",
+    /// Heartbeats written.
+    heartbeats => "tokenring_heartbeats_total",
+    /// Answers committed before the backend answered.
+    early_commits => "tokenring_early_commits_total",
+    /// Bytes received from clients.
+    client_received_bytes => "tokenring_client_received_bytes_total",
+    /// Bytes confirmed sent to clients.
+    client_sent_bytes => "tokenring_client_sent_bytes_total",
+    /// Bytes received from backends.
+    upstream_received_bytes => "tokenring_upstream_received_bytes_total",
+    /// Bytes confirmed sent to backends.
+    upstream_sent_bytes => "tokenring_upstream_sent_bytes_total",
+    /// Sends completed.
+    sends => "tokenring_sends_total",
+    /// Sends that completed short of what was lent.
+    sends_short => "tokenring_sends_short_total",
+    /// Times a backend's receive was paused by its client's lag.
+    pauses => "tokenring_pauses_total",
+    /// Times a client's receive was paused by its backend's lag.
+    upload_pauses => "tokenring_upload_pauses_total",
+    /// Receives that ended because no receive buffer was free.
+    buffer_shortages => "tokenring_buffer_shortages_total",
+    /// Backend connections opened.
+    upstream_connects => "tokenring_upstream_connects_total",
+    /// Backend connections that could not be opened.
+    upstream_connect_errors => "tokenring_upstream_connect_errors_total",
+    /// Requests sent on a pooled backend connection.
+    upstream_reuses => "tokenring_upstream_reuses_total",
+    /// Requests sent again because a reused backend connection died before its first response byte.
+    upstream_retries => "tokenring_upstream_retries_total",
+    /// Pooled backend connections closed by the idle, age or count limit.
+    pool_evictions => "tokenring_pool_evictions_total",
+    /// Pooled backend connections closed by the backend.
+    pool_peer_closes => "tokenring_pool_peer_closes_total",
+    /// Backends that sent the end mark but did not end their body properly.
+    unclean_ends => "tokenring_upstream_unclean_ends_total",
+    /// Events a backend sent after the end mark, or answers to nothing; dropped.
+    upstream_surplus => "tokenring_upstream_surplus_total",
+    /// Connections that were made to wait because the completion batch of a turn was full.
+    turns_full => "tokenring_turns_full_total",
+    /// Turns that took longer than 10 ms.
+    turns_slow => "tokenring_turns_slow_total",
+    /// Turns.
+    turns => "tokenring_turns_total",
+    /// Records for the control thread dropped because it did not keep up.
+    records_dropped => "tokenring_records_dropped_total",
+}
+
+/// Histograms, 2 significant digits.
+#[derive(Clone, Debug)]
+pub struct Histograms {
+    /// Complete request to first token, µs.
+    pub first_token_us: Histogram<u64>,
+    /// Between two events of a stream, µs.
+    pub between_tokens_us: Histogram<u64>,
+    /// Arrival of an event to the completion of the send that carried it, µs.
+    pub relay_us: Histogram<u64>,
+    /// Length of a turn's work, sleep excluded, µs.
+    pub turn_us: Histogram<u64>,
+    /// Complete request to last byte delivered, µs.
+    pub stream_us: Histogram<u64>,
+}
+
+/// The longest time a histogram holds, µs (one day); longer ones count as this.
+pub const HISTOGRAM_MAX_US: u64 = 86_400_000_000;
+
+impl Default for Histograms {
+    fn default() -> Self {
+        // Auto-resizing: an unused histogram costs a few bytes, one that saw a minute some 10 KiB.
+        let new = || {
+            let mut histogram = Histogram::new(2).unwrap_or_else(|_| unreachable!("2 digits are within 0..=5"));
+            histogram.auto(true);
+            histogram
+        };
+        Histograms {
+            first_token_us: new(),
+            between_tokens_us: new(),
+            relay_us: new(),
+            turn_us: new(),
+            stream_us: new(),
+        }
+    }
+}
+
+/// Everything a shard measures.
+#[derive(Clone, Debug)]
+pub struct Stats {
+    /// Monotonic counters.
+    pub counters: Counters,
+    /// Streams ended, by [`End`] in order of [`End::ALL`].
+    pub ends: [u64; End::COUNT],
+    /// Refusals, by [`protocol::http::Refusal`] in order of `Refusal::ALL`.
+    pub refusals: Vec<u64>,
+    /// Histograms.
+    pub histograms: Histograms,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Stats {
+            counters: Counters::default(),
+            ends: [0; End::COUNT],
+            refusals: vec![0; protocol::http::Refusal::ALL.len()],
+            histograms: Histograms::default(),
+        }
+    }
+}
+
+/// A copy of a shard's state at one instant, for `/metrics` and `/status`.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Index of the shard, from 0.
+    pub shard: usize,
+    /// What it has measured.
+    pub stats: Stats,
+    /// Client connections open.
+    pub connections: usize,
+    /// Backend connections open, pooled ones included.
+    pub upstream_connections: usize,
+    /// Streams in each phase, in order of [`Phase::ALL`].
+    pub phases: [u64; Phase::COUNT],
+    /// Bytes lent to the kernel.
+    pub in_flight_bytes: u64,
+    /// Bytes in logs that completions have not confirmed.
+    pub pending_bytes: u64,
+    /// Memory held by event logs, bytes.
+    pub log_bytes: u64,
+    /// Receive buffers free, of [`crate::settings::Settings::buffers`].
+    pub buffers_free: usize,
+    /// Timers armed.
+    pub timers: usize,
+    /// The shard accepts no new clients.
+    pub draining: bool,
+    /// Per upstream, in order of the upstream set.
+    pub upstreams: Vec<UpstreamSnapshot>,
+    /// The client connections with the most pending bytes, worst first, at most 10.
+    pub slowest: Vec<SlowConnection>,
+}
+
+/// One backend as a shard sees it.
+#[derive(Clone, Debug, Default)]
+pub struct UpstreamSnapshot {
+    /// Streams under way on it.
+    pub active: u64,
+    /// Idle connections in the pool.
+    pub idle: u64,
+    /// Connections that failed in a row.
+    pub failures: u64,
+}
+
+/// A client connection that lags.
+#[derive(Clone, Debug)]
+pub struct SlowConnection {
+    /// The client.
+    pub peer: Option<SocketAddr>,
+    /// Bytes appended but not confirmed.
+    pub pending_bytes: u64,
+    /// Bytes lent to the kernel.
+    pub in_flight_bytes: u32,
+    /// The stream's phase.
+    pub phase: Phase,
+    /// Age of the stream, ms.
+    pub age_ms: u64,
+}
+
+/// A finished stream, for the access log.
+#[derive(Clone, Debug)]
+pub struct StreamRecord {
+    /// Why it ended.
+    pub end: End,
+    /// The reason of a refusal, as in `Refusal::reason`.
+    pub refusal: Option<&'static str>,
+    /// Name of the route.
+    pub route: u16,
+    /// Dialect's name.
+    pub dialect: &'static str,
+    /// Status sent to the client; 0 when none was.
+    pub status: u16,
+    /// Request method and path, shortened to 120 bytes, for the log.
+    pub request: Box<str>,
+    /// The model asked for.
+    pub model: Option<Box<str>>,
+    /// Index of the upstream, if one was used.
+    pub upstream: Option<u16>,
+    /// Events sent.
+    pub events: u64,
+    /// Bytes confirmed sent to the client.
+    pub sent_bytes: u64,
+    /// Complete head to first token, µs.
+    pub first_token_us: Option<u64>,
+    /// Complete head to end, µs.
+    pub duration_us: u64,
+}
