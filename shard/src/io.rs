@@ -40,6 +40,15 @@ pub enum Half {
     Both,
 }
 
+/// How a socket is closed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Close {
+    /// What was sent is still delivered.
+    Orderly,
+    /// With RST, so that a body without a length cannot look finished.
+    Reset,
+}
+
 /// How long a turn may sleep.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wait {
@@ -125,7 +134,7 @@ pub trait Io: Sized {
     /// Received bytes in a lent buffer; given back on drop.
     type Buffer: Deref<Target = [u8]> + Debug;
 
-    /// Microseconds of the monotonic clock. Called once per turn.
+    /// Microseconds of the monotonic clock. Called when a turn wakes and when its work is done, nowhere else.
     fn now_us(&self) -> u64;
 
     /// Submits everything queued, sleeps as told, and appends at most
@@ -144,6 +153,9 @@ pub trait Io: Sized {
 
     /// Arms accepting on a listener: multishot, or one client only.
     fn accept(&mut self, listener: usize, multishot: bool) -> OpId;
+
+    /// Closes a listener whose accept is not armed. Connections the kernel has queued on it are lost: accept them first.
+    fn stop_listening(&mut self, listener: usize);
 
     /// Makes a socket and connects it.
     ///
@@ -167,7 +179,7 @@ pub trait Io: Sized {
     fn shutdown(&mut self, socket: Self::Socket, half: Half);
 
     /// Closes. No operation of the connection may be in flight. The name is void from here on.
-    fn close(&mut self, socket: Self::Socket);
+    fn close(&mut self, socket: Self::Socket, how: Close);
 
     /// The peer's address, for logs and `/status`. Costs a syscall: never on the hot path.
     fn peer(&self, socket: Self::Socket) -> Option<SocketAddr>;

@@ -48,6 +48,8 @@ pub struct Settings {
     pub routes: Vec<Route>,
     /// What the demo model does when a request does not say otherwise.
     pub demo: DemoSettings,
+    /// Report every finished stream to the control thread (for the access log).
+    pub records: bool,
     /// Seconds since 1970 at the start of the process.
     pub unix_time_at_start_s: u64,
     /// Seed of everything random in a shard (the shard's number is mixed in).
