@@ -10,6 +10,8 @@ mod chunk;
 mod fields;
 mod refusal;
 mod request;
+#[cfg(test)]
+mod request_tests;
 mod response;
 mod scan;
 #[cfg(test)]
