@@ -89,7 +89,8 @@ impl BodyDecoder {
         BodyDecoder { state, digits: 0, line_bytes: 0, excess: 0, remaining, allowed: body_bytes_max }
     }
 
-    /// The next piece; advances `input` past what it consumed. Call until `NeedMore` (the input is then empty) or `End`.
+    /// The next piece; advances `input` past what it consumed. Call until `NeedMore` (the input is then empty) or
+    /// `End`.
     pub fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Piece<'a>, Refusal> {
         loop {
             match self.state {

@@ -33,7 +33,7 @@ use crate::limits;
 
 /// Empty lines (CRLF) tolerated before a request line. RFC 9112 section 2.2 asks for at least one.
 pub const LEADING_EMPTY_LINES_MAX: usize = 4;
-/// Bytes of a method. The longest registered one (UPDATEREDIRECTREF) has 17; RFC 9112 section 3 asks for a 501 beyond.
+/// Bytes of a method. The longest registered one (UPDATEREDIRECTREF) has 17; beyond, RFC 9112 section 3 asks for 501.
 pub const METHOD_BYTES_MAX: usize = 32;
 /// List elements of all Connection fields of a head together. Each is compared with every field name on forwarding.
 pub const CONNECTION_TOKENS_MAX: usize = 32;

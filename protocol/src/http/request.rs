@@ -65,8 +65,8 @@ impl<'b> RequestHead<'_, 'b> {
 /// Parses the request head at the start of `input`.
 ///
 /// `Ok(None)`: the head is incomplete, and so far legal and within the limits. Empty lines before the request line
-/// are tolerated, up to [`LEADING_EMPTY_LINES_MAX`]. A refusal does not depend on how the bytes were split: bytes that
-/// are refused stay refused in the same way whatever follows them, and illegal ones are not waited upon.
+/// are tolerated, up to [`LEADING_EMPTY_LINES_MAX`]. A refusal does not depend on how the bytes were split: bytes
+/// that are refused stay refused in the same way whatever follows them, and illegal ones are not waited upon.
 ///
 /// Each call reads from the start, so a caller that receives a head in small pieces may wait for the next LF (no head
 /// becomes complete without one).
@@ -92,6 +92,7 @@ pub(super) fn incomplete<T>(input: &[u8], limits: &HeadLimits) -> Result<Option<
 struct RequestLine<'b> {
     method: &'b str,
     target: &'b str,
+    target_authority: Option<&'b str>,
     version: Version,
 }
 
@@ -113,7 +114,8 @@ fn request_line<'b>(
     }
 
     let target_at = method_end + 1;
-    let target_window = &bytes[target_at..bytes.len().min(target_at + limits.target_bytes + 1)];
+    let target_window =
+        &bytes[target_at..bytes.len().min(target_at.saturating_add(limits.target_bytes).saturating_add(1))];
     let target_bytes = match run(target_window, is_target) {
         Some(target_bytes) => target_bytes,
         None if target_window.len() > limits.target_bytes => return Err(Refusal::TargetTooLong),
@@ -130,13 +132,11 @@ fn request_line<'b>(
         return Ok(None);
     };
     let Some(end) = line_end(bytes, version_end, Refusal::BadRequestLine)? else { return Ok(None) };
-    let line = RequestLine {
-        method: ascii(&bytes[method_at..method_end], Refusal::BadRequestLine)?,
-        target: ascii(&bytes[target_at..target_end], Refusal::BadTarget)?,
-        version,
-    };
-    check_target_form(&line)?;
-    Ok(Some((line, end)))
+    // A target of no known form is refused here, before its fields have arrived.
+    let method = ascii(&bytes[method_at..method_end], Refusal::BadRequestLine)?;
+    let sent = ascii(&bytes[target_at..target_end], Refusal::BadTarget)?;
+    let (target, target_authority) = reduce_target(method, sent)?;
+    Ok(Some((RequestLine { method, target, target_authority, version }, end)))
 }
 
 /// RFC 9112 section 2.2: an empty line before the request line is ignored (old clients send one after a body).
@@ -155,16 +155,11 @@ fn empty_lines(bytes: &[u8]) -> Result<Option<usize>, Refusal> {
     Err(Refusal::EmptyLines)
 }
 
-/// RFC 9112 section 3.2, so that a target of no known form is refused before its fields have arrived.
-fn check_target_form(line: &RequestLine<'_>) -> Result<(), Refusal> {
-    if line.method == "CONNECT" {
-        return Err(Refusal::ConnectUnsupported);
-    }
-    reduce_target(line.method, line.target).map(|_| ())
-}
-
 /// The origin-form of a target, and the authority that an absolute-form names (RFC 9112 section 3.2).
 fn reduce_target<'b>(method: &str, target: &'b str) -> Result<(&'b str, Option<&'b str>), Refusal> {
+    if method == "CONNECT" {
+        return Err(Refusal::ConnectUnsupported);
+    }
     if target.starts_with('/') || (target == "*" && method == "OPTIONS") {
         return Ok((target, None));
     }
@@ -226,7 +221,6 @@ fn head<'h, 'b>(
     headers: &'h [httparse::Header<'b>],
     head_bytes: usize,
 ) -> Result<RequestHead<'h, 'b>, Refusal> {
-    let (target, target_authority) = reduce_target(line.method, line.target)?;
     let mut shared = Fields::default();
     let mut host = None;
     let mut expects_continue = false;
@@ -265,8 +259,8 @@ fn head<'h, 'b>(
     let body_follows = !matches!(framing, Framing::None | Framing::Length(0));
     Ok(RequestHead {
         method: line.method,
-        target,
-        authority: target_authority.or(host).unwrap_or_default(),
+        target: line.target,
+        authority: line.target_authority.or(host).unwrap_or_default(),
         version: line.version,
         framing,
         keep_alive: shared.keeps_alive(line.version),

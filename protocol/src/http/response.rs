@@ -39,8 +39,8 @@ impl<'b> ResponseHead<'_, 'b> {
 /// Parses the response head at the start of `input`, as the answer to a request with `request_method`.
 ///
 /// `Ok(None)`: the head is incomplete, and so far legal and within the limits. An interim (1xx) head is returned like
-/// any other with [`Framing::None`], 101 included. The framing fields of 1xx, 204 and a 2xx to CONNECT are ignored, as
-/// RFC 9112 section 6.3 says; those of 304 and of answers to HEAD must be legal although no body follows.
+/// any other with [`Framing::None`], 101 included. The framing fields of 1xx, 204 and a 2xx to CONNECT are ignored
+/// (RFC 9112 section 6.3); those of 304 and of answers to HEAD must be legal although no body follows.
 pub fn parse_response<'h, 'b>(
     input: &'b [u8],
     slots: &'h mut HeaderSlots<'b>,

@@ -27,10 +27,12 @@ const SET_BY_EVENT_STREAM: &[&str] =
 
 /// Writes the head of a request to a backend.
 ///
-/// End-to-end fields keep their order and case. Hop-by-hop fields, those that Connection names, Host and Expect
-/// are left out, also when spelled with `_` for `-`, which CGI-like backends read as the same name. The framing is
-/// written anew from `head.framing`. `base_path` (the operator's, may be empty, a final `/` is ignored) precedes the target; see
-/// [`RequestHead::has_dot_segments`]. With `identity_encoding`, Accept-Encoding is replaced by `identity`.
+/// End-to-end fields keep their order and case. Hop-by-hop fields, those that Connection names, Host and Expect are
+/// left out, also when spelled with `_` for `-`, which CGI-like backends read as the same name. The framing is
+/// written anew from `head.framing`. With `identity_encoding`, Accept-Encoding is replaced by `identity`.
+///
+/// `upstream_authority` and `base_path` are the operator's, in visible ASCII. The base path precedes the target (but
+/// not `*`); it may be empty, and its final `/` is ignored. See [`RequestHead::has_dot_segments`].
 pub fn write_upstream_request(
     out: &mut Vec<u8>,
     head: &RequestHead,
@@ -85,9 +87,9 @@ pub struct ClientHead<'a> {
 
 /// Writes the head of a backend's response to a client.
 ///
-/// Hop-by-hop fields and those that Connection names are left out; the framing is written anew. Content-Length without a
-/// body (an answer to HEAD, 304) is passed on, if it is legal, when neither side has a body. The version written is always HTTP/1.1,
-/// ours (RFC 9110 section 6.2).
+/// Hop-by-hop fields and those that Connection names are left out; the framing is written anew. The Content-Length of
+/// an answer to HEAD or of a 304 is passed on when `how.framing` is [`Framing::None`], unless the head is that of an
+/// event stream. The version written is always ours, HTTP/1.1 (RFC 9110 section 6.2).
 pub fn write_client_response(out: &mut Vec<u8>, backend: &ResponseHead, how: &ClientHead) {
     out.reserve(backend.head_bytes + how.extra.len() + 128);
     let reason = if backend.reason.is_empty() { reason_phrase(backend.status) } else { backend.reason };
@@ -115,7 +117,7 @@ pub fn write_client_response(out: &mut Vec<u8>, backend: &ResponseHead, how: &Cl
     finish_response(out, backend.status, how.client_version, how.keep_alive, how.framing, how.extra);
 }
 
-/// Writes the head of an answer of our own: an error, an interim response, a stream begun before its backend answered.
+/// Writes the head of an answer of our own: an error, a 100, a stream begun before its backend answered.
 ///
 /// `extra` are complete field lines, each with its CRLF. Statuses that cannot have a body (1xx, 204, 304) get no
 /// framing field, whatever `framing` says (RFC 9110 section 8.6).
