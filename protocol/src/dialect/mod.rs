@@ -203,13 +203,16 @@ impl Dialect {
 }
 
 fn completion_meaning(block: &Block<'_>) -> Meaning {
-    if block.data_is(b"[DONE]") {
-        return Meaning::Done;
-    }
     if block.event() == Some(b"error") {
         return Meaning::Error;
     }
-    let Some(members) = block.data_lines().next().and_then(Members::of) else { return Meaning::Token };
+    let Some(data) = block.data_lines().next() else { return Meaning::Heartbeat };
+    if data == b"[DONE]" && block.data_is(b"[DONE]") {
+        return Meaning::Done;
+    }
+    let Some(members) = peek::members_from_choices(data).or_else(|| Members::of(data)) else {
+        return Meaning::Token;
+    };
     for (key, value) in members {
         match key {
             b"error" if !value.is_empty() => return Meaning::Error,

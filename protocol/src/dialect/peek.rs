@@ -1,11 +1,26 @@
 //! Looks at the first members of a JSON object without parsing it: what one event is, told from a bounded prefix.
 //! Tolerant: where the text is cut or malformed, the walk ends.
 
-use memchr::memchr2;
+use memchr::{memchr2, memmem::Finder};
+use std::sync::LazyLock;
 
 /// Bytes of one event that are looked at. What tells its kind (`type`, `error`, the first choice's `delta`) stands in
 /// front in every backend's events; an image or a long text behind it must not cost a walk.
 const PEEK_BYTES_MAX: usize = 1024;
+
+static CHOICES: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"choices\""));
+static ERROR: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"error\""));
+
+/// The members from `choices` on, where no `error` comes before: a short cut past what every chunk begins with, for it
+/// is taken for each token. Neither name can match inside a string, where its quotes would be escaped.
+pub(super) fn members_from_choices(data: &[u8]) -> Option<Members<'_>> {
+    let front = &data[..data.len().min(PEEK_BYTES_MAX)];
+    let at = CHOICES.find(front)?;
+    match ERROR.find(&front[..at]) {
+        Some(_) => None,
+        None => Some(Members { rest: &front[at..], at_nested: false }),
+    }
+}
 
 /// The value of one member.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -49,6 +64,8 @@ impl<'a> Value<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Members<'a> {
     rest: &'a [u8],
+    /// `rest` begins with a nested value that was handed out; it is skipped only if the walk goes on.
+    at_nested: bool,
 }
 
 impl<'a> Members<'a> {
@@ -58,7 +75,7 @@ impl<'a> Members<'a> {
     }
 
     fn of_object(text: &'a [u8]) -> Option<Self> {
-        text.strip_prefix(b"{").map(|rest| Members { rest })
+        text.strip_prefix(b"{").map(|rest| Members { rest, at_nested: false })
     }
 
     /// The first member of that name.
@@ -71,6 +88,9 @@ impl<'a> Iterator for Members<'a> {
     type Item = (&'a [u8], Value<'a>);
 
     fn next(&mut self) -> Option<Self::Item> {
+        if std::mem::take(&mut self.at_nested) {
+            self.rest = after_nested(self.rest);
+        }
         let mut text = after_space(self.rest);
         if let [b',', rest @ ..] = text {
             text = after_space(rest);
@@ -83,7 +103,10 @@ impl<'a> Iterator for Members<'a> {
                 let (inside, rest) = string(&text[1..]);
                 (Value::Text(inside), rest)
             }
-            b'{' | b'[' => (Value::Nested(text), after_nested(text)),
+            b'{' | b'[' => {
+                self.at_nested = true;
+                (Value::Nested(text), text)
+            }
             _ => {
                 let ends = |byte: &u8| matches!(byte, b',' | b'}' | b']' | b' ' | b'\t');
                 let (scalar, rest) = text.split_at(text.iter().position(ends).unwrap_or(text.len()));
@@ -95,8 +118,11 @@ impl<'a> Iterator for Members<'a> {
 }
 
 fn after_space(text: &[u8]) -> &[u8] {
-    let space = text.iter().take_while(|byte| matches!(byte, b' ' | b'\t' | b'\n' | b'\r')).count();
-    &text[space..]
+    let mut rest = text;
+    while let [b' ' | b'\t' | b'\n' | b'\r', after @ ..] = rest {
+        rest = after;
+    }
+    rest
 }
 
 /// Splits the text after an opening quote into the string's inside and what follows its closing quote.
