@@ -58,6 +58,7 @@ pub const COMPLETIONS_PER_TURN_MAX: usize = 1024;
 /// Milliseconds after which a turn counts as a fault of the shard.
 pub const TURN_FAULT_MS: u64 = 10;
 
-const _: () = assert!(LAG_LOW_BYTES < LAG_HIGH_BYTES, "marks need a gap, or pause and resume alternate per event");
+const _: () =
+    assert!(LAG_LOW_BYTES < LAG_HIGH_BYTES, "marks need a gap, or pause and resume alternate per event");
 const _: () = assert!(LOG_SEGMENT_FIRST_BYTES <= LOG_SEGMENT_BYTES_MAX, "segments grow");
 const _: () = assert!(TARGET_BYTES_MAX < HEAD_BYTES_MAX, "a target that fits must leave room for its head");

@@ -66,7 +66,10 @@ impl<T> Slots<T> {
 
     /// The entry, unless this use of the slot is over.
     pub fn get_mut(&mut self, key: Key) -> Option<&mut T> {
-        self.entries.get_mut(key.slot as usize).filter(|entry| entry.0 == key.generation).map(|entry| &mut entry.1)
+        self.entries
+            .get_mut(key.slot as usize)
+            .filter(|entry| entry.0 == key.generation)
+            .map(|entry| &mut entry.1)
     }
 
     /// Takes the entry out.
@@ -77,9 +80,9 @@ impl<T> Slots<T> {
 
     /// All entries in slot order.
     pub fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
-        self.entries
-            .iter()
-            .map(|(slot, entry)| (Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), generation: entry.0 }, &entry.1))
+        self.entries.iter().map(|(slot, entry)| {
+            (Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), generation: entry.0 }, &entry.1)
+        })
     }
 }
 

@@ -237,14 +237,16 @@ impl<I: Io> Shard<I> {
                 }
             }
         }
-        if self.clients == 0 && self.acceptors.iter().all(|acceptor| acceptor.closed) && self.conns.is_empty() {
+        if self.clients == 0 && self.acceptors.iter().all(|acceptor| acceptor.closed) && self.conns.is_empty()
+        {
             self.leave();
         }
     }
 
     /// While leaving, a turn must not sleep until the listeners are closed.
     pub(super) fn is_closing_listeners(&self) -> bool {
-        self.leaving != Leaving::No && self.acceptors.iter().any(|acceptor| !acceptor.closed && !acceptor.closing && !acceptor.paused)
+        self.leaving != Leaving::No
+            && self.acceptors.iter().any(|acceptor| !acceptor.closed && !acceptor.closing && !acceptor.paused)
     }
 
     fn leave(&mut self) {

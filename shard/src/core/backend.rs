@@ -1,10 +1,10 @@
 //! Backends' connections: which one, the pool of idle ones, connecting, the single retry of a reused one that died.
 //! What a backend says is handled in `relay`.
 
+use super::Shard;
 use super::client::write_backend_head;
 use super::conn::{Backend, Conn, Role, State};
 use super::stream::{Answer, Stream};
-use super::Shard;
 use crate::io::{Close, Errno, Io};
 use protocol::http::{RequestHead, header_slots, parse_request};
 use protocol::ledger::Ledger;
@@ -52,11 +52,11 @@ impl Stream {
 impl<I: Io> Shard<I> {
     /// Writes the request's head for a backend and gets a connection for it.
     pub(super) fn begin_backend(&mut self, key: Key, head: &RequestHead<'_, '_>, raw: &[u8]) {
-        let Some(stream) = self.streams.get_mut(key) else { return };
-        let Some(upstream) = self.pick(stream.route, None) else {
+        let Some(stream) = self.streams.get(key) else { return };
+        let (route, identity) = (stream.route, stream.dialect.is_model_endpoint());
+        let Some(upstream) = self.pick(route, None) else {
             return self.end_stream(key, End::NoUpstream);
         };
-        let identity = stream.dialect.is_model_endpoint();
         write_backend_head(&mut self.scratch, head, &self.upstreams.upstreams[upstream], identity);
         if let Some(stream) = self.streams.get_mut(key) {
             stream.request.append(&[&self.scratch]);
@@ -75,7 +75,9 @@ impl<I: Io> Shard<I> {
         let rotate = (self.begun as usize) % candidates.len().max(1);
         (0..candidates.len())
             .map(|nth| candidates[(nth + rotate) % candidates.len()])
-            .filter(|&upstream| self.upstreams.upstreams.get(upstream).is_some_and(|u| !u.addresses.is_empty()))
+            .filter(|&upstream| {
+                self.upstreams.upstreams.get(upstream).is_some_and(|u| !u.addresses.is_empty())
+            })
             .min_by_key(|&upstream| {
                 let state = &self.pool.upstreams[upstream];
                 (Some(upstream) == not, state.resting_until_ms > now_ms, state.active)
@@ -314,7 +316,8 @@ impl<I: Io> Shard<I> {
         let leaving = self.leaving != super::Leaving::No;
         let pool_idle_ms = u64::from(self.settings.pool_idle_ms);
         let Some(conn) = self.conns.get_mut(key) else { return };
-        let reusable = conn.state == State::Open && !conn.peer_fin && conn.held.is_empty() && conn.ledger.may_lend();
+        let reusable =
+            conn.state == State::Open && !conn.peer_fin && conn.held.is_empty() && conn.ledger.may_lend();
         let Some(backend) = conn.backend() else { return };
         // A backend that names its own patience is left a second before it runs out.
         let promised_ms = backend.keep_alive_s.map_or(u64::MAX, |s| u64::from(s.saturating_sub(1)) * 1000);

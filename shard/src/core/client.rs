@@ -51,13 +51,14 @@ impl<I: Io> Shard<I> {
             if conn.state != State::Open {
                 return;
             }
+            let in_body = conn.client().is_some_and(|client| client.body.is_some());
             match conn.stream {
                 None => {
                     if !self.client_head(key, &mut input) {
                         return;
                     }
                 }
-                Some(_) if conn.client().is_some_and(|client| client.body.is_some()) => {
+                Some(_) if in_body => {
                     self.client_body(key, &mut input);
                 }
                 Some(_) => {
@@ -87,7 +88,8 @@ impl<I: Io> Shard<I> {
                 let now_ms = self.now_ms();
                 let Some(conn) = self.conns.get_mut(key) else { return false };
                 // The head's own clock starts with its first byte and is not extended by later ones.
-                if conn.held.is_empty() && conn.client().is_some_and(|client| !std::mem::replace(&mut client.in_head, true))
+                if conn.held.is_empty()
+                    && conn.client().is_some_and(|client| !std::mem::replace(&mut client.in_head, true))
                 {
                     conn.due_ms = if head_ms == 0 { u64::MAX } else { now_ms + u64::from(head_ms) };
                 }
@@ -309,8 +311,10 @@ impl<I: Io> Shard<I> {
         }
         if stream.phase == protocol::phase::Phase::Connect {
             stream.phase_due_ms = u64::MAX;
-            let connected =
-                stream.backend.and_then(|key| self.conns.get(key)).is_some_and(|conn| conn.ops.connect.is_none());
+            let connected = stream
+                .backend
+                .and_then(|key| self.conns.get(key))
+                .is_some_and(|conn| conn.ops.connect.is_none());
             if connected {
                 self.await_head(key);
             }

@@ -42,7 +42,11 @@ impl<I: Io> Shard<I> {
 
     fn conn_due_ms(&self, conn: &Conn<I::Socket>) -> u64 {
         let stall_ms = self.write_stall_ms(conn);
-        if stall_ms > 0 && !conn.ledger.may_lend() { conn.due_ms.min(conn.send_since_ms + stall_ms) } else { conn.due_ms }
+        if stall_ms > 0 && !conn.ledger.may_lend() {
+            conn.due_ms.min(conn.send_since_ms + stall_ms)
+        } else {
+            conn.due_ms
+        }
     }
 
     /// Arms a connection's timer if it has to fire earlier than it would.
@@ -180,7 +184,11 @@ fn commit_due_ms(stream: &Stream, route: &Route) -> u64 {
 }
 
 fn heartbeat_due_ms(stream: &Stream, route: &Route) -> u64 {
-    if stream.has_events_answer() && !stream.end_mark { after(stream.spoke_ms, route.heartbeat_ms) } else { u64::MAX }
+    if stream.has_events_answer() && !stream.end_mark {
+        after(stream.spoke_ms, route.heartbeat_ms)
+    } else {
+        u64::MAX
+    }
 }
 
 fn demo_due_ms(stream: &Stream) -> u64 {

@@ -33,7 +33,8 @@ impl<I: Io> Shard<I> {
             (Answer::Events { .. }, _) => {
                 if end != End::UpstreamError {
                     self.scratch.clear();
-                    stream.dialect.write_error_event(&end.fault(), &mut self.scratch);
+                    let next = stream.sequence_number.map(|last| last + 1);
+                    stream.dialect.write_error_event_numbered(&end.fault(), next, &mut self.scratch);
                     stream.append_block(&self.scratch, now_us);
                 }
                 stream.append_last_chunk(now_us);
@@ -167,7 +168,14 @@ fn write_error(stream: &mut Stream, fault: &Fault, scratch: &mut Vec<u8>, now_us
     write_answer(stream, fault.status, &body, scratch, now_us, retry);
 }
 
-fn write_answer(stream: &mut Stream, status: u16, body: &[u8], scratch: &mut Vec<u8>, now_us: u64, extra: &str) {
+fn write_answer(
+    stream: &mut Stream,
+    status: u16,
+    body: &[u8],
+    scratch: &mut Vec<u8>,
+    now_us: u64,
+    extra: &str,
+) {
     let framing = Framing::Length(body.len() as u64);
     stream.status = status;
     stream.answer = Answer::Body(framing);

@@ -54,9 +54,13 @@ enum TimerOf {
 enum Leaving {
     No,
     /// Streams may finish until then, ms.
-    Draining { deadline_ms: u64 },
+    Draining {
+        deadline_ms: u64,
+    },
     /// In-band errors are going out until then, ms.
-    Stopping { deadline_ms: u64 },
+    Stopping {
+        deadline_ms: u64,
+    },
 }
 
 /// One core's data plane.
@@ -98,7 +102,8 @@ impl<I: Io> Shard<I> {
         let now_us = io.now_us();
         let listeners = io.listeners();
         // Each client may hold a backend's connection; the pool's idle ones come on top.
-        let conns_max = settings.connections_max * 2 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
+        let conns_max =
+            settings.connections_max * 2 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
         let mut shard = Shard {
             io,
             index,
@@ -338,6 +343,10 @@ impl<I: Io> Shard<I> {
     }
 
     fn client_conns(&self) -> Vec<Key> {
-        self.conns.iter().filter(|(_, conn)| matches!(conn.role, Role::Client(_))).map(|(key, _)| key).collect()
+        self.conns
+            .iter()
+            .filter(|(_, conn)| matches!(conn.role, Role::Client(_)))
+            .map(|(key, _)| key)
+            .collect()
     }
 }

@@ -4,10 +4,10 @@ use super::Shard;
 use super::conn::{Conn, State};
 use super::stream::{Answer, Stream};
 use crate::io::Io;
-use protocol::dialect::Meaning;
+use protocol::dialect::{Dialect, Meaning};
 use protocol::http::{
-    BodyDecoder, ClientHead, Framing, Piece, ResponseHead, Version, header_slots, parse_response, write_client_response,
-    write_own_response_head,
+    BodyDecoder, ClientHead, Framing, Piece, ResponseHead, Version, header_slots, parse_response,
+    write_client_response, write_own_response_head,
 };
 use protocol::limits::INTERIM_RESPONSES_MAX;
 use protocol::phase::{End, Phase, Step};
@@ -108,7 +108,13 @@ impl<I: Io> Shard<I> {
         let framing = match head.framing {
             Framing::Chunked | Framing::UntilClose if http11 => Framing::Chunked,
             Framing::Chunked | Framing::UntilClose => Framing::UntilClose,
-            Framing::Length(_) if events => if http11 { Framing::Chunked } else { Framing::UntilClose },
+            Framing::Length(_) if events => {
+                if http11 {
+                    Framing::Chunked
+                } else {
+                    Framing::UntilClose
+                }
+            }
             same => same,
         };
         if events {
@@ -154,7 +160,9 @@ impl<I: Io> Shard<I> {
             match body.next(&mut input) {
                 Ok(Piece::Data(piece)) => {
                     if stream.events.is_some() {
-                        if let Some(end) = relay_events(stream, piece, self.now_us, &self.settings, &mut self.stats) {
+                        if let Some(end) =
+                            relay_events(stream, piece, self.now_us, &self.settings, &mut self.stats)
+                        {
                             break Flow::Broken(end);
                         }
                     } else {
@@ -224,7 +232,11 @@ impl<I: Io> Shard<I> {
                     .get(stream_key)
                     .and_then(|stream| stream.events.as_ref())
                     .is_some_and(|events| events.partial_bytes() > 0 && !events.is_at_boundary());
-                if cut { self.backend_broke(stream_key, End::UpstreamTruncated) } else { self.backend_done(key, stream_key) }
+                if cut {
+                    self.backend_broke(stream_key, End::UpstreamTruncated)
+                } else {
+                    self.backend_done(key, stream_key)
+                }
             }
             Some(_) => self.backend_broke(stream_key, End::UpstreamTruncated),
         }
@@ -259,7 +271,7 @@ impl<I: Io> Shard<I> {
         let now_us = self.now_us;
         let Some(stream) = self.streams.get_mut(key) else { return };
         self.stats.counters.heartbeats += 1;
-        stream.append_block(stream.dialect.heartbeat(), now_us);
+        stream.append_heartbeat(now_us);
         if let Some(client) = stream.client {
             self.mark_dirty(client);
         }
@@ -349,6 +361,9 @@ pub(super) fn relay_event(
         stream.token_due_ms = u64::MAX;
         let finish_ms = settings.routes[stream.route].deadlines.finish_ms;
         stream.finish_due_ms = if finish_ms == 0 { u64::MAX } else { now_us / 1000 + u64::from(finish_ms) };
+    }
+    if stream.dialect == Dialect::Responses {
+        stream.sequence_number = stream.dialect.sequence_number(block).or(stream.sequence_number);
     }
     stats.counters.events += u64::from(block.dispatches);
     stream.events_sent += u64::from(block.dispatches);

@@ -85,6 +85,8 @@ pub(crate) struct Stream {
     pub(crate) paused: bool,
     /// The client's receive is paused because the backend lags.
     pub(crate) upload_paused: bool,
+    /// The `sequence_number` of the last event that had one (Responses).
+    pub(crate) sequence_number: Option<u64>,
     /// Events appended.
     pub(crate) events_sent: u64,
 
@@ -147,6 +149,7 @@ impl Stream {
             end: None,
             paused: false,
             upload_paused: false,
+            sequence_number: None,
             events_sent: 0,
             started_us: now_us,
             asked_us: now_us,
@@ -193,6 +196,13 @@ impl Stream {
         self.spoke_ms = now_us / 1000;
     }
 
+    /// Appends a heartbeat in the dialect's form.
+    pub(crate) fn append_heartbeat(&mut self, now_us: u64) {
+        let ids = self.response.last_event_id() > 0;
+        let form = if ids { self.dialect.heartbeat_among_ids() } else { self.dialect.heartbeat() };
+        self.append_block(form, now_us);
+    }
+
     /// Appends one complete block that carries no id: a heartbeat, a comment, an in-band error.
     pub(crate) fn append_block(&mut self, raw: &[u8], now_us: u64) {
         if self.events_chunked() {
@@ -206,8 +216,13 @@ impl Stream {
     /// Appends one event, with its id when ids are on. The payload's bytes are not touched; the id line goes first, or last
     /// where the event has an id line of its own, because the last one counts (WHATWG, "process the field").
     pub(crate) fn append_event(&mut self, block: &Block<'_>, ids: bool, now_us: u64) {
-        if !ids || !block.dispatches {
+        if !ids {
             return self.append_block(block.raw, now_us);
+        }
+        if !block.dispatches {
+            // Comments and retry lines open the next event: behind an id, a blank line of their own would make some
+            // clients (OpenAI's for Python) take them for an empty event.
+            return self.append_block(block.without_blank_line().0, now_us);
         }
         let id = IdLine::new(self.response.next_event_id());
         let id = id.as_bytes();

@@ -1,8 +1,8 @@
 //! Bytes in and out of connections: arming receives, one coalesced send in flight, completion accounting, the marks that
 //! pause and resume the other side, and the three steps in which a connection ends.
 
-use super::conn::{Role, State};
 use super::Shard;
+use super::conn::{Role, State};
 use crate::io::{Close, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
 use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX};
@@ -102,7 +102,8 @@ impl<I: Io> Shard<I> {
 
     /// A FIN cannot tell `close` from half-close; on a streaming answer it means "left" unless the route says otherwise.
     pub(super) fn fin_means_left(&self, key: Key) -> bool {
-        let Some(stream) = self.conns.get(key).and_then(|conn| conn.stream).and_then(|key| self.streams.get(key))
+        let Some(stream) =
+            self.conns.get(key).and_then(|conn| conn.stream).and_then(|key| self.streams.get(key))
         else {
             return true;
         };
@@ -194,7 +195,8 @@ impl<I: Io> Shard<I> {
     pub(super) fn follow_marks(&mut self, key: Key) {
         let (high, low) = (self.settings.lag_high_bytes, self.settings.lag_low_bytes);
         let Some(stream) = self.streams.get_mut(key) else { return };
-        let sent = |conn: Option<Key>| conn.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
+        let sent =
+            |conn: Option<Key>| conn.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
         let lag = stream.response.end() - sent(stream.client);
         if !stream.paused && lag > high && !stream.produced {
             stream.paused = true;
@@ -227,7 +229,9 @@ impl<I: Io> Shard<I> {
             self.want_receive(client, false);
         } else if stream.upload_paused && upload_lag < low {
             stream.upload_paused = false;
-            stream.phase_due_ms = stream.phase_due_ms.max(self.now_us / 1000 + u64::from(self.settings.routes[stream.route].deadlines.body_ms));
+            stream.phase_due_ms = stream
+                .phase_due_ms
+                .max(self.now_us / 1000 + u64::from(self.settings.routes[stream.route].deadlines.body_ms));
             self.want_receive(client, true);
             self.follow_stream_timer(key);
         }
@@ -289,5 +293,4 @@ impl<I: Io> Shard<I> {
             self.client_freed();
         }
     }
-
 }
