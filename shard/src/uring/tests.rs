@@ -277,7 +277,8 @@ fn accepted_sockets_inherit_what_the_listener_was_given() {
     assert_eq!(options.tcp_notsent_lowat().unwrap(), 16 * 1024);
     assert!(options.tcp_nodelay().unwrap());
     assert!(!options.nonblocking().unwrap(), "io_uring fails instead of waiting on O_NONBLOCK sockets");
-    assert!(options.cloexec().unwrap());
+    // SAFETY: F_GETFD takes no pointers.
+    assert_eq!(unsafe { libc::fcntl(socket.fd(), libc::F_GETFD) }, libc::FD_CLOEXEC);
 }
 
 /// The claim that completion accounting stands on: a send to a reader that stopped stays in flight, and the kernel's share
