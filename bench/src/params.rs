@@ -16,6 +16,8 @@ pub struct Params {
     pub rate: f64,
     /// Bytes per event on the wire, `data: ` and blank line included, chunk framing not (`payload`). Never below what the JSON needs.
     pub payload: usize,
+    /// Of a stream that is not paced, how many events go into one write (`write`); 0: as many as fit.
+    pub write: u64,
     /// Time from the request to the first event (`first_ms`).
     pub first: Duration,
     /// Time from the request to the response head (`head_ms`).
@@ -54,6 +56,7 @@ impl Default for Params {
             events: 100,
             rate: 50.0,
             payload: 180,
+            write: 0,
             first: Duration::ZERO,
             head: Duration::ZERO,
             idle: false,
@@ -89,6 +92,7 @@ impl Params {
                 }
                 "burst" => self.rate = 0.0,
                 "payload" => self.payload = usize::try_from(number()?).map_err(|_| wrong())?.min(PAYLOAD_MAX),
+                "write" => self.write = number()?,
                 "first_ms" => self.first = milliseconds()?,
                 "head_ms" => self.head = milliseconds()?,
                 "idle" => self.idle = number()? != 0,

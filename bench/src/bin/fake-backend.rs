@@ -366,6 +366,7 @@ impl Stream {
             }
         }
         let paced = self.params.rate > 0.0;
+        let made_before = self.made;
         let mut event = Vec::with_capacity(self.params.payload + 64);
         loop {
             if let Some((fault, after)) = self.params.fault
@@ -383,7 +384,9 @@ impl Stream {
                 }
                 return (None, None);
             }
-            if out.len() >= UNSENT_BYTES_MAX {
+            let in_this_write = self.made - made_before;
+            let write_is_full = !paced && self.params.write > 0 && in_this_write == self.params.write;
+            if out.len() >= UNSENT_BYTES_MAX || write_is_full {
                 return (Some(Step::Again), None);
             }
             let mut due = if paced {
