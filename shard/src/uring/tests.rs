@@ -73,7 +73,8 @@ impl Bench {
     }
 
     fn with(settings: &Settings) -> Self {
-        let listener = listen("127.0.0.1:0".parse().unwrap(), settings.backlog, settings.notsent_lowat_bytes).unwrap();
+        let listener =
+            listen("127.0.0.1:0".parse().unwrap(), settings.backlog, settings.notsent_lowat_bytes).unwrap();
         let address = listener.local_addr().unwrap();
         let wake = Arc::new(EventFd::for_ring().unwrap());
         let io = UringIo::new(settings, vec![listener], Arc::clone(&wake)).unwrap();
@@ -504,7 +505,8 @@ fn more_operations_than_the_ring_has_entries_are_submitted_all_the_same() {
 
 #[test]
 fn a_full_batch_leaves_the_rest_in_the_ring_and_the_next_turn_does_not_sleep() {
-    let mut bench = Bench::with(&Settings { ring_depth: 2048, buffers: 4096, buffer_bytes: 64, ..settings() });
+    let mut bench =
+        Bench::with(&Settings { ring_depth: 2048, buffers: 4096, buffer_bytes: 64, ..settings() });
     let (socket, mut peer) = bench.pair();
     let writer = std::thread::spawn(move || {
         peer.write_all(&vec![5; 64 * 3000]).unwrap();
