@@ -16,7 +16,7 @@ pub use eventfd::EventFd;
 pub use probe::{ProbeItem, probe, raise_nofile};
 pub use sockets::{Socket, listen};
 
-use crate::io::{Close, Completion, Errno, Half, Io, OpId, ReceiveEnd, Wait};
+use crate::io::{Close, Completion, Errno, Half, Hangup, Io, OpId, ReceiveEnd, Wait};
 use crate::settings::{Settings, Sleep};
 use buffers::BufferRing;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
@@ -399,7 +399,9 @@ impl UringIo {
                     completions.push(Completion::Sent { conn, result: outcome });
                 }
                 Owner::Watch(conn) => {
-                    completions.push(Completion::Hangup { conn, result: outcome.map(|_| ()) });
+                    let reset = (libc::POLLERR | libc::POLLHUP) as u32;
+                    let result = outcome.map(|e| if e & reset != 0 { Hangup::Reset } else { Hangup::Fin });
+                    completions.push(Completion::Hangup { conn, result });
                 }
                 Owner::Wake => {
                     *wake_armed = false;
