@@ -69,11 +69,28 @@ pub fn mailbox() -> io::Result<(ControlPort, ShardPort)> {
         ControlPort {
             commands,
             reports: reports_out,
-            shard_bell: Arc::clone(&shard_bell),
+            shard_bell: Bell(Arc::clone(&shard_bell)),
             control_bell: Arc::clone(&control_bell),
         },
-        ShardPort { commands: commands_out, reports, shard_bell, control_bell, unrung: false },
+        ShardPort {
+            commands: commands_out,
+            reports,
+            shard_bell,
+            control_bell: Bell(control_bell),
+            unrung: false,
+        },
     ))
+}
+
+/// The other end's bell. Rings once more when it is dropped, so that the other end looks and finds this one gone; declared
+/// after the queues, which must be gone by then.
+#[derive(Debug)]
+struct Bell(Arc<EventFd>);
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        self.0.ring();
+    }
 }
 
 /// The control thread's end. Dropping it tells the shard to stop.
@@ -84,7 +101,7 @@ pub fn mailbox() -> io::Result<(ControlPort, ShardPort)> {
 pub struct ControlPort {
     commands: Producer<Command>,
     reports: Consumer<Report>,
-    shard_bell: Arc<EventFd>,
+    shard_bell: Bell,
     control_bell: Arc<EventFd>,
 }
 
@@ -98,7 +115,7 @@ impl ControlPort {
             return Err(command);
         }
         let result = self.commands.push(command).map_err(|PushError::Full(command)| command);
-        self.shard_bell.ring();
+        self.shard_bell.0.ring();
         result
     }
 
@@ -112,6 +129,11 @@ impl ControlPort {
         self.control_bell.clear();
     }
 
+    /// Waits until reports wait, at most `timeout_ms`; true if so. For callers without a poller.
+    pub fn wait(&self, timeout_ms: u16) -> bool {
+        self.control_bell.wait(timeout_ms)
+    }
+
     /// The oldest report.
     pub fn receive(&mut self) -> Option<Report> {
         self.reports.pop().ok()
@@ -123,19 +145,13 @@ impl ControlPort {
     }
 }
 
-impl Drop for ControlPort {
-    fn drop(&mut self) {
-        self.shard_bell.ring();
-    }
-}
-
 /// The shard's end.
 #[derive(Debug)]
 pub struct ShardPort {
     commands: Consumer<Command>,
     reports: Producer<Report>,
     shard_bell: Arc<EventFd>,
-    control_bell: Arc<EventFd>,
+    control_bell: Bell,
     /// Reports were queued since the last flush.
     unrung: bool,
 }
@@ -159,7 +175,7 @@ impl ShardPort {
     /// Rings, once for all reports since the last call. One syscall, none without reports.
     pub fn flush(&mut self) {
         if std::mem::take(&mut self.unrung) {
-            self.control_bell.ring();
+            self.control_bell.0.ring();
         }
     }
 
@@ -171,12 +187,6 @@ impl ShardPort {
     /// The control thread's end is gone: nobody will ever say stop.
     pub fn is_abandoned(&self) -> bool {
         self.commands.is_abandoned()
-    }
-}
-
-impl Drop for ShardPort {
-    fn drop(&mut self) {
-        self.control_bell.ring();
     }
 }
 

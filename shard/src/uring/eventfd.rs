@@ -57,6 +57,13 @@ impl EventFd {
         read == 8
     }
 
+    /// Waits until it has been rung, at most `timeout_ms`; true if so. Leaves it rung.
+    pub fn wait(&self, timeout_ms: u16) -> bool {
+        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: the pointer names one pollfd, which outlives the call.
+        unsafe { libc::poll(&raw mut poll, 1, i32::from(timeout_ms)) == 1 }
+    }
+
     /// To be heard through glommio's reactor, by `read_at(0, 8)`. Inside an executor only.
     pub(crate) fn into_file(self) -> BufferedFile {
         // SAFETY: the descriptor is open and its ownership moves into the file.

@@ -660,4 +660,4 @@ fn clock_us() -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
