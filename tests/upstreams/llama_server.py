@@ -15,6 +15,7 @@ import xllamacpp
 # One thread per connection, and an idle keep-alive connection holds its thread: with the small default a few
 # idle connections starve every other one.
 HTTP_THREADS = 64
+BATCH_TOKENS = 64
 
 
 def serve(model, port, slots=4, context=8192):
@@ -24,6 +25,8 @@ def serve(model, port, slots=4, context=8192):
     params.n_parallel, params.n_ctx = int(slots), int(context)
     params.cpuparams.n_threads = 1
     params.n_threads_http = HTTP_THREADS
+    # It looks for clients that left between two batches, so small ones make a long prefill leave soon.
+    params.n_batch = params.n_ubatch = BATCH_TOKENS
     params.warmup = False
     params.endpoint_slots = params.endpoint_metrics = True
     server = xllamacpp.Server(params)
