@@ -72,7 +72,7 @@ def llama(logs):
 @pytest.fixture(scope="session")
 def slow_llama(logs):
     """Slow enough to leave in mid-stream and during the prefill."""
-    return LlamaServer(logs, 8, 384)
+    return LlamaServer(logs, 8, 384, slots=2, context=16384)
 
 
 class Relay:

@@ -82,6 +82,13 @@ def wait_until(condition, seconds, what, every=0.01):
         time.sleep(every)
 
 
+def connections_to(port):
+    """How many established connections this machine has to that local port, seen from their connecting end."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    rows = [line.split() for line in lines]
+    return sum(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
 class Process:
     """A child process with its output in a log file; ended by its own process id and nothing else."""
 
@@ -213,7 +220,7 @@ class UvicornBackend(Process):
 class LlamaServer(Process):
     """llama.cpp's own server on a random-weight model, which is made once and kept under .cache/models."""
 
-    def __init__(self, log_folder, layers, width):
+    def __init__(self, log_folder, layers, width, slots=4, context=8192):
         model = CACHE / "models" / f"random-{layers}x{width}.gguf"
         if not model.exists():
             model.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +228,7 @@ class LlamaServer(Process):
             subprocess.run([str(argument) for argument in make], check=True)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        server = [sys.executable, UPSTREAMS / "llama_server.py", model, self.port]
+        server = [sys.executable, UPSTREAMS / "llama_server.py", model, self.port, slots, context]
         super().__init__("llama", server, log_folder)
         self.wait_ready(f"{self.url}/health", 40)
 

@@ -30,16 +30,19 @@ def test_payload_equals_the_backends_uvicorn(via_uvicorn, dialect, pace):
 def test_text_equals_the_backends_llama(via_llama, dialect):
     """Greedy decoding of the same model repeats, so the text through tokenring must be the text without it."""
     _, more = via_llama.ask(dialect, 64)
+    texts = []
     for prompt in (sse.PROMPT, "hello there", "語" * 50):
         body = body_of(dialect, prompt, **more)
         # Where llama.cpp keeps the prompt's state, both answers shall be computed from the same.
         sse.stream(via_llama.backend.url, dialect, body)
         direct = sse.stream(via_llama.backend.url, dialect, body)
         relayed = sse.stream(via_llama.url, dialect, body)
-        text = text_of(dialect, relayed.events)
-        assert text and text.encode() == text_of(dialect, direct.events).encode()
+        texts.append(text_of(dialect, relayed.events))
+        assert texts[-1].encode() == text_of(dialect, direct.events).encode()
         assert [event.event for event in relayed.events] == [event.event for event in direct.events]
         assert sse.is_end(dialect, relayed.events[-1]) == sse.is_end(dialect, direct.events[-1])
+    # Its Anthropic side knows no ignore_eos: an answer may be empty, but not all of them.
+    assert len("".join(texts)) > 50
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
