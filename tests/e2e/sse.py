@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import threading
 import time
 
 import httpx
+from harness import wait_until
 
 
 @dataclasses.dataclass
@@ -146,6 +148,35 @@ def stream(url, dialect, body=None, client=None, params=None, headers=None, on_e
     finally:
         if client is None:
             own.close()
+
+
+class Background:
+    """One streaming request on a thread of its own."""
+
+    def __init__(self, url, dialect, **params):
+        self.answer, self.failure, self.received = None, None, 0
+        self.thread = threading.Thread(target=self.run, args=(url, dialect, params), daemon=True)
+        self.thread.start()
+
+    def run(self, url, dialect, params):
+        def on_event(reader):
+            self.received = len(reader.events)
+
+        try:
+            self.answer = stream(url, dialect, params=params, on_event=on_event)
+        except Exception as failure:  # noqa: BLE001 (told by `result`)
+            self.failure = failure
+
+    def wait_streaming(self):
+        wait_until(lambda: self.received > 2 or self.failure, 5, "the stream flows")
+        return self
+
+    def result(self, seconds=15):
+        self.thread.join(seconds)
+        assert not self.thread.is_alive(), f"the stream hangs after {self.received} events"
+        if self.failure:
+            raise self.failure
+        return self.answer
 
 
 def text_of(dialect, events):
