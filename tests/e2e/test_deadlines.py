@@ -57,10 +57,11 @@ def test_a_stall_between_tokens(start_tokenring, uvicorn, tag, dialect):
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("silence", ["head_ms", "first_token_ms"])
 def test_no_first_token_in_time(start_tokenring, uvicorn, tag, dialect, silence):
-    tokenring = start_tokenring([uvicorn.url], first_token_ms=500, commit_ms=20000, heartbeat_ms=20000)
+    tokenring = start_tokenring([uvicorn.url], first_token_ms=500, commit_ms=0, heartbeat_ms=0)
     params = {silence: 20000, "tag": tag}
     answer = httpx.post(tokenring.url + PATHS[dialect], json=body_of(dialect), params=params, timeout=5)
-    if answer.status_code == 200:
+    # With the backend's own head here, tokenring may have passed it on; without it, nobody has committed to a 200.
+    if answer.status_code == 200 and silence == "first_token_ms":
         reader = sse.Reader()
         reader.feed(answer.content)
         assert [is_error(dialect, event) for event in reader.events] == [True]
