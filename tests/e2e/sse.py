@@ -1,6 +1,7 @@
 """A strict reader of server-sent events (WHATWG, section 9.2.6) that keeps what the SDKs hide: ids, comments, times."""
 
 import dataclasses
+import itertools
 import json
 import threading
 import time
@@ -229,6 +230,6 @@ def assert_arrives_over_time(times, seconds):
     assert len(times) >= 5, times
     span = times[-1] - times[0]
     assert span > 0.7 * seconds, f"{len(times)} events within {span:.3f} s, made over {seconds:.3f} s"
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert max(gaps) < 0.5 * seconds, f"a gap of {max(gaps):.3f} s in a stream of {seconds:.3f} s"
     assert len({round(at_s, 2) for at_s in times}) >= 0.4 * len(times), f"events came in heaps: {times}"

@@ -125,7 +125,7 @@ def test_during_silent_prefill_llama(via_slow_llama, how):
 
 @pytest.mark.relay
 def test_many_who_leave_leak_nothing(via_uvicorn):
-    """Descriptors are back where they were, and the next client is served."""
+    """Descriptors are back where they were."""
 
     def descriptors():
         return len(list(Path(f"/proc/{via_uvicorn.tokenring.pid}/fd").iterdir()))
