@@ -12,7 +12,7 @@ def extra(relay, dialect, tokens, **pace):
     body = {key: value for key, value in body.items() if dialect != "messages" or key != "max_tokens"}
     if dialect == "chat" and "max_tokens" in body:
         body["max_output_tokens"] = body["max_tokens"]
-    return json.dumps({"query": query, "body": body})
+    return json.dumps({"query": query, "body": body, "refuses": relay.name == "uvicorn"})
 
 
 def test_openai(any_relay):

@@ -2,7 +2,7 @@
 import Anthropic from "@anthropic-ai/sdk";
 
 const [baseURL, tokens, extra] = process.argv.slice(2);
-const { query, body } = JSON.parse(extra);
+const { query, body, refuses } = JSON.parse(extra);
 const messages = [{ role: "user", content: "Tell me about rings, é日🚀, and data: [DONE]." }];
 const client = new Anthropic({ baseURL, apiKey: "sk-test", maxRetries: 0, timeout: 20_000 });
 const ask = { model: "fake-model", messages, max_tokens: Number(tokens), ...body };
@@ -26,9 +26,12 @@ found.messages = {
   tokens: final.usage.output_tokens,
 };
 
-try {
-  await client.messages.create({ ...ask, stream: true }, { query: { status: 429 } });
-} catch (error) {
-  found.error = { kind: error.constructor.name, status: error.status, body: error.error };
+// Only the uvicorn backend refuses on request.
+if (refuses) {
+  try {
+    await client.messages.create({ ...ask, stream: true }, { query: { status: 429 } });
+  } catch (error) {
+    found.error = { kind: error.constructor.name, status: error.status, body: error.error };
+  }
 }
 console.log(JSON.stringify(found));

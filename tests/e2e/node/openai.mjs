@@ -2,7 +2,7 @@
 import OpenAI from "openai";
 
 const [baseURL, tokens, extra] = process.argv.slice(2);
-const { query, body } = JSON.parse(extra);
+const { query, body, refuses } = JSON.parse(extra);
 const prompt = "Tell me about rings, é日🚀, and data: [DONE].";
 const messages = [{ role: "user", content: prompt }];
 const client = new OpenAI({ baseURL: `${baseURL}/v1`, apiKey: "sk-test", maxRetries: 0, timeout: 20_000 });
@@ -38,9 +38,12 @@ for await (const event of await client.responses.create(
 }
 found.responses = { streamed: text, last: last.type };
 
-try {
-  await client.chat.completions.create({ model: "fake-model", messages, stream: true }, { query: { status: 429 } });
-} catch (error) {
-  found.error = { kind: error.constructor.name, status: error.status, body: error.error };
+// Only the uvicorn backend refuses on request.
+if (refuses) {
+  try {
+    await client.chat.completions.create({ model: "fake-model", messages, stream: true }, { query: { status: 429 } });
+  } catch (error) {
+    found.error = { kind: error.constructor.name, status: error.status, body: error.error };
+  }
 }
 console.log(JSON.stringify(found));
