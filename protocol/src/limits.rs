@@ -30,11 +30,35 @@ pub const LAG_HIGH_BYTES: u64 = 64 * 1024;
 /// Lag below which the producer's receive is resumed.
 pub const LAG_LOW_BYTES: u64 = 16 * 1024;
 
+/// Bytes of a request body for which one body deadline is granted: a trickle does not extend it.
+pub const BODY_PROGRESS_BYTES: u32 = 64 * 1024;
+/// Connections tried for one request before it is refused.
+pub const CONNECT_ATTEMPTS_MAX: u32 = 4;
+/// Milliseconds for which a backend that refused a connection is tried last.
+pub const UPSTREAM_BACKOFF_MS: u64 = 1_000;
+/// Milliseconds a closed connection is drained so that what was sent is not destroyed by an RST.
+pub const LINGER_MS: u64 = 1_000;
+/// Bytes dropped while lingering; a client that sends more than this is cut off.
+pub const LINGER_BYTES_MAX: u64 = 1024 * 1024;
+/// Milliseconds after which accepting is tried again when descriptors or memory ran out.
+pub const ACCEPT_RETRY_MS: u64 = 100;
+/// Milliseconds a client that was accepted during a drain has for its first request.
+pub const DRAIN_FRESH_MS: u64 = 1_000;
+/// Milliseconds in which in-band errors may still leave once the process was told to stop.
+pub const STOP_FLUSH_MS: u64 = 250;
+/// Tokens the demo model writes in one turn at most, however fast it is asked to be.
+pub const DEMO_TOKENS_PER_TURN_MAX: u32 = 256;
+/// Finished-stream records waiting in a shard for the end of the turn.
+pub const RECORDS_PER_TURN_MAX: usize = 4096;
+/// Client connections listed in a snapshot as the slowest.
+pub const SLOWEST_LISTED: usize = 10;
+
 /// Completions handled in one turn, so that one noisy neighbour cannot stretch it; the rest stay in the ring.
 pub const COMPLETIONS_PER_TURN_MAX: usize = 1024;
 /// Milliseconds after which a turn counts as a fault of the shard.
 pub const TURN_FAULT_MS: u64 = 10;
 
-const _: () = assert!(LAG_LOW_BYTES < LAG_HIGH_BYTES, "marks need a gap, or pause and resume alternate per event");
+const _: () =
+    assert!(LAG_LOW_BYTES < LAG_HIGH_BYTES, "marks need a gap, or pause and resume alternate per event");
 const _: () = assert!(LOG_SEGMENT_FIRST_BYTES <= LOG_SEGMENT_BYTES_MAX, "segments grow");
 const _: () = assert!(TARGET_BYTES_MAX < HEAD_BYTES_MAX, "a target that fits must leave room for its head");

@@ -234,7 +234,11 @@ mod tests {
                 log.append(&[&[1; 180]]);
             }
             log.release(log.end());
-            assert!(log.memory_bytes() <= LOG_SEGMENT_FIRST_BYTES * 2, "round {round}: {}", log.memory_bytes());
+            assert!(
+                log.memory_bytes() <= LOG_SEGMENT_FIRST_BYTES * 2,
+                "round {round}: {}",
+                log.memory_bytes()
+            );
         }
     }
 
@@ -254,7 +258,10 @@ mod tests {
                     0 | 1 => {
                         let exponent = random(12);
                         let piece: Vec<u8> = (0..random(1 << exponent)).map(|i| (i + step) as u8).collect();
-                        assert_eq!(log.append(&[&piece[..piece.len() / 2], &piece[piece.len() / 2..]]), model.len() as u64);
+                        assert_eq!(
+                            log.append(&[&piece[..piece.len() / 2], &piece[piece.len() / 2..]]),
+                            model.len() as u64
+                        );
                         model.extend(piece);
                     }
                     2 => {

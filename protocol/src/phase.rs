@@ -95,7 +95,13 @@ impl Phase {
             (P::Body, S::Connected) => P::Body,
             (P::Connect, S::Connected) => P::AwaitHead,
             (P::AwaitHead, S::BodyDone) => P::AwaitHead,
-            (P::Body | P::Connect | P::AwaitHead, S::Retry) => if matches!(self, P::Body) { P::Body } else { P::Connect },
+            (P::Body | P::Connect | P::AwaitHead, S::Retry) => {
+                if matches!(self, P::Body) {
+                    P::Body
+                } else {
+                    P::Connect
+                }
+            }
             (P::Body | P::Connect | P::AwaitHead, S::EventStream) => P::AwaitFirstToken,
             (P::Body | P::Connect | P::AwaitHead, S::PlainBody) => P::Streaming,
             (P::AwaitFirstToken, S::FirstToken) => P::Streaming,
@@ -176,14 +182,20 @@ impl End {
             End::Refused => (400, Client, false, "The request is not valid HTTP."),
             End::NoUpstream => (503, Operator, true, "No model backend is available for this path."),
             End::UpstreamRefused => (502, Upstream, true, "The model backend could not be reached."),
-            End::ConnectTimeout => (504, Upstream, true, "The model backend did not accept a connection in time."),
-            End::UpstreamStalled => (504, Upstream, true, "The model backend did not take the request in time."),
+            End::ConnectTimeout => {
+                (504, Upstream, true, "The model backend did not accept a connection in time.")
+            }
+            End::UpstreamStalled => {
+                (504, Upstream, true, "The model backend did not take the request in time.")
+            }
             End::UpstreamHeadTimeout => (504, Upstream, true, "The model backend did not answer in time."),
             End::FirstTokenTimeout => (504, Upstream, true, "The model backend produced no token in time."),
             End::BetweenTokensTimeout => (504, Upstream, true, "The model backend stopped producing tokens."),
             End::TotalTimeout => (504, Gateway, false, "The stream exceeded the time allowed for it."),
             End::UpstreamReset => (502, Upstream, true, "The model backend reset the connection."),
-            End::UpstreamTruncated => (502, Upstream, true, "The model backend ended the stream before it was complete."),
+            End::UpstreamTruncated => {
+                (502, Upstream, true, "The model backend ended the stream before it was complete.")
+            }
             End::UpstreamMalformed => (502, Upstream, false, "The model backend sent an invalid response."),
             End::UpstreamError => (502, Upstream, true, "The model backend reported an error."),
             End::UpstreamStatus => (502, Upstream, true, "The model backend answered with an error."),

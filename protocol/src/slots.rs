@@ -52,6 +52,13 @@ impl<T> Slots<T> {
         Ok(Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), generation: self.generation })
     }
 
+    /// The key that the next insertion will have, for operations that must be named before their entry exists; `None`
+    /// when full.
+    pub fn next_key(&self) -> Option<Key> {
+        let slot = u32::try_from(self.entries.vacant_key()).unwrap_or(u32::MAX);
+        (self.free() > 0).then(|| Key { slot, generation: self.generation.wrapping_add(1) })
+    }
+
     /// The entry, unless this use of the slot is over.
     pub fn get(&self, key: Key) -> Option<&T> {
         self.entries.get(key.slot as usize).filter(|entry| entry.0 == key.generation).map(|entry| &entry.1)
@@ -59,7 +66,10 @@ impl<T> Slots<T> {
 
     /// The entry, unless this use of the slot is over.
     pub fn get_mut(&mut self, key: Key) -> Option<&mut T> {
-        self.entries.get_mut(key.slot as usize).filter(|entry| entry.0 == key.generation).map(|entry| &mut entry.1)
+        self.entries
+            .get_mut(key.slot as usize)
+            .filter(|entry| entry.0 == key.generation)
+            .map(|entry| &mut entry.1)
     }
 
     /// Takes the entry out.
@@ -70,9 +80,9 @@ impl<T> Slots<T> {
 
     /// All entries in slot order.
     pub fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
-        self.entries
-            .iter()
-            .map(|(slot, entry)| (Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), generation: entry.0 }, &entry.1))
+        self.entries.iter().map(|(slot, entry)| {
+            (Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), generation: entry.0 }, &entry.1)
+        })
     }
 }
 
@@ -83,7 +93,9 @@ mod tests {
     #[test]
     fn a_key_of_an_earlier_use_finds_nothing() {
         let mut slots = Slots::new(1);
+        let foretold = slots.next_key();
         let first = slots.insert("a").unwrap();
+        assert_eq!((foretold, slots.next_key()), (Some(first), None));
         assert_eq!(slots.insert("b"), Err("b"), "full");
         assert_eq!(slots.remove(first), Some("a"));
         let second = slots.insert("c").unwrap();

@@ -73,7 +73,8 @@ impl<K: Copy> Wheel<K> {
                 let shift = SLOT_BITS * level as u32;
                 let current = (self.now_ms >> shift) as u32 % SLOTS as u32;
                 // Slots are searched from the one after the current: what is left in the current one is a whole round away.
-                let ahead = self.occupied[level].rotate_right((current + 1) % SLOTS as u32).trailing_zeros() + 1;
+                let ahead =
+                    self.occupied[level].rotate_right((current + 1) % SLOTS as u32).trailing_zeros() + 1;
                 ((self.now_ms >> shift) + u64::from(ahead)) << shift
             })
             .min()
@@ -114,7 +115,8 @@ impl<K: Copy> Wheel<K> {
         // The lowest level on which the due slot is less than a round ahead.
         let mut level = 0;
         while level + 1 < LEVELS
-            && (at >> (SLOT_BITS * level as u32)) - (self.now_ms >> (SLOT_BITS * level as u32)) >= SLOTS as u64
+            && (at >> (SLOT_BITS * level as u32)) - (self.now_ms >> (SLOT_BITS * level as u32))
+                >= SLOTS as u64
         {
             level += 1;
         }
@@ -215,7 +217,9 @@ mod tests {
                 }
                 assert_eq!(wheel.len(), model.len());
                 let first = model.keys().next().map(|key| key.0);
-                assert!(wheel.next_ms().is_none_or(|next| next > now && first.is_some_and(|first| next <= first)));
+                assert!(
+                    wheel.next_ms().is_none_or(|next| next > now && first.is_some_and(|first| next <= first))
+                );
             }
         }
     }

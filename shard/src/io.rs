@@ -110,10 +110,19 @@ pub enum Completion<S, B> {
         /// The connection.
         conn: Key,
         /// `Err(CANCELED)` when the watch was cancelled.
-        result: Result<(), Errno>,
+        result: Result<Hangup, Errno>,
     },
     /// Somebody rang: the mailbox has something.
     Woken,
+}
+
+/// What a hangup watch saw.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hangup {
+    /// FIN: the peer sends no more, and may have left.
+    Fin,
+    /// RST or an error: the connection is gone.
+    Reset,
 }
 
 /// Why a receive is over.

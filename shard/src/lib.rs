@@ -9,5 +9,8 @@ pub mod io;
 pub mod mesh;
 pub mod settings;
 pub mod stats;
-#[allow(unsafe_code, reason = "io_uring is a shared-memory interface; all unsafe code of the project lives here")]
+#[allow(
+    unsafe_code,
+    reason = "io_uring is a shared-memory interface; all unsafe code of the project lives here"
+)]
 pub mod uring;

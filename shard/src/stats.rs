@@ -106,7 +106,8 @@ impl Default for Histograms {
     fn default() -> Self {
         // Auto-resizing: an unused histogram costs a few bytes, one that saw a minute some 10 KiB.
         let new = || {
-            let mut histogram = Histogram::new(2).unwrap_or_else(|_| unreachable!("2 digits are within 0..=5"));
+            let mut histogram =
+                Histogram::new(2).unwrap_or_else(|_| unreachable!("2 digits are within 0..=5"));
             histogram.auto(true);
             histogram
         };

@@ -1,1 +1,352 @@
-//! (being written)
+//! `Shard<I: Io>`: accepts clients, runs their streams, keeps backends' connections. Drives the machines of `protocol`;
+//! knows neither kernel nor clock, and runs unchanged on the simulated `Io`.
+//!
+//! One turn: all completions out of the ring, each to its connection, due timers, then the sends that have become possible.
+
+mod accept;
+mod backend;
+mod client;
+mod conn;
+mod deadline;
+mod demo;
+mod finish;
+mod relay;
+mod stream;
+mod transfer;
+
+use crate::io::{Completion, Errno, Io, Wait};
+use crate::mesh::{Command, Report};
+use crate::settings::{Route, Settings, UpstreamSet};
+use crate::stats::{SlowConnection, Snapshot, Stats, UpstreamSnapshot};
+use accept::Acceptor;
+use backend::Pool;
+use conn::{Conn, Role};
+use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
+use protocol::phase::Phase;
+use protocol::slots::{Key, Slots};
+use protocol::wheel::Wheel;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use stream::Stream;
+
+/// How long the caller lets a turn sleep.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sleepy {
+    /// Until there is something to do.
+    Yes,
+    /// Not at all.
+    No,
+    /// At most until this time of [`Io::now_us`].
+    UntilUs(u64),
+}
+
+/// Whose timer it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum TimerOf {
+    Conn(Key),
+    Stream(Key),
+    Acceptor(usize),
+    Drain,
+}
+
+/// What the shard has been told about its end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Leaving {
+    No,
+    /// Streams may finish until then, ms.
+    Draining {
+        deadline_ms: u64,
+    },
+    /// In-band errors are going out until then, ms.
+    Stopping {
+        deadline_ms: u64,
+    },
+}
+
+/// One core's data plane.
+pub struct Shard<I: Io> {
+    io: I,
+    index: usize,
+    settings: Arc<Settings>,
+    upstreams: Arc<UpstreamSet>,
+    /// The clock, read once when a turn wakes.
+    now_us: u64,
+    conns: Slots<Conn<I::Socket>>,
+    streams: Slots<Stream>,
+    wheel: Wheel<TimerOf>,
+    acceptors: Vec<Acceptor>,
+    pool: Pool,
+    clients: usize,
+    stats: Stats,
+    completions: Vec<Completion<I::Socket, I::Buffer>>,
+    /// Connections that may have something to send.
+    dirty: Vec<Key>,
+    /// Connections whose receive found no buffer.
+    starved: Vec<Key>,
+    fired: Vec<TimerOf>,
+    /// Heads and errors are put together here.
+    scratch: Vec<u8>,
+    reports: VecDeque<Report>,
+    leaving: Leaving,
+    /// Streams that a drain or stop ended.
+    forced: u64,
+    left: bool,
+    woken: bool,
+    /// Streams begun; seeds the demo model and rotates between equal backends.
+    begun: u64,
+}
+
+impl<I: Io> Shard<I> {
+    /// A shard that accepts on all listeners of its `Io` from its first turn on.
+    pub fn new(io: I, index: usize, settings: Arc<Settings>, upstreams: Arc<UpstreamSet>) -> Self {
+        let now_us = io.now_us();
+        let listeners = io.listeners();
+        // Each client may hold a backend's connection; the pool's idle ones come on top.
+        let conns_max =
+            settings.connections_max * 2 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
+        let mut shard = Shard {
+            io,
+            index,
+            conns: Slots::new(conns_max),
+            streams: Slots::new(settings.connections_max),
+            wheel: Wheel::new(now_us / 1000),
+            acceptors: (0..listeners).map(|_| Acceptor::default()).collect(),
+            pool: Pool::default(),
+            clients: 0,
+            stats: Stats::default(),
+            completions: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
+            dirty: Vec::new(),
+            starved: Vec::new(),
+            fired: Vec::new(),
+            scratch: Vec::with_capacity(1024),
+            reports: VecDeque::new(),
+            leaving: Leaving::No,
+            forced: 0,
+            left: false,
+            woken: false,
+            begun: 0,
+            now_us,
+            settings,
+            upstreams,
+        };
+        shard.pool.follow(shard.upstreams.upstreams.len());
+        for listener in 0..listeners {
+            shard.follow_accept(listener);
+        }
+        shard.reports.push_back(Report::Started);
+        shard
+    }
+
+    /// One turn. Sleeps no longer than the next timer and the caller allow.
+    ///
+    /// # Errors
+    /// When the ring itself is unusable; the shard is lost then.
+    pub fn turn(&mut self, sleepy: Sleepy) -> Result<(), Errno> {
+        let wait = self.wait(sleepy);
+        let mut completions = std::mem::take(&mut self.completions);
+        let result = self.io.turn(wait, &mut completions);
+        self.now_us = self.io.now_us();
+        self.stats.counters.turns += 1;
+        if completions.len() >= COMPLETIONS_PER_TURN_MAX {
+            self.stats.counters.turns_full += 1;
+        }
+        for completion in completions.drain(..) {
+            self.complete(completion);
+        }
+        self.completions = completions;
+        self.fire_timers();
+        self.pump_dirty();
+        self.feed_starved();
+        self.follow_leaving();
+        let turn_us = self.io.now_us().saturating_sub(self.now_us);
+        self.stats.histograms.turn_us.saturating_record(turn_us);
+        if turn_us > TURN_FAULT_MS * 1000 {
+            self.stats.counters.turns_slow += 1;
+        }
+        result
+    }
+
+    fn wait(&self, sleepy: Sleepy) -> Wait {
+        if sleepy == Sleepy::No || !self.reports.is_empty() || self.left || self.is_closing_listeners() {
+            return Wait::Not;
+        }
+        let timer_us = self.wheel.next_ms().map(|ms| ms * 1000);
+        let limit_us = match sleepy {
+            Sleepy::UntilUs(limit_us) => Some(limit_us),
+            _ => None,
+        };
+        match (timer_us, limit_us) {
+            (None, None) => Wait::Forever,
+            (Some(until), None) | (None, Some(until)) => Wait::Until(until),
+            (Some(timer_us), Some(limit_us)) => Wait::Until(timer_us.min(limit_us)),
+        }
+    }
+
+    /// When the next timer is due, µs of [`Io::now_us`].
+    pub fn next_deadline_us(&self) -> Option<u64> {
+        self.wheel.next_ms().map(|ms| ms * 1000)
+    }
+
+    /// Whether the mailbox rang since the last call.
+    pub fn take_woken(&mut self) -> bool {
+        std::mem::take(&mut self.woken)
+    }
+
+    /// The next report for the control thread.
+    pub fn next_report(&mut self) -> Option<Report> {
+        self.reports.pop_front()
+    }
+
+    /// A report could not be delivered.
+    pub fn report_dropped(&mut self) {
+        self.stats.counters.records_dropped += 1;
+    }
+
+    /// The shard has ended all it had; its thread may end.
+    pub fn has_left(&self) -> bool {
+        self.left
+    }
+
+    /// The `Io`, for its owner's own business (simulations, hosts).
+    pub fn io_mut(&mut self) -> &mut I {
+        &mut self.io
+    }
+
+    /// The counters so far.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Client connections, backend connections, streams and timers that exist; all zero at rest after a drain.
+    pub fn population(&self) -> (usize, usize, usize, usize) {
+        (self.clients, self.conns.len() - self.clients, self.streams.len(), self.wheel.len())
+    }
+
+    /// Carries out what the control thread says.
+    pub fn command(&mut self, command: Command) {
+        match command {
+            Command::Upstreams(upstreams) => {
+                self.pool.follow(upstreams.upstreams.len());
+                self.upstreams = upstreams;
+            }
+            Command::Snapshot { ticket } => {
+                let snapshot = Box::new(self.snapshot());
+                self.reports.push_back(Report::Snapshot { ticket, snapshot });
+            }
+            Command::Drain { deadline_ms } => self.drain(deadline_ms),
+            Command::Stop => self.stop(),
+        }
+    }
+
+    fn complete(&mut self, completion: Completion<I::Socket, I::Buffer>) {
+        match completion {
+            Completion::Accepted { listener, socket } => self.accepted(listener, socket),
+            Completion::AcceptEnded { listener, error } => self.accept_ended(listener, error),
+            Completion::Connected { conn, result } => self.connected(conn, result),
+            Completion::Received { conn, buffer } => match self.role(conn) {
+                Some(true) => self.client_received(conn, &buffer),
+                Some(false) => self.backend_received(conn, &buffer),
+                None => debug_assert!(false, "a completion for a freed connection"),
+            },
+            Completion::ReceiveEnded { conn, why } => self.receive_ended(conn, why),
+            Completion::Sent { conn, result } => self.sent(conn, result),
+            Completion::Hangup { conn, result } => self.hung_up(conn, result),
+            Completion::Woken => self.woken = true,
+        }
+    }
+
+    /// `Some(true)`: a client's connection.
+    fn role(&self, conn: Key) -> Option<bool> {
+        self.conns.get(conn).map(Conn::is_client)
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.now_us / 1000
+    }
+
+    fn route(&self, index: usize) -> &Route {
+        &self.settings.routes[index]
+    }
+
+    fn mark_dirty(&mut self, key: Key) {
+        if let Some(conn) = self.conns.get_mut(key)
+            && !conn.dirty
+        {
+            conn.dirty = true;
+            self.dirty.push(key);
+        }
+    }
+
+    /// The state at this instant.
+    pub fn snapshot(&self) -> Snapshot {
+        let mut phases = [0; Phase::COUNT];
+        let (mut log_bytes, mut pending_bytes, mut in_flight_bytes) = (0, 0, 0);
+        for (_, stream) in self.streams.iter() {
+            phases[stream.phase as usize] += 1;
+            log_bytes += (stream.request.memory_bytes() + stream.response.memory_bytes()) as u64;
+        }
+        let mut lagging = Vec::new();
+        for (key, conn) in self.conns.iter() {
+            in_flight_bytes += u64::from(conn.ledger.in_flight());
+            let Some(stream) = conn.stream.and_then(|key| self.streams.get(key)) else {
+                if conn.is_client() {
+                    let phase = if conn.held.is_empty() { Phase::KeptAlive } else { Phase::Head };
+                    phases[phase as usize] += 1;
+                }
+                continue;
+            };
+            let log = if conn.is_client() { &stream.response } else { &stream.request };
+            let lag = conn.ledger.lag(log.end());
+            pending_bytes += lag;
+            if conn.is_client() && lag > 0 {
+                lagging.push((lag, key));
+            }
+        }
+        lagging.sort_unstable_by_key(|&(lag, _)| std::cmp::Reverse(lag));
+        lagging.truncate(SLOWEST_LISTED);
+        Snapshot {
+            shard: self.index,
+            stats: self.stats.clone(),
+            connections: self.clients,
+            upstream_connections: self.conns.len() - self.clients,
+            phases,
+            in_flight_bytes,
+            pending_bytes,
+            log_bytes,
+            buffers_free: self.io.buffers_free(),
+            timers: self.wheel.len(),
+            draining: self.leaving != Leaving::No,
+            upstreams: self
+                .pool
+                .upstreams
+                .iter()
+                .map(|upstream| UpstreamSnapshot {
+                    active: upstream.active,
+                    idle: upstream.idle.len() as u64,
+                    failures: upstream.failures,
+                })
+                .collect(),
+            slowest: lagging.into_iter().filter_map(|(lag, key)| self.slow_connection(lag, key)).collect(),
+        }
+    }
+
+    fn slow_connection(&self, pending_bytes: u64, key: Key) -> Option<SlowConnection> {
+        let conn = self.conns.get(key)?;
+        let stream = self.streams.get(conn.stream?)?;
+        Some(SlowConnection {
+            peer: self.io.peer(conn.socket),
+            pending_bytes,
+            in_flight_bytes: conn.ledger.in_flight(),
+            phase: stream.phase,
+            age_ms: (self.now_us - stream.started_us) / 1000,
+        })
+    }
+
+    fn client_conns(&self) -> Vec<Key> {
+        self.conns
+            .iter()
+            .filter(|(_, conn)| matches!(conn.role, Role::Client(_)))
+            .map(|(key, _)| key)
+            .collect()
+    }
+}

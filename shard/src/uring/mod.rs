@@ -1,1 +1,578 @@
-//! (being written)
+//! The real [`Io`]: one io_uring per shard, created, used and dropped on the shard's own thread.
+//! All unsafe code of the project lives in this folder.
+//!
+//! One `io_uring_enter` per turn submits, runs the deferred completion work and sleeps. Nothing here ever needs a kernel
+//! worker thread: sockets are blocking ones (with O_NONBLOCK io_uring answers EAGAIN instead of waiting by poll), and
+//! shutdown(2) is a plain syscall (its io_uring form is always handed to a worker: `REQ_F_FORCE_ASYNC` in io_uring/net.c).
+
+mod buffers;
+mod eventfd;
+mod ops;
+mod probe;
+mod sockets;
+
+pub use buffers::Buffer;
+pub use eventfd::EventFd;
+pub use probe::{ProbeItem, probe, raise_nofile};
+pub use sockets::{Socket, listen};
+
+use crate::io::{Close, Completion, Errno, Half, Io, OpId, ReceiveEnd, Wait};
+use crate::settings::{Settings, Sleep};
+use buffers::BufferRing;
+use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
+use ops::{FORGOTTEN, Memory, OpTable, Owner};
+use protocol::limits::COMPLETIONS_PER_TURN_MAX;
+use protocol::log::Lent;
+use protocol::slots::Key;
+use sockets::Descriptors;
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::fmt;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The only buffer group of a ring.
+const BUFFER_GROUP: u16 = 0;
+/// Completions per submission entry: a multishot answers many times.
+const COMPLETIONS_PER_ENTRY: u32 = 4;
+/// How long the drop of a ring waits for its operations to end before it leaks their memory instead of freeing it.
+const REAP_MS_MAX: u64 = 5_000;
+
+/// A shard's ring could not be made.
+#[derive(Debug)]
+pub enum RingError {
+    /// io_uring is switched off here (EPERM, ENOSYS).
+    Disabled(std::io::Error),
+    /// Too little memory, or the locked-memory limit is too low (ENOMEM).
+    Memory(std::io::Error),
+    /// The kernel does not know what is needed (EINVAL).
+    KernelTooOld {
+        /// What was asked for.
+        missing: &'static str,
+        /// Release of the running kernel.
+        found: String,
+    },
+    /// No descriptors left (EMFILE, ENFILE).
+    Descriptors(std::io::Error),
+    /// Anything else.
+    Other(&'static str, std::io::Error),
+}
+
+impl RingError {
+    fn of(doing: &'static str, error: std::io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EPERM | libc::ENOSYS | libc::EACCES) => RingError::Disabled(error),
+            Some(libc::ENOMEM) => RingError::Memory(error),
+            Some(libc::EINVAL) => RingError::KernelTooOld { missing: doing, found: probe::kernel_release() },
+            Some(libc::EMFILE | libc::ENFILE) => RingError::Descriptors(error),
+            _ => RingError::Other(doing, error),
+        }
+    }
+}
+
+impl fmt::Display for RingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RingError::Disabled(error) => write!(
+                f,
+                "io_uring is disabled here ({error}): set the sysctl kernel.io_uring_disabled to 0, and allow \
+                 io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
+            ),
+            RingError::Memory(error) => write!(
+                f,
+                "no memory for the ring ({error}): raise the locked-memory limit to at least 512 KiB (ulimit -l, LimitMEMLOCK=), \
+                 or lower ring_depth and buffers"
+            ),
+            RingError::KernelTooOld { missing, found } => {
+                write!(f, "the kernel refuses {missing}: Linux 6.1 or newer is needed, this is {found}")
+            }
+            RingError::Descriptors(error) => {
+                write!(
+                    f,
+                    "no file descriptor for the ring ({error}): raise the limit (ulimit -n, LimitNOFILE=)"
+                )
+            }
+            RingError::Other(doing, error) => write!(f, "{doing}: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for RingError {}
+
+/// What is to be done with a socket after everything queued before it was submitted.
+enum Ending {
+    Shutdown(Socket, Half),
+    Close(Socket, Close),
+}
+
+/// One ring with its operations, buffers, listeners and sockets.
+pub struct UringIo {
+    ring: IoUring,
+    ops: OpTable,
+    buffers: Rc<BufferRing>,
+    /// `None`: stopped.
+    listeners: Vec<Option<TcpListener>>,
+    descriptors: Descriptors,
+    /// In order of request.
+    endings: Vec<Ending>,
+    /// Entries the kernel would not take yet; submitted before anything newer. Empty but under memory pressure.
+    unsubmitted: VecDeque<squeue::Entry>,
+    wake: Arc<EventFd>,
+    wake_armed: bool,
+    /// The kernel writes the bell's count here while `wake_armed`.
+    wake_count: Box<Cell<u64>>,
+    completion_event: Option<EventFd>,
+    enter_flags: EnterFlags,
+}
+
+impl UringIo {
+    /// A ring for the calling thread, which alone may use it. `wake` is made by [`EventFd::for_ring`] and heard as
+    /// [`Completion::Woken`].
+    ///
+    /// # Errors
+    /// When the kernel refuses; says why and what to do.
+    pub fn new(
+        settings: &Settings,
+        listeners: Vec<TcpListener>,
+        wake: Arc<EventFd>,
+    ) -> Result<Self, RingError> {
+        let ring = build_ring(settings.ring_depth)?;
+        let buffers = BufferRing::new(settings.buffers, settings.buffer_bytes)
+            .map_err(|error| RingError::of("mapping receive buffers", error))?;
+        // SAFETY: the address is that of `count` zeroed entries, aligned to a page; they live until the Drop of `UringIo`
+        // unregistered them or leaked them.
+        unsafe {
+            ring.submitter().register_buf_ring_with_flags(buffers.address(), buffers.count(), BUFFER_GROUP, 0)
+        }
+        .map_err(|error| RingError::of("a ring of receive buffers", error))?;
+        for listener in &listeners {
+            // io_uring waits by poll only on blocking descriptors.
+            listener
+                .set_nonblocking(false)
+                .map_err(|error| RingError::Other("making a listener blocking", error))?;
+        }
+        let completion_event = match settings.sleep {
+            Sleep::Ring => None,
+            Sleep::Reactor => {
+                let event = EventFd::for_ring().map_err(|error| RingError::of("an eventfd", error))?;
+                ring.submitter()
+                    .register_eventfd(event.as_fd().as_raw_fd())
+                    .map_err(|error| RingError::of("a completion eventfd", error))?;
+                Some(event)
+            }
+        };
+        let mut enter_flags = EnterFlags::GETEVENTS | EnterFlags::EXT_ARG;
+        if ring.params().is_feature_no_iowait() {
+            // Waiting for clients is idleness, not I/O wait, to the accounting of CPU time.
+            enter_flags |= EnterFlags::NO_IOWAIT;
+        }
+        Ok(UringIo {
+            ring,
+            ops: OpTable::new(),
+            buffers,
+            listeners: listeners.into_iter().map(Some).collect(),
+            descriptors: Descriptors::default(),
+            endings: Vec::new(),
+            unsubmitted: VecDeque::new(),
+            wake,
+            wake_armed: false,
+            wake_count: Box::new(Cell::new(0)),
+            completion_event,
+            enter_flags,
+        })
+    }
+
+    /// Rung when a completion is ready ([`Sleep::Reactor`] only); another descriptor of the same bell each time.
+    ///
+    /// # Errors
+    /// No descriptors.
+    pub fn completion_event(&self) -> std::io::Result<Option<EventFd>> {
+        self.completion_event.as_ref().map(EventFd::try_clone).transpose()
+    }
+
+    /// Operations in flight, the wake-up's own included.
+    pub fn operations(&self) -> usize {
+        self.ops.len()
+    }
+
+    /// Bytes of logs lent to the kernel.
+    pub fn lent_bytes(&self) -> u64 {
+        self.ops.lent_bytes()
+    }
+
+    /// Sockets made or accepted and not closed.
+    pub fn sockets(&self) -> usize {
+        self.descriptors.open()
+    }
+
+    fn start(&mut self, owner: Owner, fd: RawFd, memory: Memory, entry: squeue::Entry) -> OpId {
+        if fd >= 0 {
+            self.descriptors.operation_started(fd);
+        }
+        let op = self.ops.start(owner, fd, memory);
+        self.push(entry.user_data(op.0));
+        op
+    }
+
+    /// Queues an entry. Whatever memory it names must be held by the op table, or be used up by its submission.
+    fn push(&mut self, entry: squeue::Entry) {
+        if self.unsubmitted.is_empty() {
+            // SAFETY: what the entry points to is owned by the op table (or this struct) until the last completion.
+            if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+                return;
+            }
+            // Full: submit and go on. A refusal (EBUSY, EAGAIN) leaves the queue as it is, and the turn tries again.
+            if self.enter(0, 0, None).is_ok()
+                // SAFETY: as above.
+                && unsafe { self.ring.submission().push(&entry) }.is_ok()
+            {
+                return;
+            }
+        }
+        self.unsubmitted.push_back(entry);
+    }
+
+    /// Moves what is left over into the submission queue as far as it goes; true if nothing remains.
+    fn push_unsubmitted(&mut self) -> bool {
+        while let Some(entry) = self.unsubmitted.front() {
+            // SAFETY: as in `push`; the owner is still in the op table because it has had no completion.
+            if unsafe { self.ring.submission().push(entry) }.is_err() {
+                return false;
+            }
+            self.unsubmitted.pop_front();
+        }
+        true
+    }
+
+    /// Submits everything queued, left-overs included, without sleeping.
+    fn submit(&mut self) -> Result<(), Errno> {
+        loop {
+            let all = self.push_unsubmitted();
+            let queued = self.ring.submission().len();
+            if queued > 0 {
+                self.enter(0, 0, None)?;
+            }
+            if all || self.ring.submission().len() == queued {
+                return Ok(());
+            }
+        }
+    }
+
+    /// One io_uring_enter: submits, runs deferred work, waits for `completions` or the timeout.
+    fn enter(&mut self, flags: u32, completions: u32, timeout: Option<Duration>) -> Result<(), Errno> {
+        let timespec = timeout.map(Timespec::from);
+        let mut arguments = SubmitArgs::new();
+        if let Some(timespec) = &timespec {
+            arguments = arguments.timespec(timespec);
+        }
+        let queued = self.ring.submission().len() as u32;
+        let flags = self.enter_flags.bits() | flags;
+        // SAFETY: the argument is the structure that EXT_ARG announces, and lives across the call with what it points to. The
+        // entries submitted name memory that the op table owns.
+        let result = unsafe { self.ring.submitter().enter(queued, completions, flags, Some(&arguments)) };
+        match result {
+            Ok(_) => Ok(()),
+            Err(error) => match error.raw_os_error() {
+                // The time is up; a signal came; completions have to be taken first; no memory for a request just now.
+                // All of them end the sleep, and the next turn tries again.
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                Some(errno) => Err(Errno(errno)),
+                None => Err(Errno(libc::EIO)),
+            },
+        }
+    }
+
+    fn submit_and_wait(&mut self, wait: Wait) -> Result<(), Errno> {
+        let all = self.push_unsubmitted();
+        // Completions left over from the last turn (its batch was full) are work that is there already.
+        let may_sleep = all && self.ring.completion().is_empty();
+        let timeout = match wait {
+            _ if !may_sleep => Some(Duration::ZERO),
+            Wait::Not => Some(Duration::ZERO),
+            Wait::Until(until_us) => Some(Duration::from_micros(until_us.saturating_sub(self.now_us()))),
+            Wait::Forever => None,
+        };
+        if timeout != Some(Duration::ZERO) {
+            return self.enter(0, 1, timeout);
+        }
+        let queue = self.ring.submission();
+        // Without entries, deferred work or overflown completions the kernel has nothing to do for us.
+        let idle = queue.is_empty() && !queue.taskrun() && !queue.cq_overflow();
+        drop(queue);
+        if idle { Ok(()) } else { self.enter(0, 0, None) }
+    }
+
+    /// Carries out shutdowns and closes. Entries of the submission queue are issued in order, and a close is issued inline
+    /// (sockets have no `flush`), so a close needs no care; a shutdown is a syscall of its own and would overtake a send
+    /// queued before it, so everything queued is submitted first: once per turn, however many sockets end.
+    fn end_sockets(&mut self) -> Result<(), Errno> {
+        if self.endings.iter().any(|ending| matches!(ending, Ending::Shutdown(..)))
+            && !(self.unsubmitted.is_empty() && self.ring.submission().is_empty())
+        {
+            self.submit()?;
+        }
+        let mut endings = std::mem::take(&mut self.endings);
+        for ending in endings.drain(..) {
+            match ending {
+                Ending::Shutdown(socket, half) => sockets::shutdown(socket, half),
+                Ending::Close(socket, how) => {
+                    if how == Close::Reset {
+                        sockets::reset_on_close(socket);
+                    }
+                    self.descriptors.closed(socket.fd());
+                    let entry = opcode::Close::new(Fd(socket.fd())).build();
+                    self.push(entry.user_data(FORGOTTEN).flags(squeue::Flags::SKIP_SUCCESS));
+                }
+            }
+        }
+        self.endings = endings;
+        Ok(())
+    }
+
+    fn arm_wake(&mut self) {
+        if !self.wake_armed {
+            self.wake_armed = true;
+            let fd = Fd(self.wake.as_fd().as_raw_fd());
+            let entry =
+                opcode::Read::new(fd, self.wake_count.as_ptr().cast(), size_of::<u64>() as u32).build();
+            self.start(Owner::Wake, -1, Memory::Nothing, entry);
+        }
+    }
+
+    /// Takes completions out of the ring, at most as many as a turn handles.
+    fn take(&mut self, completions: &mut Vec<Completion<Socket, Buffer>>) {
+        // One entry becomes two completions at most.
+        let full = completions.len() + COMPLETIONS_PER_TURN_MAX - 1;
+        let UringIo { ring, ops, buffers, descriptors, wake_armed, .. } = self;
+        let mut queue = ring.completion();
+        while completions.len() < full {
+            let Some(entry) = queue.next() else { break };
+            // A cancel that came too late has nothing to tell.
+            if entry.user_data() == FORGOTTEN {
+                continue;
+            }
+            let (result, more) = (entry.result(), cqueue::more(entry.flags()));
+            // Taken first: a buffer goes back whatever the completion says.
+            let buffer = cqueue::buffer_select(entry.flags())
+                .map(|id| buffers.take(id, u32::try_from(result).unwrap_or(0)));
+            let (owner, fd) = ops.complete(OpId(entry.user_data()), more);
+            if fd >= 0 && !more {
+                descriptors.operation_ended(fd);
+            }
+            let outcome = u32::try_from(result).map_err(|_| Errno(-result));
+            match owner {
+                Owner::Accept { listener } => {
+                    if outcome.is_ok() {
+                        descriptors.opened(result);
+                        completions.push(Completion::Accepted { listener, socket: Socket(result) });
+                    }
+                    if !more {
+                        completions.push(Completion::AcceptEnded { listener, error: outcome.err() });
+                    }
+                }
+                Owner::Connect(conn) => {
+                    completions.push(Completion::Connected { conn, result: outcome.map(|_| ()) });
+                }
+                Owner::Receive(conn) => {
+                    let why = match (outcome, buffer) {
+                        (Ok(0), _) => ReceiveEnd::Fin,
+                        (Ok(_), Some(buffer)) => {
+                            completions.push(Completion::Received { conn, buffer });
+                            ReceiveEnd::Rearm
+                        }
+                        (Ok(_), None) => unreachable!("bytes received without a buffer"),
+                        (Err(error), _) => ReceiveEnd::Error(error),
+                    };
+                    if !more {
+                        completions.push(Completion::ReceiveEnded { conn, why });
+                    }
+                }
+                Owner::Send(conn, lent) => {
+                    assert!(
+                        outcome.is_err() || outcome.is_ok_and(|sent| sent <= lent),
+                        "sent more than lent"
+                    );
+                    completions.push(Completion::Sent { conn, result: outcome });
+                }
+                Owner::Watch(conn) => {
+                    completions.push(Completion::Hangup { conn, result: outcome.map(|_| ()) });
+                }
+                Owner::Wake => {
+                    *wake_armed = false;
+                    if outcome.is_ok() {
+                        completions.push(Completion::Woken);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Cancels everything and waits until the kernel holds none of our memory. False if it still does.
+    fn reap(&mut self) -> bool {
+        let deadline_us = self.now_us() + REAP_MS_MAX * 1000;
+        let mut cancel = true;
+        while self.ops.len() > 0 {
+            if self.now_us() >= deadline_us || self.submit().is_err() {
+                return false;
+            }
+            if cancel {
+                let any = io_uring::types::CancelBuilder::any().all();
+                self.push(opcode::AsyncCancel2::new(any).build().user_data(FORGOTTEN));
+            }
+            if self.enter(0, 1, Some(Duration::from_millis(10))).is_err() {
+                return false;
+            }
+            let before = self.ops.len();
+            let UringIo { ring, ops, descriptors, .. } = self;
+            for entry in ring.completion() {
+                let more = cqueue::more(entry.flags());
+                let Some((owner, _)) = ops.try_complete(OpId(entry.user_data()), more) else { continue };
+                if let Owner::Accept { .. } = owner
+                    && entry.result() >= 0
+                {
+                    descriptors.opened(entry.result());
+                }
+            }
+            cancel = self.ops.len() == before;
+        }
+        true
+    }
+}
+
+impl Drop for UringIo {
+    fn drop(&mut self) {
+        // What was asked for is still done: an orderly close flushes, a shutdown sends its FIN.
+        if self.end_sockets().is_err() || self.submit().is_err() || !self.reap() {
+            log::error!("{} operations do not end: their memory is leaked", self.ops.len());
+            std::mem::forget(std::mem::replace(&mut self.ops, OpTable::new()));
+            std::mem::forget(Rc::clone(&self.buffers));
+            std::mem::forget(std::mem::replace(&mut self.wake_count, Box::new(Cell::new(0))));
+        } else if let Err(error) = self.ring.submitter().unregister_buf_ring(BUFFER_GROUP) {
+            log::error!("the receive buffers cannot be unregistered ({error}): they are leaked");
+            std::mem::forget(Rc::clone(&self.buffers));
+        }
+        self.descriptors.close_all();
+    }
+}
+
+fn build_ring(depth: u32) -> Result<IoUring, RingError> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .setup_submit_all()
+        .setup_clamp()
+        .setup_cqsize(depth.saturating_mul(COMPLETIONS_PER_ENTRY))
+        .build(depth)
+        .map_err(|error| RingError::of("a ring with SINGLE_ISSUER, DEFER_TASKRUN and SUBMIT_ALL", error))
+}
+
+impl Io for UringIo {
+    type Socket = Socket;
+    type Buffer = Buffer;
+
+    fn now_us(&self) -> u64 {
+        clock_us()
+    }
+
+    fn turn(&mut self, wait: Wait, completions: &mut Vec<Completion<Socket, Buffer>>) -> Result<(), Errno> {
+        self.buffers.publish();
+        self.arm_wake();
+        self.end_sockets()?;
+        self.submit_and_wait(wait)?;
+        self.take(completions);
+        Ok(())
+    }
+
+    fn listeners(&self) -> usize {
+        self.listeners.len()
+    }
+
+    fn accept(&mut self, listener: usize, multishot: bool) -> OpId {
+        let Some(socket) = &self.listeners[listener] else { panic!("accept on a stopped listener") };
+        let fd = Fd(socket.as_raw_fd());
+        let entry = if multishot {
+            opcode::AcceptMulti::new(fd).flags(libc::SOCK_CLOEXEC).build()
+        } else {
+            opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut())
+                .flags(libc::SOCK_CLOEXEC)
+                .build()
+        };
+        self.start(Owner::Accept { listener }, -1, Memory::Nothing, entry)
+    }
+
+    fn stop_listening(&mut self, listener: usize) {
+        self.listeners[listener] = None;
+    }
+
+    fn connect(&mut self, conn: Key, address: SocketAddr) -> Result<(Socket, OpId), Errno> {
+        let socket = sockets::unconnected(address)
+            .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)))?;
+        self.descriptors.opened(socket.fd());
+        let address = Box::new(socket2::SockAddr::from(address));
+        let entry = opcode::Connect::new(Fd(socket.fd()), address.as_ptr().cast(), address.len()).build();
+        let op = self.start(Owner::Connect(conn), socket.fd(), Memory::Address(address), entry);
+        Ok((socket, op))
+    }
+
+    fn receive(&mut self, conn: Key, socket: Socket) -> OpId {
+        let entry = opcode::RecvMulti::new(Fd(socket.fd()), BUFFER_GROUP).build();
+        self.start(Owner::Receive(conn), socket.fd(), Memory::Nothing, entry)
+    }
+
+    fn send(&mut self, conn: Key, socket: Socket, range: Lent) -> OpId {
+        let bytes =
+            u32::try_from(range.len()).unwrap_or_else(|_| unreachable!("a range of a log is 32 bits long"));
+        let entry = opcode::Send::new(Fd(socket.fd()), range.cells().as_ptr().cast(), bytes)
+            .flags(libc::MSG_NOSIGNAL | libc::MSG_WAITALL)
+            .build();
+        self.start(Owner::Send(conn, bytes), socket.fd(), Memory::Lent(range), entry)
+    }
+
+    fn watch_hangup(&mut self, conn: Key, socket: Socket) -> OpId {
+        let events = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+        let entry = opcode::PollAdd::new(Fd(socket.fd()), events as u32).build();
+        self.start(Owner::Watch(conn), socket.fd(), Memory::Nothing, entry)
+    }
+
+    fn cancel(&mut self, op: OpId) {
+        if self.ops.contains(op) {
+            let entry = opcode::AsyncCancel::new(op.0).build();
+            self.push(entry.user_data(FORGOTTEN).flags(squeue::Flags::SKIP_SUCCESS));
+        }
+    }
+
+    fn shutdown(&mut self, socket: Socket, half: Half) {
+        self.descriptors.assert_open(socket.fd());
+        self.endings.push(Ending::Shutdown(socket, half));
+    }
+
+    fn close(&mut self, socket: Socket, how: Close) {
+        self.descriptors.closing(socket.fd());
+        self.endings.push(Ending::Close(socket, how));
+    }
+
+    fn peer(&self, socket: Socket) -> Option<SocketAddr> {
+        sockets::peer(socket)
+    }
+
+    fn buffers_free(&self) -> usize {
+        self.buffers.free()
+    }
+}
+
+/// The one clock of the data plane: CLOCK_MONOTONIC in microseconds, the same for every shard of a machine.
+fn clock_us() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer names `now`, which outlives the call.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    debug_assert_eq!(result, 0, "CLOCK_MONOTONIC exists");
+    now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
+}
+
+#[cfg(test)]
+mod tests;

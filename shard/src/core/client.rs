@@ -1,0 +1,411 @@
+//! The client's side: bytes in, requests begun, bodies handed on, and the client's leaving.
+
+use super::Shard;
+use super::conn::State;
+use super::stream::{Description, Stream};
+use crate::io::{Close, Io};
+use crate::settings::Route;
+use protocol::dialect::Dialect;
+use protocol::facts::Scanner;
+use protocol::http::{
+    self, BodyDecoder, Framing, LAST_CHUNK, Piece, Refusal, RequestHead, Version, header_slots, parse_request,
+};
+use protocol::limits::{BODY_PROGRESS_BYTES, FACTS_PREFIX_BYTES_MAX, LINGER_BYTES_MAX};
+use protocol::phase::{End, Step};
+use protocol::slots::Key;
+
+/// Bytes of a request line kept for the access log.
+const DESCRIPTION_BYTES_MAX: usize = 120;
+
+impl<I: Io> Shard<I> {
+    pub(super) fn client_received(&mut self, key: Key, bytes: &[u8]) {
+        self.stats.counters.client_received_bytes += bytes.len() as u64;
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        match conn.state {
+            State::Joining(_) => return,
+            State::Lingering => {
+                let dropped = conn.client().map_or(0, |client| {
+                    client.dropped += bytes.len() as u64;
+                    client.dropped
+                });
+                if dropped > LINGER_BYTES_MAX {
+                    self.join(key, Close::Orderly);
+                }
+                return;
+            }
+            State::Open => {}
+        }
+        if conn.held.is_empty() {
+            self.client_input(key, bytes);
+        } else {
+            let mut held = std::mem::take(&mut conn.held);
+            held.extend_from_slice(bytes);
+            self.client_input(key, &held);
+        }
+    }
+
+    /// Takes input as far as the connection's state allows; what is left over is held.
+    fn client_input(&mut self, key: Key, mut input: &[u8]) {
+        while !input.is_empty() {
+            let Some(conn) = self.conns.get_mut(key) else { return };
+            if conn.state != State::Open {
+                return;
+            }
+            let in_body = conn.client().is_some_and(|client| client.body.is_some());
+            match conn.stream {
+                None => {
+                    if !self.client_head(key, &mut input) {
+                        return;
+                    }
+                }
+                Some(_) if in_body => {
+                    self.client_body(key, &mut input);
+                }
+                Some(_) => {
+                    // The next request, pipelined: it waits its turn, within the limit of a head.
+                    conn.held = input.to_vec();
+                    if conn.held.len() >= self.settings.head.head_bytes {
+                        self.want_receive(key, false);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Parses a head and begins its stream. False when more bytes are needed or the connection is at its end.
+    fn client_head(&mut self, key: Key, input: &mut &[u8]) -> bool {
+        let mut slots = header_slots();
+        match parse_request(input, &mut slots, &self.settings.head) {
+            Ok(Some(head)) => {
+                let raw = &input[..head.head_bytes];
+                *input = &input[head.head_bytes..];
+                self.begin(key, &head, raw, !input.is_empty());
+                true
+            }
+            Ok(None) => {
+                let head_ms = self.settings.routes.last().map_or(0, |route| route.deadlines.head_ms);
+                let now_ms = self.now_ms();
+                let Some(conn) = self.conns.get_mut(key) else { return false };
+                // The head's own clock starts with its first byte and is not extended by later ones.
+                if conn.held.is_empty()
+                    && conn.client().is_some_and(|client| !std::mem::replace(&mut client.in_head, true))
+                {
+                    conn.due_ms = if head_ms == 0 { u64::MAX } else { now_ms + u64::from(head_ms) };
+                }
+                conn.held = input.to_vec();
+                self.follow_conn_timer(key);
+                false
+            }
+            Err(refusal) => {
+                self.begin_refused(key, refusal);
+                false
+            }
+        }
+    }
+
+    /// A stream that consists of nothing but its refusal.
+    fn begin_refused(&mut self, key: Key, refusal: Refusal) {
+        let route = self.settings.routes.len() - 1;
+        let stream = Stream::new(key, route, Dialect::Plain, Version::Http11, self.now_us);
+        if let Some(stream) = self.attach(key, stream) {
+            self.refuse(stream, refusal);
+        }
+    }
+
+    /// A head that did not arrive in time.
+    pub(super) fn refuse_late_head(&mut self, key: Key) {
+        let route = self.settings.routes.len() - 1;
+        let mut stream = Stream::new(key, route, Dialect::Plain, Version::Http11, self.now_us);
+        stream.close = true;
+        if let Some(stream) = self.attach(key, stream) {
+            self.end_stream(stream, End::HeadTimeout);
+        }
+    }
+
+    /// Puts a new stream into its slot and on its connection.
+    fn attach(&mut self, key: Key, mut stream: Stream) -> Option<Key> {
+        self.begun += 1;
+        if self.settings.records {
+            stream.description = Some(Box::default());
+        }
+        let Ok(stream) = self.streams.insert(stream) else {
+            // There are as many stream slots as client slots, and a client has one stream.
+            debug_assert!(false, "no stream slot for a client that has a slot");
+            self.join(key, Close::Reset);
+            return None;
+        };
+        let conn = self.conns.get_mut(key)?;
+        conn.stream = Some(stream);
+        conn.ledger = protocol::ledger::Ledger::default();
+        conn.due_ms = u64::MAX;
+        if let Some(client) = conn.client() {
+            client.requests += 1;
+            client.in_head = false;
+        }
+        Some(stream)
+    }
+
+    fn begin(&mut self, key: Key, head: &RequestHead<'_, '_>, raw: &[u8], more_input: bool) {
+        self.stats.counters.requests += 1;
+        let settings = std::sync::Arc::clone(&self.settings);
+        let path = head.path();
+        let Some(index) = settings.routes.iter().position(|route| route.matches(path)) else {
+            return self.begin_refused(key, Refusal::NotFound);
+        };
+        let route = &settings.routes[index];
+        let dialect = Dialect::of_path(path);
+        let mut stream = Stream::new(key, index, dialect, head.version, self.now_us);
+        stream.step(Step::HeadDone);
+        stream.head_only = head.method == "HEAD";
+        stream.close = !head.keep_alive;
+        stream.streaming = head.accepts_event_stream && !dialect.is_model_endpoint();
+        stream.request_done = head.framing == Framing::None || head.framing == Framing::Length(0);
+        stream.request_chunked = head.framing == Framing::Chunked;
+        if dialect.is_model_endpoint() && !stream.request_done {
+            stream.scanner = Some(Box::new(Scanner::new(FACTS_PREFIX_BYTES_MAX)));
+        }
+        let now_ms = self.now_ms();
+        let due = |ms: u32| if ms == 0 { u64::MAX } else { now_ms + u64::from(ms) };
+        stream.total_due_ms = due(route.deadlines.total_ms);
+        stream.phase_due_ms = due(route.deadlines.body_ms);
+        let Some(stream_key) = self.attach(key, stream) else { return };
+        self.describe(stream_key, head);
+        if !self.check_request(stream_key, route, head) {
+            return;
+        }
+        if route.upstreams.is_empty() {
+            if !self.begin_demo(stream_key, head) {
+                return;
+            }
+        } else {
+            self.begin_backend(stream_key, head, raw);
+        }
+        let Some(stream) = self.streams.get_mut(stream_key) else { return };
+        if stream.end.is_some() {
+            return;
+        }
+        if stream.request_done {
+            return self.request_complete(stream_key);
+        }
+        // RFC 9110 section 10.1.1: not needed when the body is already on its way.
+        if head.expect_continue && head.version == Version::Http11 && !more_input {
+            stream.append_response(b"HTTP/1.1 100 Continue\r\n\r\n", self.now_us);
+            self.mark_dirty(key);
+        }
+        if let Some(client) = self.conns.get_mut(key).and_then(super::conn::Conn::client) {
+            client.body = Some(BodyDecoder::new(head.framing, settings.body_bytes_max));
+            client.body_progress = BODY_PROGRESS_BYTES;
+        }
+        self.follow_stream_timer(stream_key);
+    }
+
+    fn describe(&mut self, key: Key, head: &RequestHead<'_, '_>) {
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        if let Some(description) = &mut stream.description {
+            let mut request = format!("{} {}", head.method, head.path());
+            // Targets are ASCII (RFC 9112 section 3.2), so any byte is a boundary.
+            request.truncate(DESCRIPTION_BYTES_MAX);
+            *description = Box::new(Description { request: request.into(), refusal: None });
+        }
+    }
+
+    /// What can be said of a request by its head alone. False: it was refused.
+    fn check_request(&mut self, key: Key, route: &Route, head: &RequestHead<'_, '_>) -> bool {
+        let length = match head.framing {
+            Framing::Length(length) => length,
+            _ => 0,
+        };
+        let refusal = if head.method == "CONNECT" || head.method == "TRACE" {
+            Some(Refusal::MethodNotAllowed)
+        } else if length > self.settings.body_bytes_max {
+            Some(Refusal::BodyTooLarge)
+        } else if head.method == "POST"
+            && Dialect::of_path(head.path()).is_model_endpoint()
+            && head.framing == Framing::None
+        {
+            Some(Refusal::LengthRequired)
+        } else {
+            None
+        };
+        if let Some(refusal) = refusal {
+            self.refuse(key, refusal);
+            return false;
+        }
+        if !route.upstreams.is_empty() && self.leaving_now() {
+            self.end_stream(key, End::Stopped);
+            return false;
+        }
+        true
+    }
+
+    /// Hands body bytes on to the backend's log; advances `input` past the body.
+    fn client_body(&mut self, key: Key, input: &mut &[u8]) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        let Some(stream_key) = conn.stream else { return };
+        let Some(client) = conn.client() else { return };
+        let Some(body) = &mut client.body else { return };
+        let Some(stream) = self.streams.get_mut(stream_key) else { return };
+        // An answer that is already complete wants no more of the request.
+        let wanted = !stream.produced;
+        let mut progress = 0;
+        let outcome = loop {
+            match body.next(input) {
+                Ok(Piece::Data(piece)) => {
+                    progress += piece.len() as u32;
+                    if wanted {
+                        stream.append_request(piece);
+                    }
+                }
+                Ok(Piece::End) => break Ok(true),
+                Ok(Piece::NeedMore) => break Ok(false),
+                Err(refusal) => break Err(refusal),
+            }
+        };
+        client.body_progress = client.body_progress.saturating_sub(progress);
+        if client.body_progress == 0 {
+            client.body_progress = BODY_PROGRESS_BYTES;
+            let body_ms = self.settings.routes[stream.route].deadlines.body_ms;
+            if body_ms > 0 && stream.phase == protocol::phase::Phase::Body {
+                stream.phase_due_ms = self.now_us / 1000 + u64::from(body_ms);
+            }
+        }
+        let backend = stream.backend;
+        match outcome {
+            Ok(done) => {
+                if done {
+                    client.body = None;
+                    if wanted {
+                        if stream.request_chunked {
+                            stream.request.append(&[LAST_CHUNK]);
+                        }
+                        self.request_complete(stream_key);
+                    } else {
+                        stream.request_done = true;
+                    }
+                }
+                if let Some(backend) = backend {
+                    self.mark_dirty(backend);
+                }
+                self.follow_marks(stream_key);
+            }
+            Err(refusal) => {
+                client.body = None;
+                *input = &[];
+                self.refuse(stream_key, refusal);
+            }
+        }
+    }
+
+    /// The request is whole: from here on the model is waited for.
+    pub(super) fn request_complete(&mut self, key: Key) {
+        let now_us = self.now_us;
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        stream.request_done = true;
+        stream.take_facts();
+        stream.asked_us = now_us;
+        stream.step(Step::BodyDone);
+        let deadlines = self.settings.routes[stream.route].deadlines;
+        if stream.streaming && deadlines.first_token_ms > 0 {
+            stream.token_due_ms = now_us / 1000 + u64::from(deadlines.first_token_ms);
+        }
+        if stream.phase == protocol::phase::Phase::Connect {
+            stream.phase_due_ms = u64::MAX;
+            let connected = stream
+                .backend
+                .and_then(|key| self.conns.get(key))
+                .is_some_and(|conn| conn.ops.connect.is_none());
+            if connected {
+                self.await_head(key);
+            }
+        }
+        if self.streams.get(key).is_some_and(|stream| stream.demo.is_some()) {
+            self.start_demo(key);
+        }
+        self.follow_stream_timer(key);
+    }
+
+    /// The client's FIN: it left, or it only has nothing more to say.
+    pub(super) fn client_fin(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        let Some(stream) = conn.stream.and_then(|key| self.streams.get_mut(key)) else {
+            return self.join(key, Close::Orderly);
+        };
+        if !stream.request_done && !stream.produced {
+            // A request that can never become whole.
+            return self.client_gone(key);
+        }
+        if self.fin_means_left(key) && !self.stream_of(key).is_some_and(|stream| stream.produced) {
+            return self.client_gone(key);
+        }
+        // The answer is still sent, and those to requests already here.
+        self.mark_dirty(key);
+    }
+
+    fn stream_of(&self, conn: Key) -> Option<&Stream> {
+        self.conns.get(conn).and_then(|conn| conn.stream).and_then(|key| self.streams.get(key))
+    }
+
+    /// The client is gone: its stream ends, and its backend is let go at once.
+    pub(super) fn client_gone(&mut self, key: Key) {
+        let stream = self.conns.get(key).and_then(|conn| conn.stream);
+        if let Some(stream) = stream {
+            self.end_stream(stream, End::ClientLeft);
+            // What was complete but not delivered was not delivered.
+            self.override_end(stream, End::ClientLeft);
+            self.settle(stream);
+        }
+        self.join(key, Close::Orderly);
+    }
+
+    /// After an answer was delivered: the requests that were pipelined behind it, or the wait for the next one.
+    pub(super) fn next_request(&mut self, key: Key) {
+        let now_ms = self.now_ms();
+        let idle_ms = self.settings.routes.last().map_or(0, |route| route.deadlines.keep_alive_ms);
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        conn.stream = None;
+        conn.ledger = protocol::ledger::Ledger::default();
+        conn.due_ms = if idle_ms == 0 { u64::MAX } else { now_ms + u64::from(idle_ms) };
+        let held = std::mem::take(&mut conn.held);
+        let fin = conn.peer_fin;
+        self.follow_conn_timer(key);
+        if !held.is_empty() {
+            self.client_input(key, &held);
+        }
+        let Some(conn) = self.conns.get(key) else { return };
+        if conn.state != State::Open {
+            return;
+        }
+        if conn.stream.is_none() && (fin || self.leaving != super::Leaving::No) {
+            return self.linger(key);
+        }
+        if self.conns.get(key).is_some_and(|conn| conn.held.len() < self.settings.head.head_bytes) {
+            self.want_receive(key, true);
+        }
+    }
+
+    fn leaving_now(&self) -> bool {
+        matches!(self.leaving, super::Leaving::Stopping { .. })
+    }
+}
+
+impl Route {
+    /// Whether a request path belongs to this route: equal to the prefix, or below it at a segment's boundary.
+    pub fn matches(&self, path: &str) -> bool {
+        match path.strip_prefix(self.path_prefix.as_str()) {
+            Some(rest) => rest.is_empty() || self.path_prefix.ends_with('/') || rest.starts_with('/'),
+            None => false,
+        }
+    }
+}
+
+/// A head written for a backend, and its length.
+pub(super) fn write_backend_head(
+    out: &mut Vec<u8>,
+    head: &RequestHead<'_, '_>,
+    upstream: &crate::settings::Upstream,
+    identity: bool,
+) {
+    out.clear();
+    http::write_upstream_request(out, head, &upstream.authority, &upstream.base_path, identity);
+}

@@ -1,0 +1,157 @@
+//! A connection: a slab entry and a state machine. What the kernel holds of it, what it wants, and how it ends.
+//!
+//! ```text
+//!   Open ──(last byte confirmed, FIN owed)──► Lingering ──(peer's FIN, or time)──► Joining ──(no op left)──► closed, freed
+//!     └────────────────────────(error, cancel, peer gone)────────────────────────────┘
+//! ```
+//! `Joining` is the second of three steps: shut down, wait until every operation has completed, close and free.
+
+use crate::io::{Close, OpId};
+use protocol::http::BodyDecoder;
+use protocol::ledger::Ledger;
+use protocol::slots::Key;
+use protocol::wheel::TimerId;
+
+/// How far a connection has come towards its end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum State {
+    /// In use, or idle.
+    Open,
+    /// Everything was sent and FIN too; what still arrives is read and dropped, so that no RST destroys what was sent.
+    Lingering,
+    /// Shut; its operations are ending.
+    Joining(Close),
+}
+
+/// Which operations the kernel holds.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Ops {
+    pub(crate) receive: Option<OpId>,
+    pub(crate) send: Option<OpId>,
+    pub(crate) connect: Option<OpId>,
+    pub(crate) hangup: Option<OpId>,
+}
+
+impl Ops {
+    pub(crate) fn none(&self) -> bool {
+        self.receive.is_none() && self.send.is_none() && self.connect.is_none() && self.hangup.is_none()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = OpId> {
+        [self.receive, self.send, self.connect, self.hangup].into_iter().flatten()
+    }
+}
+
+/// A client's connection or a backend's.
+#[derive(Debug)]
+pub(crate) struct Conn<S> {
+    pub(crate) socket: S,
+    pub(crate) state: State,
+    pub(crate) role: Role,
+    /// The stream it serves; none while idle.
+    pub(crate) stream: Option<Key>,
+    /// Cursor into the stream's response (client) or request (backend).
+    pub(crate) ledger: Ledger,
+    pub(crate) ops: Ops,
+    /// Whether bytes are wanted; the receive is armed and cancelled to follow it.
+    pub(crate) receive_wanted: bool,
+    /// The receive was cancelled and its final completion is awaited.
+    pub(crate) receive_cancelled: bool,
+    /// The peer sent FIN.
+    pub(crate) peer_fin: bool,
+    /// Listed to be pumped at the end of the turn.
+    pub(crate) dirty: bool,
+    /// A partial head, or the start of pipelined requests; at most the head limit plus one receive.
+    pub(crate) held: Vec<u8>,
+    /// The armed timer and when it fires.
+    pub(crate) timer: Option<(TimerId, u64)>,
+    /// When the connection's own waiting (head, keep-alive, connect, linger, pool) is over, ms; `u64::MAX` never.
+    pub(crate) due_ms: u64,
+    /// When the send in flight was started or last made progress, ms.
+    pub(crate) send_since_ms: u64,
+}
+
+/// What a connection is for.
+#[derive(Debug)]
+pub(crate) enum Role {
+    Client(Client),
+    Backend(Backend),
+}
+
+/// The client's side of a connection.
+#[derive(Debug, Default)]
+pub(crate) struct Client {
+    /// The request body under way.
+    pub(crate) body: Option<BodyDecoder>,
+    /// Body bytes until the body deadline is renewed.
+    pub(crate) body_progress: u32,
+    /// Requests begun.
+    pub(crate) requests: u32,
+    /// A partial head is held, and its deadline runs.
+    pub(crate) in_head: bool,
+    /// Bytes dropped while lingering.
+    pub(crate) dropped: u64,
+}
+
+/// The backend's side of a connection.
+#[derive(Debug)]
+pub(crate) struct Backend {
+    /// Index in the upstream set.
+    pub(crate) upstream: usize,
+    /// Which of its addresses.
+    pub(crate) address: usize,
+    /// Requests sent before the one under way.
+    pub(crate) served: u32,
+    pub(crate) opened_ms: u64,
+    /// Bytes of the response under way were received.
+    pub(crate) answered: bool,
+    /// Interim responses seen.
+    pub(crate) interim: u32,
+    /// The response body under way; none before its head.
+    pub(crate) body: Option<BodyDecoder>,
+    /// The backend allows another request.
+    pub(crate) keep_alive: bool,
+    /// Its own promise of how long it waits for one, s.
+    pub(crate) keep_alive_s: Option<u32>,
+    /// In the pool.
+    pub(crate) idle: bool,
+}
+
+impl<S> Conn<S> {
+    pub(crate) fn new(socket: S, role: Role) -> Self {
+        Conn {
+            socket,
+            state: State::Open,
+            role,
+            stream: None,
+            ledger: Ledger::default(),
+            ops: Ops::default(),
+            receive_wanted: false,
+            receive_cancelled: false,
+            peer_fin: false,
+            dirty: false,
+            held: Vec::new(),
+            timer: None,
+            due_ms: u64::MAX,
+            send_since_ms: 0,
+        }
+    }
+
+    pub(crate) fn is_client(&self) -> bool {
+        matches!(self.role, Role::Client(_))
+    }
+
+    pub(crate) fn client(&mut self) -> Option<&mut Client> {
+        match &mut self.role {
+            Role::Client(client) => Some(client),
+            Role::Backend(_) => None,
+        }
+    }
+
+    pub(crate) fn backend(&mut self) -> Option<&mut Backend> {
+        match &mut self.role {
+            Role::Backend(backend) => Some(backend),
+            Role::Client(_) => None,
+        }
+    }
+}

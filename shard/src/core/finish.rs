@@ -1,0 +1,189 @@
+//! How streams end: what the client is told, what is counted, and what becomes of its connection.
+
+use super::Shard;
+use super::conn::State;
+use super::stream::{Answer, Stream};
+use crate::io::{Close, Io};
+use crate::mesh::Report;
+use crate::stats::StreamRecord;
+use protocol::fault::{Culprit, Fault};
+use protocol::http::{Framing, Refusal, write_own_response_head};
+use protocol::limits::RECORDS_PER_TURN_MAX;
+use protocol::phase::{End, Phase, Step};
+use protocol::slots::Key;
+
+impl<I: Io> Shard<I> {
+    /// Ends a stream for the first reason given; a second one is too late. The backend is let go at once; what the client is
+    /// owed (the rest, the end, or the error in its dialect) is in the log when this returns.
+    pub(super) fn end_stream(&mut self, key: Key, end: End) {
+        let now_us = self.now_us;
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        if stream.end.is_some() {
+            return;
+        }
+        stream.end = Some(end);
+        let backend = stream.backend;
+        match (stream.answer, end) {
+            // Nobody is left to be told.
+            (_, End::ClientLeft | End::WriteStall) => {}
+            (Answer::None, _) => write_error(stream, &end.fault(), &mut self.scratch, now_us, ""),
+            // The error is the last event, and the body is ended: a reader that is still behind must get it, and some
+            // (fetch in browsers and Node) throw away what they have not read when a body breaks off.
+            (Answer::Events { .. }, End::Done) => stream.append_last_chunk(now_us),
+            (Answer::Events { .. }, _) => {
+                if end != End::UpstreamError {
+                    self.scratch.clear();
+                    let next = stream.sequence_number.map(|last| last + 1);
+                    stream.dialect.write_error_event_numbered(&end.fault(), next, &mut self.scratch);
+                    stream.append_block(&self.scratch, now_us);
+                }
+                stream.append_last_chunk(now_us);
+                stream.close = true;
+            }
+            (Answer::Body(_), End::Done) => stream.append_last_chunk(now_us),
+            // An ordinary body has no place for an error: it must break off visibly.
+            (Answer::Body(framing), _) => {
+                stream.close = true;
+                stream.reset = framing == Framing::UntilClose;
+            }
+        }
+        stream.produced = true;
+        stream.scanner = None;
+        if stream.phase != Phase::Finishing {
+            stream.step(Step::ProducerDone);
+        }
+        let client = stream.client;
+        if let Some(backend) = backend {
+            self.disengage(backend, Close::Orderly);
+        }
+        if let Some(client) = client {
+            self.mark_dirty(client);
+        }
+    }
+
+    /// Answers a request that breaks a rule or a limit.
+    pub(super) fn refuse(&mut self, key: Key, refusal: Refusal) {
+        let now_us = self.now_us;
+        self.stats.counters.refusals += 1;
+        if let Some(index) = Refusal::ALL.iter().position(|&known| known == refusal) {
+            self.stats.refusals[index] += 1;
+        }
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        if let Some(description) = &mut stream.description {
+            description.refusal = Some(refusal.reason());
+        }
+        if stream.answer == Answer::None && stream.end.is_none() {
+            let fault = Fault {
+                status: refusal.status(),
+                code: refusal.reason(),
+                message: refusal.message(),
+                culprit: Culprit::Client,
+                retry_helps: false,
+            };
+            let harmless = matches!(refusal, Refusal::NotFound | Refusal::MethodNotAllowed);
+            stream.close |= !harmless || !stream.request_done;
+            let extra = if refusal == Refusal::MethodNotAllowed { "Allow: GET, HEAD, POST\r\n" } else { "" };
+            write_error(stream, &fault, &mut self.scratch, now_us, extra);
+        }
+        self.end_stream(key, End::Refused);
+    }
+
+    /// A whole answer of our own.
+    pub(super) fn answer_json(&mut self, key: Key, status: u16, body: &[u8]) {
+        let now_us = self.now_us;
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        write_answer(stream, status, body, &mut Vec::with_capacity(256), now_us, "");
+        self.end_stream(key, End::Done);
+    }
+
+    /// Everything produced was confirmed sent.
+    pub(super) fn delivered(&mut self, key: Key) {
+        let Some(conn) = self.conns.get(key) else { return };
+        let Some(stream_key) = conn.stream else { return };
+        let Some(stream) = self.streams.get_mut(stream_key) else { return };
+        assert!(conn.ledger.sent() == stream.response.end(), "delivered means confirmed to the last byte");
+        let (reset, close) = (stream.reset, stream.close || !stream.request_done);
+        stream.step(Step::Delivered);
+        self.settle(stream_key);
+        if reset {
+            self.join(key, Close::Reset);
+        } else if close {
+            self.linger(key);
+        } else {
+            self.next_request(key);
+        }
+    }
+
+    /// Counts a stream that is over, reports it and frees it.
+    pub(super) fn settle(&mut self, key: Key) {
+        let Some(mut stream) = self.streams.remove(key) else { return };
+        debug_assert!(stream.backend.is_none(), "a settled stream holds no backend");
+        let end = stream.end.unwrap_or(End::ClientLeft);
+        self.stats.ends[end as usize] += 1;
+        let duration_us = self.now_us - stream.started_us;
+        if end == End::Done {
+            self.stats.histograms.stream_us.saturating_record(duration_us);
+        }
+        if let Some((timer, _)) = stream.timer.take() {
+            self.wheel.remove(timer);
+        }
+        let mut sent_bytes = 0;
+        if let Some(conn) = stream.client.and_then(|key| self.conns.get_mut(key))
+            && conn.stream == Some(key)
+        {
+            sent_bytes = conn.ledger.sent();
+            if conn.state == State::Open {
+                conn.stream = None;
+            }
+        }
+        if let Some(description) = stream.description.take() {
+            if self.reports.len() >= RECORDS_PER_TURN_MAX {
+                self.stats.counters.records_dropped += 1;
+                return;
+            }
+            self.reports.push_back(Report::Ended(Box::new(StreamRecord {
+                end,
+                refusal: description.refusal,
+                route: stream.route as u16,
+                dialect: stream.dialect.name(),
+                status: stream.status,
+                request: description.request,
+                model: stream.facts.model.take(),
+                upstream: stream.upstream.map(|upstream| upstream as u16),
+                events: stream.events_sent,
+                sent_bytes,
+                first_token_us: stream.first_token_us,
+                duration_us,
+            })));
+        }
+    }
+}
+
+/// An error answer in the shape that the path's API uses.
+fn write_error(stream: &mut Stream, fault: &Fault, scratch: &mut Vec<u8>, now_us: u64, extra: &str) {
+    let mut body = Vec::with_capacity(192);
+    stream.dialect.write_error_body(fault, &mut body);
+    stream.close |= !stream.request_done;
+    let retry = if fault.status == 503 { "Retry-After: 1\r\n" } else { extra };
+    write_answer(stream, fault.status, &body, scratch, now_us, retry);
+}
+
+fn write_answer(
+    stream: &mut Stream,
+    status: u16,
+    body: &[u8],
+    scratch: &mut Vec<u8>,
+    now_us: u64,
+    extra: &str,
+) {
+    let framing = Framing::Length(body.len() as u64);
+    stream.status = status;
+    stream.answer = Answer::Body(framing);
+    scratch.clear();
+    let extra = format!("Content-Type: application/json\r\n{extra}");
+    write_own_response_head(scratch, status, stream.version, !stream.close, framing, &extra);
+    if !stream.head_only {
+        scratch.extend_from_slice(body);
+    }
+    stream.append_response(scratch, now_us);
+}

@@ -1,0 +1,371 @@
+//! What a backend says: its head, its body, its events, its end, and how each reaches the client's log.
+
+use super::Shard;
+use super::conn::{Conn, State};
+use super::stream::{Answer, Stream};
+use crate::io::Io;
+use protocol::dialect::{Dialect, Meaning};
+use protocol::http::{
+    BodyDecoder, ClientHead, Framing, Piece, ResponseHead, Version, header_slots, parse_response,
+    write_client_response, write_own_response_head,
+};
+use protocol::limits::INTERIM_RESPONSES_MAX;
+use protocol::phase::{End, Phase, Step};
+use protocol::slots::Key;
+use protocol::sse::{Block, Decoder};
+
+/// Header lines of every event stream: no cache, no proxy in between may hold events back.
+const EVENT_STREAM_HEADERS: &str = "Content-Type: text/event-stream; charset=utf-8\r\n\
+    Cache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n";
+
+/// How a backend's body goes on after some of its bytes.
+enum Flow {
+    /// More is to come.
+    More,
+    /// The body is complete.
+    Complete,
+    /// It broke.
+    Broken(End),
+}
+
+impl<I: Io> Shard<I> {
+    pub(super) fn backend_received(&mut self, key: Key, bytes: &[u8]) {
+        self.stats.counters.upstream_received_bytes += bytes.len() as u64;
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        if conn.state != State::Open {
+            return;
+        }
+        if conn.stream.is_none() {
+            // An answer to nothing: whatever it is, no later request may be given it.
+            self.stats.counters.upstream_surplus += 1;
+            return self.leave_pool(key, true);
+        }
+        let mut held = std::mem::take(&mut conn.held);
+        if let Some(backend) = conn.backend() {
+            backend.answered = true;
+        }
+        if held.is_empty() {
+            self.backend_input(key, bytes);
+        } else {
+            held.extend_from_slice(bytes);
+            self.backend_input(key, &held);
+        }
+    }
+
+    fn backend_input(&mut self, key: Key, mut input: &[u8]) {
+        loop {
+            let Some(conn) = self.conns.get_mut(key) else { return };
+            let Some(stream) = conn.stream else { return };
+            let Some(backend) = conn.backend() else { return };
+            if backend.body.is_some() {
+                return self.backend_body(key, stream, input);
+            }
+            let Some(head_only) = self.streams.get(stream).map(|stream| stream.head_only) else { return };
+            let mut slots = header_slots();
+            let method = if head_only { "HEAD" } else { "GET" };
+            match parse_response(input, &mut slots, &self.settings.head, method) {
+                Ok(Some(head)) => {
+                    input = &input[head.head_bytes..];
+                    if !self.backend_head(key, stream, &head) {
+                        return;
+                    }
+                }
+                Ok(None) => {
+                    conn.held = input.to_vec();
+                    return;
+                }
+                Err(_) => return self.end_stream(stream, End::UpstreamMalformed),
+            }
+        }
+    }
+
+    /// Takes a head. False when the stream has ended over it.
+    fn backend_head(&mut self, key: Key, stream_key: Key, head: &ResponseHead<'_, '_>) -> bool {
+        let now_us = self.now_us;
+        let leaving = self.leaving != super::Leaving::No;
+        let Some(backend) = self.conns.get_mut(key).and_then(Conn::backend) else { return false };
+        if (100..200).contains(&head.status) {
+            backend.interim += 1;
+            // 101 answers an Upgrade that was never forwarded.
+            if head.status == 101 || backend.interim > INTERIM_RESPONSES_MAX {
+                self.end_stream(stream_key, End::UpstreamMalformed);
+                return false;
+            }
+            return true;
+        }
+        backend.body = Some(BodyDecoder::new(head.framing, u64::MAX));
+        backend.keep_alive = head.keep_alive && head.framing != Framing::UntilClose;
+        backend.keep_alive_s = head.keep_alive_timeout_s;
+        let Some(stream) = self.streams.get_mut(stream_key) else { return false };
+        let events = head.event_stream && head.status == 200 && head.framing != Framing::None;
+        stream.client_head = None;
+        if !events && matches!(stream.answer, Answer::Events { .. }) {
+            // Committed early: what it says now can only be told in-band.
+            self.end_stream(stream_key, End::UpstreamStatus);
+            return false;
+        }
+        let http11 = stream.version == Version::Http11;
+        let framing = match head.framing {
+            Framing::Chunked | Framing::UntilClose if http11 => Framing::Chunked,
+            Framing::Chunked | Framing::UntilClose => Framing::UntilClose,
+            Framing::Length(_) if events => {
+                if http11 {
+                    Framing::Chunked
+                } else {
+                    Framing::UntilClose
+                }
+            }
+            same => same,
+        };
+        if events {
+            stream.events = Some(Box::new(Decoder::new(self.settings.event_bytes_max)));
+        }
+        if !matches!(stream.answer, Answer::Events { .. }) {
+            stream.close |= leaving || framing == Framing::UntilClose || !stream.request_done;
+            stream.status = head.status;
+            self.scratch.clear();
+            let how = ClientHead {
+                client_version: stream.version,
+                keep_alive: !stream.close,
+                framing,
+                event_stream: events,
+                extra: if events { EVENT_STREAM_HEADERS } else { "" },
+            };
+            write_client_response(&mut self.scratch, head, &how);
+            stream.append_response(&self.scratch, now_us);
+            stream.answer = if events { Answer::Events { early: false } } else { Answer::Body(framing) };
+        }
+        stream.step(if events { Step::EventStream } else { Step::PlainBody });
+        stream.last_token_us = now_us;
+        if events && stream.token_due_ms == u64::MAX && stream.first_token_us.is_none() {
+            // The request did not say that it would stream; its answer does.
+            let first_token_ms = self.settings.routes[stream.route].deadlines.first_token_ms;
+            if first_token_ms > 0 {
+                stream.token_due_ms = stream.asked_us / 1000 + u64::from(first_token_ms);
+            }
+        }
+        if let Some(client) = stream.client {
+            self.mark_dirty(client);
+        }
+        self.follow_stream_timer(stream_key);
+        true
+    }
+
+    /// Takes bytes of a body as far as they go.
+    fn backend_body(&mut self, key: Key, stream_key: Key, mut input: &[u8]) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        let Some(stream) = self.streams.get_mut(stream_key) else { return };
+        let Some(body) = conn.backend().and_then(|backend| backend.body.as_mut()) else { return };
+        let flow = loop {
+            match body.next(&mut input) {
+                Ok(Piece::Data(piece)) => {
+                    if stream.events.is_some() {
+                        if let Some(end) =
+                            relay_events(stream, piece, self.now_us, &self.settings, &mut self.stats)
+                        {
+                            break Flow::Broken(end);
+                        }
+                    } else {
+                        stream.append_body(piece, self.now_us);
+                        stream.last_token_us = self.now_us;
+                    }
+                }
+                Ok(Piece::NeedMore) => break Flow::More,
+                Ok(Piece::End) => break Flow::Complete,
+                Err(_) => break Flow::Broken(End::UpstreamMalformed),
+            }
+        };
+        let end_mark = stream.end_mark;
+        if let Some(client) = stream.client {
+            self.mark_dirty(client);
+        }
+        match flow {
+            Flow::More => {
+                if end_mark {
+                    // Its clock is shorter than the one between tokens.
+                    self.follow_stream_timer(stream_key);
+                }
+                self.follow_marks(stream_key);
+            }
+            Flow::Complete => {
+                if !input.is_empty() {
+                    self.stats.counters.upstream_surplus += 1;
+                    if let Some(backend) = self.conns.get_mut(key).and_then(Conn::backend) {
+                        backend.keep_alive = false;
+                    }
+                }
+                self.backend_done(key, stream_key);
+            }
+            Flow::Broken(end) => self.backend_broke(stream_key, end),
+        }
+    }
+
+    /// The backend's body is complete by its framing; whether the answer is, the dialect says.
+    fn backend_done(&mut self, key: Key, stream_key: Key) {
+        let now_us = self.now_us;
+        let Some(stream) = self.streams.get_mut(stream_key) else { return };
+        finish_events(stream, now_us, &self.settings, &mut self.stats);
+        let complete = !stream.has_events_answer() || stream.end_mark || !stream.dialect.has_end_mark();
+        let end = match (complete, stream.error_seen) {
+            (true, _) => End::Done,
+            (false, true) => End::UpstreamError,
+            (false, false) => End::UpstreamTruncated,
+        };
+        let request_sent = stream.request_done
+            && self.conns.get(key).is_some_and(|conn| conn.ledger.lag(stream.request.end()) == 0);
+        if request_sent && end != End::UpstreamTruncated {
+            self.retire(key);
+        }
+        self.end_stream(stream_key, end);
+    }
+
+    /// The backend's FIN.
+    pub(super) fn backend_fin(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        let Some(stream_key) = conn.stream else { return self.backend_lost(key, End::UpstreamTruncated) };
+        let Some(backend) = conn.backend() else { return };
+        match &backend.body {
+            None => self.backend_lost(key, End::UpstreamTruncated),
+            Some(body) if body.eof_is_end() => {
+                let cut = self
+                    .streams
+                    .get(stream_key)
+                    .and_then(|stream| stream.events.as_ref())
+                    .is_some_and(|events| events.partial_bytes() > 0 && !events.is_at_boundary());
+                if cut {
+                    self.backend_broke(stream_key, End::UpstreamTruncated)
+                } else {
+                    self.backend_done(key, stream_key)
+                }
+            }
+            Some(_) => self.backend_broke(stream_key, End::UpstreamTruncated),
+        }
+    }
+
+    /// A backend's answer broke off. One that had said all it had to say has finished, if uncleanly.
+    pub(super) fn backend_broke(&mut self, stream_key: Key, end: End) {
+        let now_us = self.now_us;
+        let Some(stream) = self.streams.get_mut(stream_key) else { return };
+        finish_events(stream, now_us, &self.settings, &mut self.stats);
+        let end = if stream.end_mark {
+            self.stats.counters.unclean_ends += 1;
+            End::Done
+        } else if stream.error_seen && stream.has_events_answer() {
+            End::UpstreamError
+        } else {
+            end
+        };
+        self.end_stream(stream_key, end);
+    }
+
+    /// Commits a streaming answer before the backend has answered, so that nothing in between takes the silence of a long
+    /// prefill for a dead connection.
+    pub(super) fn commit_early(&mut self, key: Key) {
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        self.stats.counters.early_commits += 1;
+        write_event_stream_head(stream, &mut self.scratch, self.now_us, true);
+        self.heartbeat(key);
+    }
+
+    pub(super) fn heartbeat(&mut self, key: Key) {
+        let now_us = self.now_us;
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        self.stats.counters.heartbeats += 1;
+        stream.append_heartbeat(now_us);
+        if let Some(client) = stream.client {
+            self.mark_dirty(client);
+        }
+    }
+}
+
+/// The head of an event stream that no backend's head stands behind.
+pub(super) fn write_event_stream_head(stream: &mut Stream, scratch: &mut Vec<u8>, now_us: u64, early: bool) {
+    let chunked = stream.events_chunked();
+    stream.close |= !chunked;
+    stream.status = 200;
+    stream.answer = Answer::Events { early };
+    scratch.clear();
+    let framing = if chunked { Framing::Chunked } else { Framing::UntilClose };
+    write_own_response_head(scratch, 200, stream.version, !stream.close, framing, EVENT_STREAM_HEADERS);
+    stream.append_response(scratch, now_us);
+}
+
+/// Forwards every event that is complete. `Some`: the stream cannot go on.
+fn relay_events(
+    stream: &mut Stream,
+    mut piece: &[u8],
+    now_us: u64,
+    settings: &crate::settings::Settings,
+    stats: &mut crate::stats::Stats,
+) -> Option<End> {
+    let mut events = stream.events.take()?;
+    let ids = settings.routes[stream.route].event_ids;
+    let outcome = loop {
+        match events.next(&mut piece) {
+            Ok(Some(block)) => relay_event(stream, &block, ids, now_us, settings, stats),
+            Ok(None) => break None,
+            Err(_) => break Some(End::UpstreamMalformed),
+        }
+    };
+    stream.events = Some(events);
+    outcome
+}
+
+/// At the end of the bytes: an event whose last line end could still have grown is complete now.
+fn finish_events(
+    stream: &mut Stream,
+    now_us: u64,
+    settings: &crate::settings::Settings,
+    stats: &mut crate::stats::Stats,
+) {
+    if let Some(mut events) = stream.events.take() {
+        let ids = settings.routes[stream.route].event_ids;
+        if let Some(block) = events.finish() {
+            relay_event(stream, &block, ids, now_us, settings, stats);
+        }
+        stream.events = Some(events);
+    }
+}
+
+pub(super) fn relay_event(
+    stream: &mut Stream,
+    block: &Block<'_>,
+    ids: bool,
+    now_us: u64,
+    settings: &crate::settings::Settings,
+    stats: &mut crate::stats::Stats,
+) {
+    let meaning = stream.dialect.meaning(block);
+    if stream.end_mark && !matches!(meaning, Meaning::Preamble | Meaning::Heartbeat) {
+        stats.counters.upstream_surplus += 1;
+        return;
+    }
+    let ended = stream.end_mark;
+    if stream.note_event(meaning) {
+        if meaning == Meaning::Token {
+            if stream.first_token_us.is_none() {
+                stream.first_token_us = Some(now_us - stream.asked_us);
+                stream.token_due_ms = u64::MAX;
+                stats.histograms.first_token_us.saturating_record(now_us - stream.asked_us);
+                if stream.phase == Phase::AwaitFirstToken {
+                    stream.step(Step::FirstToken);
+                }
+            } else {
+                stats.histograms.between_tokens_us.saturating_record(now_us - stream.last_token_us);
+            }
+        }
+        stream.last_token_us = now_us;
+    }
+    if stream.end_mark && !ended {
+        // What is still owed is the end of the body.
+        stream.token_due_ms = u64::MAX;
+        let finish_ms = settings.routes[stream.route].deadlines.finish_ms;
+        stream.finish_due_ms = if finish_ms == 0 { u64::MAX } else { now_us / 1000 + u64::from(finish_ms) };
+    }
+    if stream.dialect == Dialect::Responses {
+        stream.sequence_number = stream.dialect.sequence_number(block).or(stream.sequence_number);
+    }
+    stats.counters.events += u64::from(block.dispatches);
+    stream.events_sent += u64::from(block.dispatches);
+    stream.append_event(block, ids, now_us);
+}

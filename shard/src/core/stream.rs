@@ -1,0 +1,347 @@
+//! A stream: one request and its answer. Its request log feeds the backend, its response log feeds the client; this file
+//! holds what a stream knows and how bytes get into its logs, ready for the wire.
+
+use protocol::demo::DemoModel;
+use protocol::dialect::{Dialect, Meaning};
+use protocol::facts::{RequestFacts, Scanner};
+use protocol::http::{CHUNK_END, ChunkHead, Framing, LAST_CHUNK, Version};
+use protocol::log::Log;
+use protocol::phase::{End, Phase, Step};
+use protocol::slots::Key;
+use protocol::sse::{Block, Decoder};
+use protocol::wheel::TimerId;
+
+/// What the client has been given so far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Answer {
+    /// Nothing but perhaps an interim response.
+    None,
+    /// An event stream's head; `early`: before the backend answered.
+    Events { early: bool },
+    /// An ordinary head; the body follows in this framing.
+    Body(Framing),
+}
+
+/// What the access log wants to know, kept only while somebody reads it.
+#[derive(Debug, Default)]
+pub(crate) struct Description {
+    pub(crate) request: Box<str>,
+    pub(crate) refusal: Option<&'static str>,
+}
+
+/// The built-in model at work on a stream.
+pub(crate) struct Demo {
+    pub(crate) model: DemoModel,
+    /// When the next token is due, µs.
+    pub(crate) next_us: u64,
+    pub(crate) preamble_written: bool,
+}
+
+/// One request and its answer.
+pub(crate) struct Stream {
+    pub(crate) client: Option<Key>,
+    pub(crate) backend: Option<Key>,
+    pub(crate) route: usize,
+    pub(crate) dialect: Dialect,
+    pub(crate) phase: Phase,
+    pub(crate) version: Version,
+    /// The request's method was HEAD.
+    pub(crate) head_only: bool,
+
+    pub(crate) request: Log,
+    /// The request body goes out chunked.
+    pub(crate) request_chunked: bool,
+    pub(crate) request_done: bool,
+    pub(crate) scanner: Option<Box<Scanner>>,
+    pub(crate) facts: RequestFacts,
+    /// The request asks for an event stream.
+    pub(crate) streaming: bool,
+    /// The client's own head, kept while another backend might need one written anew.
+    pub(crate) client_head: Option<Box<[u8]>>,
+    /// Bytes of the request log that are the head.
+    pub(crate) request_head_bytes: u64,
+    /// Backends tried.
+    pub(crate) attempts: u32,
+    pub(crate) retried: bool,
+    pub(crate) upstream: Option<usize>,
+
+    pub(crate) response: Log,
+    pub(crate) answer: Answer,
+    pub(crate) status: u16,
+    pub(crate) events: Option<Box<Decoder>>,
+    pub(crate) demo: Option<Box<Demo>>,
+    /// The dialect's end mark was seen.
+    pub(crate) end_mark: bool,
+    /// The backend reported a failure in its stream.
+    pub(crate) error_seen: bool,
+    /// The last byte owed is in the log.
+    pub(crate) produced: bool,
+    /// The client's connection is not used again.
+    pub(crate) close: bool,
+    /// It is closed by RST once what is owed was sent.
+    pub(crate) reset: bool,
+    pub(crate) end: Option<End>,
+    /// The backend's receive (or the demo model) is paused because the client lags.
+    pub(crate) paused: bool,
+    /// The client's receive is paused because the backend lags.
+    pub(crate) upload_paused: bool,
+    /// The `sequence_number` of the last event that had one (Responses).
+    pub(crate) sequence_number: Option<u64>,
+    /// Events appended.
+    pub(crate) events_sent: u64,
+
+    pub(crate) started_us: u64,
+    /// When the request was complete; what waiting for the model is measured from.
+    pub(crate) asked_us: u64,
+    pub(crate) first_token_us: Option<u64>,
+    pub(crate) last_token_us: u64,
+    /// When the oldest byte not yet lent was appended.
+    pub(crate) pending_since_us: Option<u64>,
+    /// The same of the bytes lent.
+    pub(crate) lent_since_us: u64,
+    /// When something was last appended for the client, ms.
+    pub(crate) spoke_ms: u64,
+    /// When the rest of the request (body) or the backend's head is overdue, ms; `u64::MAX` never, as below.
+    pub(crate) phase_due_ms: u64,
+    /// When the first token is overdue, ms.
+    pub(crate) token_due_ms: u64,
+    /// When the end of the backend's body is overdue after its end mark, ms.
+    pub(crate) finish_due_ms: u64,
+    /// When the whole stream is overdue, ms.
+    pub(crate) total_due_ms: u64,
+    /// For a standing backend connection, over all attempts, ms.
+    pub(crate) connect_due_ms: u64,
+    pub(crate) timer: Option<(TimerId, u64)>,
+    pub(crate) description: Option<Box<Description>>,
+}
+
+impl Stream {
+    pub(crate) fn new(client: Key, route: usize, dialect: Dialect, version: Version, now_us: u64) -> Self {
+        Stream {
+            client: Some(client),
+            backend: None,
+            route,
+            dialect,
+            phase: Phase::Head,
+            version,
+            head_only: false,
+            request: Log::new(),
+            request_chunked: false,
+            request_done: true,
+            scanner: None,
+            facts: RequestFacts::default(),
+            streaming: false,
+            client_head: None,
+            request_head_bytes: 0,
+            attempts: 0,
+            retried: false,
+            upstream: None,
+            response: Log::new(),
+            answer: Answer::None,
+            status: 0,
+            events: None,
+            demo: None,
+            end_mark: false,
+            error_seen: false,
+            produced: false,
+            close: false,
+            reset: false,
+            end: None,
+            paused: false,
+            upload_paused: false,
+            sequence_number: None,
+            events_sent: 0,
+            started_us: now_us,
+            asked_us: now_us,
+            first_token_us: None,
+            last_token_us: now_us,
+            pending_since_us: None,
+            lent_since_us: now_us,
+            spoke_ms: now_us / 1000,
+            phase_due_ms: u64::MAX,
+            token_due_ms: u64::MAX,
+            finish_due_ms: u64::MAX,
+            total_due_ms: u64::MAX,
+            connect_due_ms: u64::MAX,
+            timer: None,
+            description: None,
+        }
+    }
+
+    /// Moves on; a step the table does not know is a bug, and changes nothing in a release build.
+    pub(crate) fn step(&mut self, step: Step) {
+        match self.phase.after(step) {
+            Some(next) => self.phase = next,
+            None => debug_assert!(false, "{:?} in {:?}", step, self.phase),
+        }
+    }
+
+    /// Whether an event stream goes to the client in chunks (HTTP/1.1) or bare until close (HTTP/1.0).
+    pub(crate) fn events_chunked(&self) -> bool {
+        self.version == Version::Http11
+    }
+
+    pub(crate) fn has_events_answer(&self) -> bool {
+        matches!(self.answer, Answer::Events { .. })
+    }
+
+    /// Appends bytes that are ready as they are: heads, and bodies with a length.
+    pub(crate) fn append_response(&mut self, bytes: &[u8], now_us: u64) {
+        self.response.append(&[bytes]);
+        self.spoke(now_us);
+    }
+
+    fn spoke(&mut self, now_us: u64) {
+        self.pending_since_us.get_or_insert(now_us);
+        self.spoke_ms = now_us / 1000;
+    }
+
+    /// Appends a heartbeat in the dialect's form.
+    pub(crate) fn append_heartbeat(&mut self, now_us: u64) {
+        let ids = self.response.last_event_id() > 0;
+        let form = if ids { self.dialect.heartbeat_among_ids() } else { self.dialect.heartbeat() };
+        self.append_block(form, now_us);
+    }
+
+    /// Appends one complete block that carries no id: a heartbeat, a comment, an in-band error.
+    pub(crate) fn append_block(&mut self, raw: &[u8], now_us: u64) {
+        if self.events_chunked() {
+            self.response.append(&[ChunkHead::new(raw.len()).as_bytes(), raw, CHUNK_END]);
+        } else {
+            self.response.append(&[raw]);
+        }
+        self.spoke(now_us);
+    }
+
+    /// Appends one event, with its id when ids are on. The payload's bytes are not touched; the id line goes first, or last
+    /// where the event has an id line of its own, because the last one counts (WHATWG, "process the field").
+    pub(crate) fn append_event(&mut self, block: &Block<'_>, ids: bool, now_us: u64) {
+        if !ids {
+            return self.append_block(block.raw, now_us);
+        }
+        if !block.dispatches {
+            // Comments and retry lines open the next event: behind an id, a blank line of their own would make some
+            // clients (OpenAI's for Python) take them for an empty event.
+            return self.append_block(block.without_blank_line().0, now_us);
+        }
+        let id = IdLine::new(self.response.next_event_id());
+        let id = id.as_bytes();
+        let (before, between, after): (&[u8], &[u8], &[u8]) = if block.has_id {
+            let (body, blank) = block.without_blank_line();
+            (body, id, blank)
+        } else {
+            (b"", id, block.raw)
+        };
+        if self.events_chunked() {
+            let head = ChunkHead::new(before.len() + between.len() + after.len());
+            self.response.append(&[head.as_bytes(), before, between, after, CHUNK_END]);
+        } else {
+            self.response.append(&[before, between, after]);
+        }
+        self.spoke(now_us);
+    }
+
+    /// Appends a piece of an ordinary body in the framing the client was promised.
+    pub(crate) fn append_body(&mut self, piece: &[u8], now_us: u64) {
+        match self.answer {
+            Answer::Body(Framing::Chunked) => {
+                self.response.append(&[ChunkHead::new(piece.len()).as_bytes(), piece, CHUNK_END]);
+            }
+            _ => {
+                self.response.append(&[piece]);
+            }
+        }
+        self.spoke(now_us);
+    }
+
+    /// Appends what ends a chunked answer.
+    pub(crate) fn append_last_chunk(&mut self, now_us: u64) {
+        let chunked = match self.answer {
+            Answer::Events { .. } => self.events_chunked(),
+            Answer::Body(framing) => framing == Framing::Chunked,
+            Answer::None => false,
+        };
+        if chunked {
+            self.append_response(LAST_CHUNK, now_us);
+        }
+    }
+
+    /// Appends a piece of the request's body for the backend.
+    pub(crate) fn append_request(&mut self, piece: &[u8]) {
+        if self.request_chunked {
+            self.request.append(&[ChunkHead::new(piece.len()).as_bytes(), piece, CHUNK_END]);
+        } else {
+            self.request.append(&[piece]);
+        }
+        if let Some(scanner) = &mut self.scanner
+            && !scanner.feed(piece)
+        {
+            self.take_facts();
+        }
+    }
+
+    /// The facts are as complete as they will be.
+    pub(crate) fn take_facts(&mut self) {
+        if let Some(scanner) = self.scanner.take() {
+            self.facts = scanner.into_facts();
+            self.streaming |= self.facts.stream == Some(true);
+        }
+    }
+
+    /// Notes what an event means; true when it is progress of the model.
+    pub(crate) fn note_event(&mut self, meaning: Meaning) -> bool {
+        match meaning {
+            Meaning::Token | Meaning::Preamble => true,
+            Meaning::Heartbeat => false,
+            Meaning::Done => {
+                self.end_mark = true;
+                true
+            }
+            Meaning::Error => {
+                self.error_seen = true;
+                true
+            }
+        }
+    }
+}
+
+/// `id: N\n` without allocation.
+struct IdLine {
+    bytes: [u8; 28],
+    start: usize,
+}
+
+impl IdLine {
+    fn new(mut id: u64) -> Self {
+        let mut bytes = [0; 28];
+        let mut start = bytes.len() - 1;
+        bytes[start] = b'\n';
+        loop {
+            start -= 1;
+            bytes[start] = b'0' + (id % 10) as u8;
+            id /= 10;
+            if id == 0 {
+                break;
+            }
+        }
+        start -= 4;
+        bytes[start..start + 4].copy_from_slice(b"id: ");
+        IdLine { bytes, start }
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn id_lines_of_any_width() {
+        for id in [1, 9, 10, 12345, u64::MAX] {
+            assert_eq!(IdLine::new(id).as_bytes(), format!("id: {id}\n").as_bytes());
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Bytes in and out of connections: arming receives, one coalesced send in flight, completion accounting, the marks that
+//! pause and resume the other side, and the three steps in which a connection ends.
+
+use super::Shard;
+use super::conn::{Role, State};
+use crate::io::{Close, Errno, Half, Hangup, Io, ReceiveEnd};
+use crate::settings::HalfClose;
+use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX};
+use protocol::phase::{End, Phase, Step};
+use protocol::slots::Key;
+
+impl<I: Io> Shard<I> {
+    /// Arms or cancels the receive, as it is wanted or not.
+    pub(super) fn follow_receive(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        if matches!(conn.state, State::Joining(_)) || conn.ops.connect.is_some() {
+            return;
+        }
+        match conn.ops.receive {
+            None if conn.receive_wanted && !conn.peer_fin => {
+                conn.ops.receive = Some(self.io.receive(key, conn.socket));
+            }
+            Some(op) if !conn.receive_wanted && !conn.receive_cancelled => {
+                conn.receive_cancelled = true;
+                self.io.cancel(op);
+            }
+            _ => {}
+        }
+        // A client that is not being read must still be seen to leave.
+        if !conn.receive_wanted && conn.is_client() && conn.ops.hangup.is_none() && !conn.peer_fin {
+            conn.ops.hangup = Some(self.io.watch_hangup(key, conn.socket));
+        }
+    }
+
+    pub(super) fn want_receive(&mut self, key: Key, wanted: bool) {
+        if let Some(conn) = self.conns.get_mut(key)
+            && conn.receive_wanted != wanted
+        {
+            conn.receive_wanted = wanted;
+            self.follow_receive(key);
+        }
+    }
+
+    pub(super) fn receive_ended(&mut self, key: Key, why: ReceiveEnd) {
+        let Some(conn) = self.conns.get_mut(key) else {
+            debug_assert!(false, "a completion for a freed connection");
+            return;
+        };
+        conn.ops.receive = None;
+        conn.receive_cancelled = false;
+        if matches!(conn.state, State::Joining(_)) {
+            return self.follow_join(key);
+        }
+        match why {
+            ReceiveEnd::Rearm | ReceiveEnd::Error(Errno::CANCELED) => self.follow_receive(key),
+            ReceiveEnd::Error(Errno::NO_BUFFERS) => {
+                self.stats.counters.buffer_shortages += 1;
+                self.starved.push(key);
+            }
+            ReceiveEnd::Fin => {
+                conn.peer_fin = true;
+                if conn.state == State::Lingering {
+                    return self.join(key, Close::Orderly);
+                }
+                match conn.role {
+                    Role::Client(_) => self.client_fin(key),
+                    Role::Backend(_) => self.backend_fin(key),
+                }
+            }
+            ReceiveEnd::Error(_) => {
+                conn.peer_fin = true;
+                match conn.role {
+                    Role::Client(_) => self.client_gone(key),
+                    Role::Backend(_) => self.backend_lost(key, End::UpstreamReset),
+                }
+            }
+        }
+    }
+
+    /// At the end of a turn every buffer of its completions is back: receives that found none are armed again.
+    pub(super) fn feed_starved(&mut self) {
+        for key in std::mem::take(&mut self.starved) {
+            self.follow_receive(key);
+        }
+    }
+
+    pub(super) fn hung_up(&mut self, key: Key, result: Result<Hangup, Errno>) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        conn.ops.hangup = None;
+        match conn.state {
+            State::Joining(_) => self.follow_join(key),
+            State::Lingering => {}
+            // An armed receive tells it better, and in order.
+            State::Open if conn.ops.receive.is_some() && !conn.receive_cancelled => {}
+            State::Open => match result {
+                Ok(Hangup::Reset) => self.client_gone(key),
+                Ok(Hangup::Fin) if self.fin_means_left(key) => self.client_gone(key),
+                Ok(Hangup::Fin) | Err(_) => {}
+            },
+        }
+    }
+
+    /// A FIN cannot tell `close` from half-close; on a streaming answer it means "left" unless the route says otherwise.
+    pub(super) fn fin_means_left(&self, key: Key) -> bool {
+        let Some(stream) =
+            self.conns.get(key).and_then(|conn| conn.stream).and_then(|key| self.streams.get(key))
+        else {
+            return true;
+        };
+        let streams_events = stream.streaming || stream.has_events_answer();
+        stream.request_done && streams_events && self.route(stream.route).half_close == HalfClose::Leave
+    }
+
+    /// Starts the sends that have become possible.
+    pub(super) fn pump_dirty(&mut self) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for key in dirty.drain(..) {
+            self.pump(key);
+        }
+        // Pumping may end a stream and so make another connection dirty; that one waits for no completion.
+        while let Some(key) = self.dirty.pop() {
+            self.pump(key);
+        }
+        self.dirty = dirty;
+    }
+
+    fn pump(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        conn.dirty = false;
+        if conn.state != State::Open || conn.ops.connect.is_some() || !conn.ledger.may_lend() {
+            return;
+        }
+        let Some(stream) = conn.stream.and_then(|key| self.streams.get_mut(key)) else { return };
+        let client = matches!(conn.role, Role::Client(_));
+        let log = if client { &stream.response } else { &stream.request };
+        let Some(range) = log.lend(conn.ledger.sent(), LOG_SEGMENT_BYTES_MAX as u32) else {
+            if client && stream.produced {
+                self.delivered(key);
+            }
+            return;
+        };
+        conn.ledger.lend(range.len() as u32);
+        conn.ops.send = Some(self.io.send(key, conn.socket, range));
+        conn.send_since_ms = self.now_us / 1000;
+        if client {
+            stream.lent_since_us = stream.pending_since_us.take().unwrap_or(self.now_us);
+        }
+        self.follow_conn_timer(key);
+    }
+
+    pub(super) fn sent(&mut self, key: Key, result: Result<u32, Errno>) {
+        let now_us = self.now_us;
+        let Some(conn) = self.conns.get_mut(key) else {
+            debug_assert!(false, "a completion for a freed connection");
+            return;
+        };
+        conn.ops.send = None;
+        let lent = conn.ledger.in_flight();
+        let bytes = *result.as_ref().unwrap_or(&0);
+        conn.ledger.complete(bytes);
+        let client = conn.is_client();
+        let counters = &mut self.stats.counters;
+        counters.sends += 1;
+        counters.sends_short += u64::from(bytes < lent);
+        *(if client { &mut counters.client_sent_bytes } else { &mut counters.upstream_sent_bytes }) +=
+            u64::from(bytes);
+        if matches!(conn.state, State::Joining(_)) {
+            return self.follow_join(key);
+        }
+        if result.is_err() {
+            return if client { self.client_gone(key) } else { self.backend_send_failed(key) };
+        }
+        let sent = conn.ledger.sent();
+        let Some(stream_key) = conn.stream else { return };
+        let Some(stream) = self.streams.get_mut(stream_key) else { return };
+        if client {
+            stream.response.release(sent);
+            if stream.has_events_answer() {
+                let relayed_us = now_us - stream.lent_since_us;
+                self.stats.histograms.relay_us.saturating_record(relayed_us);
+            }
+            if stream.response.end() > sent && stream.pending_since_us.is_none() {
+                // The rest of a longer backlog: it was appended no later than now.
+                stream.pending_since_us = Some(now_us);
+            }
+        } else if !stream.may_repeat(self.settings.retry_bytes_max) {
+            stream.request.release(sent);
+        }
+        self.follow_marks(stream_key);
+        // Not at once: what arrives later in this turn goes out with it.
+        self.mark_dirty(key);
+    }
+
+    /// Pauses or resumes the producers on both sides, as the lag of the consumers says.
+    pub(super) fn follow_marks(&mut self, key: Key) {
+        let (high, low) = (self.settings.lag_high_bytes, self.settings.lag_low_bytes);
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        let sent =
+            |conn: Option<Key>| conn.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
+        let lag = stream.response.end() - sent(stream.client);
+        if !stream.paused && lag > high && !stream.produced {
+            stream.paused = true;
+            if matches!(stream.phase, Phase::Streaming | Phase::AwaitFirstToken) {
+                stream.step(Step::LagHigh);
+            }
+            self.stats.counters.pauses += 1;
+            if let Some(backend) = stream.backend {
+                self.want_receive(backend, false);
+            }
+        } else if stream.paused && lag < low {
+            stream.paused = false;
+            if stream.phase == Phase::Paused {
+                stream.step(Step::LagLow);
+            }
+            // The model was kept waiting: its own clock starts anew.
+            stream.last_token_us = self.now_us;
+            match stream.backend {
+                Some(backend) => self.want_receive(backend, true),
+                None => self.resume_demo(key),
+            }
+        }
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        let (Some(client), false) = (stream.client, stream.request_done) else { return };
+        let sent = stream.backend.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
+        let upload_lag = stream.request.end() - sent.max(stream.request.start());
+        if !stream.upload_paused && upload_lag > high {
+            stream.upload_paused = true;
+            self.stats.counters.upload_pauses += 1;
+            self.want_receive(client, false);
+        } else if stream.upload_paused && upload_lag < low {
+            stream.upload_paused = false;
+            stream.phase_due_ms = stream
+                .phase_due_ms
+                .max(self.now_us / 1000 + u64::from(self.settings.routes[stream.route].deadlines.body_ms));
+            self.want_receive(client, true);
+            self.follow_stream_timer(key);
+        }
+    }
+
+    /// Everything was sent: FIN goes out, and what still arrives is dropped until the peer's FIN, or for a moment.
+    pub(super) fn linger(&mut self, key: Key) {
+        let now_ms = self.now_ms();
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        if conn.state != State::Open {
+            return;
+        }
+        if conn.peer_fin {
+            return self.join(key, Close::Orderly);
+        }
+        conn.state = State::Lingering;
+        conn.held = Vec::new();
+        conn.due_ms = now_ms + LINGER_MS;
+        conn.receive_wanted = true;
+        self.io.shutdown(conn.socket, Half::Write);
+        self.follow_receive(key);
+        self.follow_conn_timer(key);
+    }
+
+    /// Shuts a connection; it is closed and freed when its last operation has completed.
+    pub(super) fn join(&mut self, key: Key, how: Close) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        if matches!(conn.state, State::Joining(_)) {
+            return;
+        }
+        conn.state = State::Joining(how);
+        conn.stream = None;
+        conn.held = Vec::new();
+        if let Some((timer, _)) = conn.timer.take() {
+            self.wheel.remove(timer);
+        }
+        if !conn.ops.none() {
+            if how == Close::Orderly {
+                self.io.shutdown(conn.socket, Half::Both);
+            }
+            for op in conn.ops.iter() {
+                self.io.cancel(op);
+            }
+        }
+        self.follow_join(key);
+    }
+
+    pub(super) fn follow_join(&mut self, key: Key) {
+        let Some(conn) = self.conns.get(key) else { return };
+        let State::Joining(how) = conn.state else { return };
+        if !conn.ops.none() {
+            return;
+        }
+        assert!(conn.ledger.in_flight() == 0, "memory of a freed connection is lent");
+        let client = conn.is_client();
+        self.io.close(conn.socket, how);
+        self.conns.remove(key);
+        if client {
+            self.client_freed();
+        }
+    }
+}
