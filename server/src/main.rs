@@ -2,9 +2,14 @@
 //! lifecycle, control thread, admin, telemetry. The data plane is `shard`.
 #![forbid(unsafe_code)]
 
+mod admin;
 mod cli;
 mod clock;
+mod control;
+mod doctor;
 mod exit;
+mod logs;
+mod serve;
 mod settings;
 
 use cli::Request;
@@ -34,14 +39,20 @@ fn main() -> ExitCode {
 
 fn run(request: Request) -> Result<Exit, Fatal> {
     match request {
-        Request::Serve(_) => Ok(Exit::Success),
+        Request::Serve(matches) => {
+            let machine = settings::Machine::detect();
+            serve::serve(&cli::configuration(&matches, &machine)?, &machine)
+        }
         Request::Check(matches) => {
             let effective = cli::configuration(&matches, &settings::Machine::detect())?;
             print(settings::page::effective(&effective).as_bytes())
         }
-        Request::Doctor => Ok(Exit::Success),
+        Request::Doctor => {
+            let (report, exit) = doctor::report(&shard::uring::probe());
+            print(report.as_bytes()).map(|_| exit)
+        }
         Request::ConfigDoc => print(settings::page::config_page().as_bytes()),
-        Request::MetricsDoc => Ok(Exit::Success),
+        Request::MetricsDoc => print(admin::metrics_page().as_bytes()),
         Request::Man => print(&cli::man_page()),
         Request::Completions(shell) => print(&cli::completions(shell)),
     }

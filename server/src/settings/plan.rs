@@ -20,7 +20,6 @@ pub(crate) struct Plan {
     /// One per shard: the CPU it is pinned to.
     pub(crate) cpus: Vec<Option<usize>>,
     pub(crate) drain_deadline_ms: u64,
-    pub(crate) access_log: bool,
 }
 
 impl Plan {
@@ -71,7 +70,6 @@ impl Plan {
             admin: values.admin(&table::ADMIN).clone(),
             cpus: placement(values, machine),
             drain_deadline_ms: values.integer(&table::DRAIN_DEADLINE_MS),
-            access_log: values.switch(&table::ACCESS_LOG),
         }
     }
 }

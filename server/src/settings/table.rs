@@ -4,6 +4,7 @@
 use super::load::Values;
 use super::value::{Kind, Unit, Value};
 use super::{Machine, address::AdminAddress};
+use protocol::demo::DemoSettings;
 use protocol::limits;
 use protocol::phase::Deadlines;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -294,11 +295,11 @@ settings! {
     POOL_AGE_MS = Setting::new("pool-age-ms", Group::Pool, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(300_000),
         "Age after which a backend connection takes no further request, so that load follows changes of the backends' addresses; 0 is off.");
 
-    DEMO_TOKENS_PER_S = Setting::new("demo-tokens-per-s", Group::Demo, count("RATE", 1, 100_000), || Value::Integer(40),
+    DEMO_TOKENS_PER_S = Setting::new("demo-tokens-per-s", Group::Demo, count("RATE", 1, 100_000), || Value::Integer(DemoSettings::default().tokens_per_s.into()),
         "Tokens per second of the demo model, when a request does not say otherwise.");
-    DEMO_FIRST_TOKEN_MS = Setting::new("demo-first-token-ms", Group::Demo, milliseconds(0, 3_600_000), || Value::Integer(300),
+    DEMO_FIRST_TOKEN_MS = Setting::new("demo-first-token-ms", Group::Demo, milliseconds(0, 600_000), || Value::Integer(DemoSettings::default().first_token_ms.into()),
         "Time to its first token.");
-    DEMO_TOKENS = Setting::new("demo-tokens", Group::Demo, count("COUNT", 0, 100_000_000), || Value::Integer(200),
+    DEMO_TOKENS = Setting::new("demo-tokens", Group::Demo, count("COUNT", 1, 100_000), || Value::Integer(DemoSettings::default().tokens.into()),
         "Tokens of one answer.");
 
     LOG_LEVEL = Setting::new("log-level", Group::Logs, Kind::LogFilter, || Value::LogFilter("info".to_owned()),
