@@ -160,6 +160,14 @@ impl Log {
         Some(Lent { memory: Rc::clone(&segment.memory), start, end })
     }
 
+    /// Gives all memory back if everything below `below` is everything there is: for a log that will hardly grow again.
+    pub fn trim(&mut self, below: u64) {
+        self.release(below);
+        if below >= self.end {
+            self.segments.clear();
+        }
+    }
+
     /// Releases what lies below `below` (the lowest cursor of all subscribers, or the start of the window), in whole segments.
     pub fn release(&mut self, below: u64) {
         while self.segments.len() > 1 && self.segments[0].end() <= below {
@@ -240,6 +248,18 @@ mod tests {
                 log.memory_bytes()
             );
         }
+    }
+
+    #[test]
+    fn a_trimmed_log_owns_nothing_and_goes_on() {
+        let mut log = Log::new();
+        log.append(&[b"request"]);
+        log.trim(3);
+        assert_eq!(log.lend(3, 9).unwrap().to_vec(), b"uest", "what is still owed stays");
+        log.trim(7);
+        assert_eq!((log.memory_bytes(), log.start(), log.end()), (0, 7, 7));
+        log.append(&[b"more"]);
+        assert_eq!(read(&log, 7), b"more");
     }
 
     /// Random appends, sends, partial completions and releases against a plain vector.

@@ -2,6 +2,7 @@
 
 use super::Shard;
 use super::conn::State;
+use super::relay::waits_for_line_end;
 use super::stream::{Description, Stream};
 use crate::io::{Close, Io};
 use crate::settings::Route;
@@ -34,6 +35,9 @@ impl<I: Io> Shard<I> {
                 return;
             }
             State::Open => {}
+        }
+        if conn.stream.is_none() && waits_for_line_end(&mut conn.held, bytes, self.settings.head.head_bytes) {
+            return;
         }
         if conn.held.is_empty() {
             self.client_input(key, bytes);
@@ -83,6 +87,8 @@ impl<I: Io> Shard<I> {
                 self.begin(key, &head, raw, !input.is_empty());
                 true
             }
+            // Empty lines between requests (RFC 9112 section 2.2) are no beginning of one.
+            Ok(None) if input.ends_with(b"\r\n") && input.iter().all(|byte| b"\r\n".contains(byte)) => false,
             Ok(None) => {
                 let head_ms = self.settings.routes.last().map_or(0, |route| route.deadlines.head_ms);
                 let now_ms = self.now_ms();
@@ -218,6 +224,9 @@ impl<I: Io> Shard<I> {
         };
         let refusal = if head.method == "CONNECT" || head.method == "TRACE" {
             Some(Refusal::MethodNotAllowed)
+        } else if self.settings.routes.len() > 1 && head.has_dot_segments() {
+            // The backend would read another path than the one that chose the route.
+            Some(Refusal::BadTarget)
         } else if length > self.settings.body_bytes_max {
             Some(Refusal::BodyTooLarge)
         } else if head.method == "POST"
@@ -350,9 +359,14 @@ impl<I: Io> Shard<I> {
     pub(super) fn client_gone(&mut self, key: Key) {
         let stream = self.conns.get(key).and_then(|conn| conn.stream);
         if let Some(stream) = stream {
+            // One that left with the end mark in hand had all it was owed.
+            let served = self.streams.get(stream).is_some_and(|stream| {
+                let sent = self.conns.get(key).map_or(0, |conn| conn.ledger.sent());
+                stream.end_mark && sent >= stream.end_mark_at
+            });
             self.end_stream(stream, End::ClientLeft);
             // What was complete but not delivered was not delivered.
-            self.override_end(stream, End::ClientLeft);
+            self.override_end(stream, if served { End::Done } else { End::ClientLeft });
             self.settle(stream);
         }
         self.join(key, Close::Orderly);

@@ -40,6 +40,10 @@ impl<I: Io> Shard<I> {
             self.stats.counters.upstream_surplus += 1;
             return self.leave_pool(key, true);
         }
+        let head_bytes_max = self.settings.head.head_bytes;
+        if waits_for_line_end(&mut conn.held, bytes, head_bytes_max) {
+            return;
+        }
         let mut held = std::mem::take(&mut conn.held);
         if let Some(backend) = conn.backend() {
             backend.answered = true;
@@ -99,6 +103,9 @@ impl<I: Io> Shard<I> {
         let Some(stream) = self.streams.get_mut(stream_key) else { return false };
         let events = head.event_stream && head.status == 200 && head.framing != Framing::None;
         stream.client_head = None;
+        // Nothing of the request will be sent again.
+        let sent = self.conns.get(key).map_or(0, |conn| conn.ledger.sent());
+        stream.request.trim(sent);
         if !events && matches!(stream.answer, Answer::Events { .. }) {
             // Committed early: what it says now can only be told in-band.
             self.end_stream(stream_key, End::UpstreamStatus);
@@ -156,6 +163,7 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get_mut(key) else { return };
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
         let Some(body) = conn.backend().and_then(|backend| backend.body.as_mut()) else { return };
+        let first_token = stream.first_token_us;
         let flow = loop {
             match body.next(&mut input) {
                 Ok(Piece::Data(piece)) => {
@@ -175,14 +183,14 @@ impl<I: Io> Shard<I> {
                 Err(_) => break Flow::Broken(End::UpstreamMalformed),
             }
         };
-        let end_mark = stream.end_mark;
+        // Each brings a deadline that may be earlier than the one the timer is armed for.
+        let earlier = stream.end_mark || first_token != stream.first_token_us;
         if let Some(client) = stream.client {
             self.mark_dirty(client);
         }
         match flow {
             Flow::More => {
-                if end_mark {
-                    // Its clock is shorter than the one between tokens.
+                if earlier {
                     self.follow_stream_timer(stream_key);
                 }
                 self.follow_marks(stream_key);
@@ -278,6 +286,16 @@ impl<I: Io> Shard<I> {
     }
 }
 
+/// A partial head that grows without a line end cannot have become complete: it is kept without being parsed again, so that
+/// a head sent byte by byte costs no more than its lines.
+pub(super) fn waits_for_line_end(held: &mut Vec<u8>, bytes: &[u8], head_bytes_max: usize) -> bool {
+    let waits = !held.is_empty() && held.len() + bytes.len() < head_bytes_max && !bytes.contains(&b'\n');
+    if waits {
+        held.extend_from_slice(bytes);
+    }
+    waits
+}
+
 /// The head of an event stream that no backend's head stands behind.
 pub(super) fn write_event_stream_head(stream: &mut Stream, scratch: &mut Vec<u8>, now_us: u64, early: bool) {
     let chunked = stream.events_chunked();
@@ -368,4 +386,7 @@ pub(super) fn relay_event(
     stats.counters.events += u64::from(block.dispatches);
     stream.events_sent += u64::from(block.dispatches);
     stream.append_event(block, ids, now_us);
+    if stream.end_mark && !ended {
+        stream.end_mark_at = stream.response.end();
+    }
 }

@@ -72,6 +72,8 @@ pub(crate) struct Stream {
     pub(crate) demo: Option<Box<Demo>>,
     /// The dialect's end mark was seen.
     pub(crate) end_mark: bool,
+    /// Where in the response log the end mark's event ends.
+    pub(crate) end_mark_at: u64,
     /// The backend reported a failure in its stream.
     pub(crate) error_seen: bool,
     /// The last byte owed is in the log.
@@ -142,6 +144,7 @@ impl Stream {
             events: None,
             demo: None,
             end_mark: false,
+            end_mark_at: 0,
             error_seen: false,
             produced: false,
             close: false,

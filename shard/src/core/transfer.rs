@@ -171,6 +171,7 @@ impl<I: Io> Shard<I> {
             return if client { self.client_gone(key) } else { self.backend_send_failed(key) };
         }
         let sent = conn.ledger.sent();
+        let reused = conn.backend().is_some_and(|backend| backend.served > 0);
         let Some(stream_key) = conn.stream else { return };
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
         if client {
@@ -183,7 +184,8 @@ impl<I: Io> Shard<I> {
                 // The rest of a longer backlog: it was appended no later than now.
                 stream.pending_since_us = Some(now_us);
             }
-        } else if !stream.may_repeat(self.settings.retry_bytes_max) {
+        } else if !reused || !stream.may_repeat(self.settings.retry_bytes_max) {
+            // Only a reused connection may have been closed by its backend before it saw the request.
             stream.request.release(sent);
         }
         self.follow_marks(stream_key);
@@ -218,6 +220,7 @@ impl<I: Io> Shard<I> {
                 Some(backend) => self.want_receive(backend, true),
                 None => self.resume_demo(key),
             }
+            self.follow_stream_timer(key);
         }
         let Some(stream) = self.streams.get_mut(key) else { return };
         let (Some(client), false) = (stream.client, stream.request_done) else { return };
