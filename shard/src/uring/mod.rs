@@ -5,14 +5,16 @@
 //! worker thread: sockets are blocking ones (with O_NONBLOCK io_uring answers EAGAIN instead of waiting by poll), and
 //! shutdown(2) is a plain syscall (its io_uring form is always handed to a worker: `REQ_F_FORCE_ASYNC` in io_uring/net.c).
 
+mod bell;
 mod buffers;
 mod eventfd;
 mod ops;
 mod probe;
 mod sockets;
 
+pub use bell::Bell;
 pub use buffers::Buffer;
-pub use eventfd::EventFd;
+pub(crate) use eventfd::EventFd;
 pub use probe::{ProbeItem, probe, raise_nofile};
 pub use sockets::{Socket, listen};
 
@@ -40,6 +42,8 @@ use std::time::Duration;
 const BUFFER_GROUP: u16 = 0;
 /// Completions per submission entry: a multishot answers many times.
 const COMPLETIONS_PER_ENTRY: u32 = 4;
+/// Rings of the bell heard at once; one that rang more often is heard again.
+const WAKE_RINGS: usize = 32;
 /// How long the drop of a ring waits for its operations to end before it leaks their memory instead of freeing it.
 const REAP_MS_MAX: u64 = 5_000;
 
@@ -122,10 +126,10 @@ pub struct UringIo {
     endings: Vec<Ending>,
     /// Entries the kernel would not take yet; submitted before anything newer. Empty but under memory pressure.
     unsubmitted: VecDeque<squeue::Entry>,
-    wake: Arc<EventFd>,
+    wake: Arc<Bell>,
     wake_armed: bool,
-    /// The kernel writes the bell's count here while `wake_armed`.
-    wake_count: Box<Cell<u64>>,
+    /// The kernel writes the bell's rings here while `wake_armed`.
+    wake_rings: Box<Cell<[u8; WAKE_RINGS]>>,
     /// Rung by the kernel for completions; made when somebody first wants to sleep elsewhere.
     completion_event: Option<EventFd>,
     /// Turns do not sleep: their owner does, until the event rings.
@@ -136,16 +140,11 @@ pub struct UringIo {
 }
 
 impl UringIo {
-    /// A ring for the calling thread, which alone may use it. `wake` is made by [`EventFd::for_ring`] and heard as
-    /// [`Completion::Woken`].
+    /// A ring for the calling thread, which alone may use it. `wake` is heard as [`Completion::Woken`].
     ///
     /// # Errors
     /// When the kernel refuses; says why and what to do.
-    pub fn new(
-        settings: &Settings,
-        listeners: Vec<TcpListener>,
-        wake: Arc<EventFd>,
-    ) -> Result<Self, RingError> {
+    pub fn new(settings: &Settings, listeners: Vec<TcpListener>, wake: Arc<Bell>) -> Result<Self, RingError> {
         let ring = build_ring(settings.ring_depth)?;
         let buffers = BufferRing::new(settings.buffers, settings.buffer_bytes)
             .map_err(|error| RingError::of("mapping receive buffers", error))?;
@@ -176,7 +175,7 @@ impl UringIo {
             unsubmitted: VecDeque::new(),
             wake,
             wake_armed: false,
-            wake_count: Box::new(Cell::new(0)),
+            wake_rings: Box::new(Cell::new([0; WAKE_RINGS])),
             completion_event: None,
             sleeps_elsewhere: false,
             sleep_owed: None,
@@ -190,7 +189,7 @@ impl UringIo {
     ///
     /// # Errors
     /// No descriptors, or the kernel refuses.
-    pub fn completion_event(&mut self) -> std::io::Result<EventFd> {
+    pub(crate) fn completion_event(&mut self) -> std::io::Result<EventFd> {
         match &self.completion_event {
             Some(event) => event.try_clone(),
             None => {
@@ -416,9 +415,8 @@ impl UringIo {
     fn arm_wake(&mut self) {
         if !self.wake_armed {
             self.wake_armed = true;
-            let fd = Fd(self.wake.as_fd().as_raw_fd());
-            let entry =
-                opcode::Read::new(fd, self.wake_count.as_ptr().cast(), size_of::<u64>() as u32).build();
+            let fd = Fd(self.wake.ear().as_raw_fd());
+            let entry = opcode::Recv::new(fd, self.wake_rings.as_ptr().cast(), WAKE_RINGS as u32).build();
             self.start(Owner::Wake, -1, Memory::Nothing, entry);
         }
     }
@@ -532,7 +530,7 @@ impl Drop for UringIo {
             log::error!("{} operations do not end: their memory is leaked", self.ops.len());
             std::mem::forget(std::mem::replace(&mut self.ops, OpTable::new()));
             std::mem::forget(Rc::clone(&self.buffers));
-            std::mem::forget(std::mem::replace(&mut self.wake_count, Box::new(Cell::new(0))));
+            std::mem::forget(std::mem::take(&mut self.wake_rings));
         } else if let Err(error) = self.ring.submitter().unregister_buf_ring(BUFFER_GROUP) {
             log::error!("the receive buffers cannot be unregistered ({error}): they are leaked");
             std::mem::forget(Rc::clone(&self.buffers));

@@ -55,7 +55,7 @@ pub(crate) fn settings() -> Settings {
 struct Bench {
     io: UringIo,
     address: SocketAddr,
-    wake: Arc<EventFd>,
+    wake: Arc<Bell>,
     seen: Completions,
 }
 
@@ -78,7 +78,7 @@ impl Bench {
         let listener =
             listen("127.0.0.1:0".parse().unwrap(), settings.backlog, settings.notsent_lowat_bytes).unwrap();
         let address = listener.local_addr().unwrap();
-        let wake = Arc::new(EventFd::for_ring().unwrap());
+        let wake = Arc::new(Bell::new().unwrap());
         let io = UringIo::new(settings, vec![listener], Arc::clone(&wake)).unwrap();
         Bench { io, address, wake, seen: Vec::new() }
     }
