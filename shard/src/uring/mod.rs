@@ -130,6 +130,8 @@ pub struct UringIo {
     wake_armed: bool,
     /// The kernel writes the bell's rings here while `wake_armed`.
     wake_rings: Box<Cell<[u8; WAKE_RINGS]>>,
+    /// The one completion that was too many for the last turn.
+    carried: Option<Completion<Socket, Buffer>>,
     /// Rung by the kernel for completions; made when somebody first wants to sleep elsewhere.
     completion_event: Option<EventFd>,
     /// Turns do not sleep: their owner does, until the event rings.
@@ -176,6 +178,7 @@ impl UringIo {
             wake,
             wake_armed: false,
             wake_rings: Box::new(Cell::new([0; WAKE_RINGS])),
+            carried: None,
             completion_event: None,
             sleeps_elsewhere: false,
             sleep_owed: None,
@@ -308,7 +311,8 @@ impl UringIo {
     fn submit_and_wait(&mut self, wait: Wait) -> Result<(), Errno> {
         let all = self.push_unsubmitted();
         // Completions left over from the last turn (its batch was full) are work that is there already.
-        if !all || !self.ring.completion().is_empty() || self.sleep_of(wait) == Some(Duration::ZERO) {
+        let left_over = self.carried.is_some() || !self.ring.completion().is_empty();
+        if !all || left_over || self.sleep_of(wait) == Some(Duration::ZERO) {
             return self.enter_if_needed();
         }
         if self.sleeps_elsewhere || self.spin_us > 0 {
@@ -423,8 +427,8 @@ impl UringIo {
 
     /// Takes completions out of the ring, at most as many as a turn handles.
     fn take(&mut self, completions: &mut Vec<Completion<Socket, Buffer>>) {
-        // One entry becomes two completions at most.
-        let full = completions.len() + COMPLETIONS_PER_TURN_MAX - 1;
+        let full = completions.len() + COMPLETIONS_PER_TURN_MAX;
+        completions.extend(self.carried.take());
         let UringIo { ring, ops, buffers, descriptors, wake_armed, .. } = self;
         let mut queue = ring.completion();
         while completions.len() < full {
@@ -488,6 +492,10 @@ impl UringIo {
                     }
                 }
             }
+        }
+        if completions.len() > full {
+            // The last entry became two completions.
+            self.carried = completions.pop();
         }
     }
 
