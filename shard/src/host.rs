@@ -152,7 +152,7 @@ pub struct Background {
 
 impl Background {
     /// Runs it to its end: a started task cannot be cancelled (glommio leaks cancelled tasks). It starts when the shard next
-    /// yields to glommio, within [`GLOMMIO_LOOK_US`].
+    /// yields to glommio, within about a millisecond.
     pub fn start(&self, task: impl Future<Output = ()> + 'static) {
         /// Counts down also when the task panics.
         struct Outstanding(Rc<Cell<usize>>);

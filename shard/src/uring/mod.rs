@@ -7,6 +7,7 @@
 
 mod bell;
 mod buffers;
+mod error;
 mod eventfd;
 mod ops;
 mod probe;
@@ -14,6 +15,7 @@ mod sockets;
 
 pub use bell::Bell;
 pub use buffers::Buffer;
+pub use error::RingError;
 pub(crate) use eventfd::EventFd;
 pub use probe::{ProbeItem, probe, raise_nofile};
 pub use sockets::{Socket, listen};
@@ -30,7 +32,6 @@ use protocol::slots::Key;
 use sockets::Descriptors;
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::rc::Rc;
@@ -46,67 +47,6 @@ const COMPLETIONS_PER_ENTRY: u32 = 4;
 const WAKE_RINGS: usize = 32;
 /// How long the drop of a ring waits for its operations to end before it leaks their memory instead of freeing it.
 const REAP_MS_MAX: u64 = 5_000;
-
-/// A shard's ring could not be made.
-#[derive(Debug)]
-pub enum RingError {
-    /// io_uring is switched off here (EPERM, ENOSYS).
-    Disabled(std::io::Error),
-    /// Too little memory, or the locked-memory limit is too low (ENOMEM).
-    Memory(std::io::Error),
-    /// The kernel does not know what is needed (EINVAL).
-    KernelTooOld {
-        /// What was asked for.
-        missing: &'static str,
-        /// Release of the running kernel.
-        found: String,
-    },
-    /// No descriptors left (EMFILE, ENFILE).
-    Descriptors(std::io::Error),
-    /// Anything else.
-    Other(&'static str, std::io::Error),
-}
-
-impl RingError {
-    fn of(doing: &'static str, error: std::io::Error) -> Self {
-        match error.raw_os_error() {
-            Some(libc::EPERM | libc::ENOSYS | libc::EACCES) => RingError::Disabled(error),
-            Some(libc::ENOMEM) => RingError::Memory(error),
-            Some(libc::EINVAL) => RingError::KernelTooOld { missing: doing, found: probe::kernel_release() },
-            Some(libc::EMFILE | libc::ENFILE) => RingError::Descriptors(error),
-            _ => RingError::Other(doing, error),
-        }
-    }
-}
-
-impl fmt::Display for RingError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            RingError::Disabled(error) => write!(
-                f,
-                "io_uring is disabled here ({error}): set the sysctl kernel.io_uring_disabled to 0, and allow \
-                 io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
-            ),
-            RingError::Memory(error) => write!(
-                f,
-                "no memory for the ring ({error}): raise the locked-memory limit to at least 512 KiB (ulimit -l, LimitMEMLOCK=), \
-                 or lower ring_depth and buffers"
-            ),
-            RingError::KernelTooOld { missing, found } => {
-                write!(f, "the kernel refuses {missing}: Linux 6.1 or newer is needed, this is {found}")
-            }
-            RingError::Descriptors(error) => {
-                write!(
-                    f,
-                    "no file descriptor for the ring ({error}): raise the limit (ulimit -n, LimitNOFILE=)"
-                )
-            }
-            RingError::Other(doing, error) => write!(f, "{doing}: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for RingError {}
 
 /// What is to be done with a socket after everything queued before it was submitted.
 enum Ending {
