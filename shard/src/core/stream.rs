@@ -322,8 +322,16 @@ pub(crate) fn write_late_error(dialect: Dialect, body: &[u8], out: &mut Vec<u8>)
         out.extend_from_slice(b"event: error\n");
     }
     // JSON text has no line ends but between tokens, where those of several data lines mean the same (WHATWG 9.2.6).
-    for line in body.lines() {
+    let untyped = dialect == Dialect::Responses && !body[1..].trim_start().starts_with("\"type\"");
+    for (number, line) in body.lines().enumerate() {
         out.extend_from_slice(b"data: ");
+        let line = match line.strip_prefix('{') {
+            Some(rest) if untyped && number == 0 => {
+                out.extend_from_slice(b"{\"type\":\"error\",");
+                rest
+            }
+            _ => line,
+        };
         out.extend_from_slice(line.trim_end_matches('\r').as_bytes());
         out.push(b'\n');
     }
@@ -371,6 +379,9 @@ mod tests {
         assert_eq!(out, b"data: {\ndata:  \"error\": {\"message\":\"no\"}\ndata: }\n\n");
         out.clear();
         assert!(write_late_error(Dialect::Messages, b"{\"type\":\"error\",\"error\":{}}", &mut out));
+        assert_eq!(out, b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n");
+        out.clear();
+        assert!(write_late_error(Dialect::Responses, b"{\"error\":{}}", &mut out));
         assert_eq!(out, b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n");
         for not_one in [&b"<html>"[..], b"", b"{\"error\":", b"{\"detail\":1}", b"\xff"] {
             out.clear();
