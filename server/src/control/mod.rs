@@ -189,10 +189,15 @@ impl Control {
 
     fn take_reports(&mut self) {
         for shard in 0..self.links.len() {
+            // Looked at first: what a shard reported before its thread ended is still to be taken.
+            let abandoned = self.links[shard].port.is_abandoned();
             // Bounded: what comes in meanwhile wakes the loop again.
             for _ in 0..shard::mesh::REPORTS_MAX {
                 let Some(report) = self.links[shard].port.receive() else { break };
                 self.report(shard, report);
+            }
+            if abandoned && self.links[shard].state != LinkState::Gone {
+                self.report(shard, Report::Failed("its thread ended without a word".to_owned()));
             }
         }
     }
