@@ -26,6 +26,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -368,7 +369,7 @@ impl Control {
               owned) is what OwnedFd guarantees"
 )]
 fn watch(descriptor: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::new(descriptor)
+    AsyncFd::with_interest(descriptor, Interest::READABLE)
 }
 
 /// Waits until at least one shard has rung, and clears its bell. What it reported is still to be taken.
