@@ -1,10 +1,12 @@
 //! The running process: admin pages, drain, signals, exit codes.
+#![allow(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod common;
 
 use common::Server;
 use rustix::process::Signal;
-use std::io::Read;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::Duration;
 
 #[test]
@@ -96,4 +98,34 @@ fn without_a_resolved_upstream_it_is_not_ready() {
     let (status, page) = server.get("/ready");
     assert_eq!(status, 503);
     assert!(page.contains("\"no_upstream\""), "{page}");
+}
+
+/// A full pipe blocks the writer of logs, and nothing else; what does not fit into its queue is counted.
+#[test]
+fn a_reader_of_logs_that_is_stuck_stops_nothing() {
+    const REQUESTS: usize = 12_000;
+    let server = Server::start(&["--access-log", "on"]);
+    let mut socket = TcpStream::connect(server.client).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut reader = socket.try_clone().unwrap();
+    let answers = std::thread::spawn(move || {
+        let (mut seen, mut buffer, mut rest) = (0, vec![0; 65_536], Vec::new());
+        while seen < REQUESTS {
+            let read = reader.read(&mut buffer).unwrap();
+            assert!(read > 0, "closed after {seen}");
+            rest.extend_from_slice(&buffer[..read]);
+            seen += rest.windows(9).filter(|window| window == b"HTTP/1.1 ").count();
+            rest.drain(..rest.len().saturating_sub(8));
+        }
+    });
+    for _ in 0..REQUESTS {
+        socket.write_all(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    }
+    answers.join().unwrap();
+    let (_, page) = server.get("/metrics");
+    let dropped =
+        page.lines().find_map(|line| line.strip_prefix("tokenring_log_lines_dropped_total ")).unwrap();
+    assert!(dropped.parse::<u64>().unwrap() > 0, "{dropped}");
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().0, 0);
 }
