@@ -1,7 +1,7 @@
 //! Scripted clients: they write requests split anywhere, read at their own pace or not at all, and leave when they like.
 
 use crate::reader::Reader;
-use crate::world::{Event, Peer, PeerRead, World};
+use crate::world::{Event, Peer, PeerRead, Unconnected, World};
 
 /// How a client reads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -168,8 +168,11 @@ impl World {
     }
 
     fn client_starts(&mut self, index: usize) {
-        let Some(socket) = self.peer_connects(Peer::Client(index)) else {
-            return self.client_ends(index, Ended::Refused);
+        let socket = match self.peer_connects(Peer::Client(index)) {
+            Ok(socket) => socket,
+            Err(Unconnected::Refused) => return self.client_ends(index, Ended::Refused),
+            // The kernel drops the SYN and the client sends it again.
+            Err(Unconnected::Full) => return self.after(200_000, Event::Client(index, ClientStep::Start)),
         };
         self.say(|| format!("c{index} connects as s{socket}"));
         let now = self.now;
@@ -333,6 +336,8 @@ impl World {
         for (nth, id) in asked.into_iter().enumerate().skip(complete) {
             let exchange = &mut self.exchanges[id];
             exchange.client_left_us = Some(now);
+            exchange.left_how = Some(how);
+            exchange.left_socket = Some(socket);
             let streams = exchange.request.streaming && written;
             exchange.left_visibly = nth == complete && (how == How::Reset || (streams && how == How::Close));
         }

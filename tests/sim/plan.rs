@@ -1,5 +1,6 @@
 //! What an exchange is to be: the request a client sends, the answer a backend gives, its fault; and what came of it.
 
+use crate::client::How;
 use crate::rng::Rng;
 use protocol::dialect::Dialect;
 
@@ -215,6 +216,8 @@ pub(crate) struct Wire {
     pub(crate) then: Then,
     /// The answer on the wire is whole, or as good as whole.
     pub(crate) whole: bool,
+    /// It is not, but the dialect's end mark is on the wire, if all of it arrives.
+    pub(crate) may_look_whole: bool,
 }
 
 /// A request, its answer, and what was seen of both.
@@ -228,6 +231,8 @@ pub(crate) struct Exchange {
     pub(crate) client_left_us: Option<u64>,
     /// It left by RST, or by a FIN that means leaving; its request was complete.
     pub(crate) left_visibly: bool,
+    pub(crate) left_how: Option<How>,
+    pub(crate) left_socket: Option<usize>,
 }
 
 /// One backend connection that was given the request.
@@ -293,7 +298,7 @@ fn error_event(dialect: Dialect) -> (String, String) {
 impl Exchange {
     pub(crate) fn new(id: usize, request: Request, answer: Answer, rng: &mut Rng) -> Self {
         let wire = render(id, &request, &answer, rng);
-        Exchange { request, answer, wire, attempts: Vec::new(), client_left_us: None, left_visibly: false }
+        Exchange { request, answer, wire, attempts: Vec::new(), client_left_us: None, left_visibly: false, left_how: None, left_socket: None }
     }
 
     /// Events that the backend has written whole, at most, over all attempts.
@@ -417,5 +422,10 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
         }
         Fault::NoLastChunk | Fault::None => {}
     }
-    Wire { bytes, head_bytes, events, body, then, whole }
+    let marked = !whole
+        && request.dialect.has_end_mark()
+        && answer.fault != Fault::NoEndMark
+        && answer.fault != Fault::InBandError
+        && events.last().is_some_and(|mark| mark.wire_end <= bytes.len());
+    Wire { bytes, head_bytes, events, body, then, whole, may_look_whole: marked }
 }

@@ -11,9 +11,11 @@ use shard::settings::HalfClose;
 
 fn faults(rng: &mut Rng) -> Faults {
     let sometimes = |rng: &mut Rng, high: u32| if rng.chance(500) { rng.below(u64::from(high)) as u32 } else { 0 };
+    // Many small steps must not add up to deadlines.
+    let tiny = rng.chance(200);
     Faults {
-        delay_us: rng.pick(&[0, 50, 2_000, 20_000]),
-        receive_bytes: rng.pick(&[0, 0, 1, 16, 300, 4096]),
+        delay_us: if tiny { rng.pick(&[0, 20]) } else { rng.pick(&[0, 50, 2_000, 20_000]) },
+        receive_bytes: if tiny { rng.pick(&[1, 16, 300]) } else { rng.pick(&[0, 0, 4096]) },
         receive_rearm: sometimes(rng, 300),
         receive_no_buffer: sometimes(rng, 200),
         send_piecewise: sometimes(rng, 1000),
@@ -28,7 +30,7 @@ fn faults(rng: &mut Rng) -> Faults {
         socket_error: if rng.chance(100) { 100 } else { 0 },
         overshoot_us: rng.pick(&[0, 0, 300, 20_000]),
         work_us: rng.pick(&[0, 10, 500]),
-        turn_completions: rng.pick(&[0, 0, 0, 1, 3, 20]),
+        turn_completions: rng.pick(&[0, 0, 0, 2, 20]),
     }
 }
 
@@ -186,7 +188,7 @@ pub(crate) fn random_run(seed: u64, planted: Option<Planted>) -> Finished {
                 &mut deadlines.keep_alive_ms,
                 &mut deadlines.finish_ms,
             ] {
-                *deadline = rng.skewed(5_000) as u32;
+                *deadline = rng.skewed(5_000) as u32 + 1;
             }
         }
     }
@@ -204,7 +206,12 @@ pub(crate) fn random_run(seed: u64, planted: Option<Planted>) -> Finished {
     let mut sim = Sim::with_listeners(rng.next(), settings, hosts, listeners);
     sim.world().faults = faults(&mut rng);
     sim.world().planted = planted;
-    sim.world().pipe_bytes = rng.pick(&[300, 5_000, 64 << 10]);
+    sim.world().pipe_bytes = rng.pick(&[2_000, 16_000, 64 << 10]);
+    if sim.world().pipe_bytes == 2_000 || sim.settings.buffer_bytes == 256 {
+        // Else the delays of many small steps add up to deadlines.
+        let delay_us = sim.world().faults.delay_us.min(50);
+        sim.world().faults.delay_us = delay_us;
+    }
     sim.lenience.any_answer_may_fail = impatient;
     for _ in 0..rng.skewed(30) + 1 {
         let ids: Vec<usize> = (0..rng.skewed(5) + 1)

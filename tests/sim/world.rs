@@ -100,6 +100,7 @@ pub(crate) struct Socket {
     pub(crate) closed: bool,
     /// When the shard gave it up.
     pub(crate) ended_us: Option<u64>,
+    pub(crate) accepted_us: u64,
     receive_due: bool,
     send_due: bool,
 }
@@ -139,6 +140,14 @@ pub(crate) struct Listener {
     pub(crate) stopped: bool,
 }
 
+/// Why a client has no connection.
+pub(crate) enum Unconnected {
+    /// Nobody listens any more.
+    Refused,
+    /// The listener's queue is full.
+    Full,
+}
+
 pub(crate) enum PeerRead {
     Data(Vec<u8>),
     Nothing,
@@ -173,6 +182,7 @@ pub(crate) struct World {
     pub(crate) buffer_bytes: usize,
     pub(crate) buffers_used: Rc<Cell<usize>>,
     pub(crate) pipe_bytes: usize,
+    pub(crate) backlog_max: usize,
     /// FNV of everything asked and answered, with its time: two runs of a seed agree.
     pub(crate) trace: u64,
     /// The shard would sleep forever and nothing will ever happen.
@@ -214,6 +224,7 @@ impl World {
             buffer_bytes: 4096,
             buffers_used: Rc::new(Cell::new(0)),
             pipe_bytes: 64 * 1024,
+            backlog_max: 128,
             trace: 0,
             stuck: false,
             backlog_lost: 0,
@@ -306,11 +317,11 @@ impl World {
         self.sockets.push(Socket {
             peer,
             inward: VecDeque::new(),
-            inward_max: self.rng.range(1, self.pipe_bytes as u64) as usize,
+            inward_max: self.rng.range(self.pipe_bytes as u64 / 2, self.pipe_bytes as u64) as usize,
             inward_fin: false,
             inward_error: None,
             outward: VecDeque::new(),
-            outward_max: self.rng.range(1, self.pipe_bytes as u64) as usize,
+            outward_max: self.rng.range(self.pipe_bytes as u64 / 2, self.pipe_bytes as u64) as usize,
             outward_fin: false,
             outward_reset: false,
             peer_closed: false,
@@ -322,6 +333,7 @@ impl World {
             shut_write: false,
             closed: false,
             ended_us: None,
+            accepted_us: 0,
             receive_due: false,
             send_due: false,
         });
@@ -405,6 +417,10 @@ impl World {
             self.submit(submission);
         }
         self.happen_until(self.now);
+        // Accepts happen when the ring is entered: no more at once than the queue holds.
+        if self.ready.len() < 64 {
+            self.match_accepts();
+        }
         while self.ready.is_empty() {
             let next = self.events.keys().next().map(|&(time, _)| time);
             let until = match (wait, next) {
@@ -426,9 +442,10 @@ impl World {
             };
             self.now = self.now.max(until);
             self.happen_until(self.now);
+            self.match_accepts();
         }
         self.turns_idle = if self.ready.is_empty() { self.turns_idle + 1 } else { 0 };
-        assert!(self.turns_idle < 20_000, "the shard spins: turn after turn without a completion");
+        assert!(self.turns_idle < 20_000, "the shard spins: turn after turn without a completion ({wait:?})");
         let limit = match self.faults.turn_completions {
             0 => protocol::limits::COMPLETIONS_PER_TURN_MAX,
             limit => limit,
@@ -443,6 +460,19 @@ impl World {
                 completions.push(completion);
             }
         }
+    }
+
+    /// Time passes while the shard looks elsewhere.
+    pub(crate) fn pass(&mut self, us: u64) {
+        let until = self.now + us;
+        while let Some(&(time, _)) = self.events.keys().next()
+            && time <= until
+        {
+            self.now = self.now.max(time);
+            self.happen_until(self.now);
+        }
+        self.now = self.now.max(until);
+        self.turns_idle = 0;
     }
 
     /// Mixes the lanes, and keeps the order within each.
@@ -466,7 +496,6 @@ impl World {
 
     fn happen_until(&mut self, time: u64) {
         loop {
-            self.match_accepts();
             let Some((&key, &event)) = self.events.iter().next() else { return };
             if key.0 > time {
                 return;
@@ -511,7 +540,9 @@ impl World {
                 {
                     return;
                 }
-                let delay = self.rng.skewed(self.faults.cancel_late_us);
+                let accepts = matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { .. }, .. }));
+                let late_us = if accepts { 0 } else { self.faults.cancel_late_us };
+                let delay = self.rng.skewed(late_us);
                 self.after(delay, Event::Cancel(op));
             }
         }
@@ -598,6 +629,7 @@ impl World {
                     continue;
                 }
                 self.listeners[index].backlog.pop_front();
+                self.sockets[socket].accepted_us = self.now;
                 self.say(|| format!("s{socket} accepted"));
                 let lane = (usize::MAX, false);
                 let accepted = SimSocket(socket as u32);
@@ -795,15 +827,17 @@ impl World {
 
     // ---- the peers' side
 
-    /// A client connects; `None` when nobody listens any more.
-    pub(crate) fn peer_connects(&mut self, peer: Peer) -> Option<usize> {
+    pub(crate) fn peer_connects(&mut self, peer: Peer) -> Result<usize, Unconnected> {
         let listener = self.rng.below(self.listeners.len() as u64) as usize;
         if self.listeners[listener].stopped {
-            return None;
+            return Err(Unconnected::Refused);
+        }
+        if self.listeners[listener].backlog.len() >= self.backlog_max {
+            return Err(Unconnected::Full);
         }
         let socket = self.new_socket(peer);
         self.listeners[listener].backlog.push_back(socket);
-        Some(socket)
+        Ok(socket)
     }
 
     pub(crate) fn attach_peer(&mut self, socket: usize, peer: Peer) {
@@ -906,7 +940,15 @@ impl World {
         }
         for (index, socket) in self.sockets.iter().enumerate() {
             if !socket.closed {
-                left.push(format!("s{index} of {:?} is open", socket.peer));
+                left.push(format!(
+                    "s{index} of {:?} is open: {} bytes for the shard, {} for its peer, receive {:?}, send {:?}, watch {:?}",
+                    socket.peer,
+                    socket.inward.len(),
+                    socket.outward.len(),
+                    socket.receive,
+                    socket.send,
+                    socket.hangup,
+                ));
             }
         }
         if self.buffers_used.get() > 0 {
