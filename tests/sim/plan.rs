@@ -37,6 +37,10 @@ impl Request {
         }
     }
 
+    fn has_body(&self) -> bool {
+        matches!(self.method, "POST" | "PUT")
+    }
+
     fn path(&self) -> String {
         let path = match self.dialect {
             Dialect::Chat => "/v1/chat/completions",
@@ -71,7 +75,7 @@ impl Request {
     pub(crate) fn wire(&self, id: usize, rng: &mut Rng) -> (Vec<u8>, usize) {
         let version = if self.http10 { "1.0" } else { "1.1" };
         let mut head = format!("{} {} HTTP/{version}\r\nHost: sim\r\nX-Sim: {id}\r\n", self.method, self.path());
-        let has_body = self.method == "POST" || self.method == "PUT";
+        let has_body = self.has_body();
         let body = if has_body { self.body(id) } else { Vec::new() };
         if self.chunked && has_body {
             head += "Transfer-Encoding: chunked\r\n";
@@ -224,6 +228,8 @@ pub(crate) struct Wire {
 #[derive(Debug)]
 pub(crate) struct Exchange {
     pub(crate) request: Request,
+    /// The request's.
+    pub(crate) body: Vec<u8>,
     pub(crate) answer: Answer,
     pub(crate) wire: Wire,
     pub(crate) attempts: Vec<Attempt>,
@@ -298,7 +304,18 @@ fn error_event(dialect: Dialect) -> (String, String) {
 impl Exchange {
     pub(crate) fn new(id: usize, request: Request, answer: Answer, rng: &mut Rng) -> Self {
         let wire = render(id, &request, &answer, rng);
-        Exchange { request, answer, wire, attempts: Vec::new(), client_left_us: None, left_visibly: false, left_how: None, left_socket: None }
+        let body = if request.has_body() { request.body(id) } else { Vec::new() };
+        Exchange {
+            request,
+            body,
+            answer,
+            wire,
+            attempts: Vec::new(),
+            client_left_us: None,
+            left_visibly: false,
+            left_how: None,
+            left_socket: None,
+        }
     }
 
     /// Events that the backend has written whole, at most, over all attempts.

@@ -181,7 +181,7 @@ impl Sim {
                 _ => {}
             }
         }
-        if self.turns.is_multiple_of(16) {
+        if self.turns.is_multiple_of(128) {
             self.check_memory();
         }
     }
