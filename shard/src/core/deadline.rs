@@ -24,6 +24,22 @@ impl<I: Io> Shard<I> {
         let now_ms = self.now_ms();
         let mut fired = std::mem::take(&mut self.fired);
         self.wheel.advance(now_ms, |whose| fired.push(whose));
+        // All of them are gone from the wheel before the first is acted upon, which may end what another belongs to.
+        for &whose in &fired {
+            match whose {
+                TimerOf::Conn(key) => {
+                    if let Some(conn) = self.conns.get_mut(key) {
+                        conn.timer = None;
+                    }
+                }
+                TimerOf::Stream(key) => {
+                    if let Some(stream) = self.streams.get_mut(key) {
+                        stream.timer = None;
+                    }
+                }
+                TimerOf::Acceptor(_) | TimerOf::Drain => {}
+            }
+        }
         for whose in fired.drain(..) {
             match whose {
                 TimerOf::Conn(key) => self.conn_timer_fired(key),
@@ -70,8 +86,6 @@ impl<I: Io> Shard<I> {
 
     fn conn_timer_fired(&mut self, key: Key) {
         let now_ms = self.now_ms();
-        let Some(conn) = self.conns.get_mut(key) else { return };
-        conn.timer = None;
         let Some(conn) = self.conns.get(key) else { return };
         if self.conn_due_ms(conn) > now_ms {
             return self.follow_conn_timer(key);
@@ -108,7 +122,6 @@ impl<I: Io> Shard<I> {
     fn stream_timer_fired(&mut self, key: Key) {
         let now_ms = self.now_ms();
         let Some(stream) = self.streams.get_mut(key) else { return };
-        stream.timer = None;
         let route = &self.settings.routes[stream.route];
         if stream_due_ms(stream, route) <= now_ms {
             match what_is_due(stream, route, now_ms) {
