@@ -151,7 +151,7 @@ fn body_deadline() {
 
 #[test]
 fn connect_deadline() {
-    let mut sim = deadlines(|deadlines| deadlines.connect_ms = 2_000);
+    let sim = deadlines(|deadlines| deadlines.connect_ms = 2_000);
     sim.world().hosts[0].hangs = true;
     sim.world().connects_failed = 1;
     let (outcome, finished) = one(sim, chat(), Answer::events(1));
@@ -161,7 +161,7 @@ fn connect_deadline() {
 
 #[test]
 fn refused_by_all_addresses() {
-    let mut sim = Sim::new(1, settings(), vec![BackendHost::new(0), BackendHost::new(1)]);
+    let sim = Sim::new(1, settings(), vec![BackendHost::new(0), BackendHost::new(1)]);
     for host in &mut sim.world().hosts {
         host.refuses = true;
     }
@@ -172,7 +172,7 @@ fn refused_by_all_addresses() {
 
 #[test]
 fn an_address_that_refuses_is_made_up_for_by_the_next() {
-    let mut sim = Sim::new(1, settings(), vec![BackendHost::new(0), BackendHost::new(1)]);
+    let sim = Sim::new(1, settings(), vec![BackendHost::new(0), BackendHost::new(1)]);
     sim.world().hosts[0].refuses = true;
     let (outcome, _) = one(sim, chat(), Answer::events(1));
     assert_eq!(outcome, Outcome::Complete);
@@ -244,7 +244,10 @@ fn a_long_ordinary_answer_is_not_held_to_the_first_token() {
 
 #[test]
 fn write_stall_deadline() {
-    let mut sim = deadlines(|deadlines| deadlines.write_stall_ms = 3_000);
+    let mut sim = sim_with(|settings| {
+        settings.routes[1].deadlines.write_stall_ms = 3_000;
+        settings.buffers = 8;
+    });
     let id = sim.exchange(chat(), Answer { bytes: 1000, ..Answer::events(400) });
     let pace = Pace::Stuck { after_bytes: 1000, for_us: 100_000_000 };
     sim.client(ClientPlan { pace, ..ClientPlan::new(&[id]) });
@@ -290,7 +293,7 @@ fn idle_clients_are_closed_by_the_keep_alive_deadline() {
 fn heartbeats_fill_silence_at_event_boundaries_only() {
     for dialect in Dialect::ALL {
         // The silence falls into the middle of an event: its first half waits, and heartbeats go out between events.
-        let answer = Answer { piece_bytes: 7, gap_us: 20_000_000, ..Answer::events(3) };
+        let answer = Answer { piece_bytes: 40, gap_us: 25_000_000, ..Answer::events(3) };
         let (outcome, finished) = one(calm(), Request::new(dialect, true), answer);
         assert_eq!(outcome, Outcome::Complete, "{dialect:?}");
         assert!(finished.sim.shard.stats().counters.heartbeats > 0);
@@ -533,7 +536,7 @@ fn accepting_recovers_when_descriptors_run_out() {
 
 #[test]
 fn a_backend_socket_that_cannot_be_made_is_an_overload() {
-    let mut sim = calm();
+    let sim = calm();
     sim.world().faults.socket_error = 1000;
     let (outcome, finished) = one(sim, chat(), Answer::events(2));
     assert_eq!(outcome, Outcome::Error(503, "overload".to_owned()));
@@ -567,7 +570,7 @@ fn a_drain_lets_streams_finish() {
 
 #[test]
 fn a_drain_ends_what_is_left_at_its_deadline_in_band() {
-    let mut sim = draining(Answer { piece_bytes: 2, gap_us: 2_000_000, ..Answer::events(300) });
+    let mut sim = draining(Answer { fault: Fault::Stall(500), ..Answer::events(30) });
     sim.drain(5_000);
     let begun_us = sim.now_us();
     let finished = leave(sim);
@@ -579,7 +582,7 @@ fn a_drain_ends_what_is_left_at_its_deadline_in_band() {
 
 #[test]
 fn a_stop_ends_streams_at_once_in_band() {
-    let mut sim = draining(Answer { piece_bytes: 2, gap_us: 2_000_000, ..Answer::events(300) });
+    let mut sim = draining(Answer { fault: Fault::Stall(500), ..Answer::events(30) });
     sim.stop();
     let begun_us = sim.now_us();
     let finished = leave(sim);

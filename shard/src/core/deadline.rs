@@ -37,7 +37,8 @@ impl<I: Io> Shard<I> {
                         stream.timer = None;
                     }
                 }
-                TimerOf::Acceptor(_) | TimerOf::Drain => {}
+                TimerOf::Drain => self.leaving_timer = None,
+                TimerOf::Acceptor(_) => {}
             }
         }
         for whose in fired.drain(..) {
