@@ -447,5 +447,8 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
         && events.last().is_some_and(|mark| mark.wire_end <= bytes.len());
     let untouched = matches!(answer.fault, Fault::Cut(_) | Fault::Reset(_) | Fault::Stall(_));
     let marked = marked || (untouched && bytes.len() == full_bytes);
+    if then == Then::Stall && untouched && bytes.len() == full_bytes {
+        then = Then::KeepAlive;
+    }
     Wire { bytes, head_bytes, events, body, then, whole, may_look_whole: marked }
 }

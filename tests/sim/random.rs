@@ -257,7 +257,7 @@ impl Drop for Blame {
 
 #[test]
 fn random_runs() {
-    for seed in 0..300 {
+    for seed in 0..1_000 {
         let _blame = Blame(seed);
         random_run(seed, None);
     }
