@@ -335,7 +335,8 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
                 body.extend_from_slice(format!("event: {name}{line}").as_bytes());
             }
             body.extend_from_slice(format!("data: {data}{line}{line}").as_bytes());
-            events.push(Owed { name, data, wire_end: body.len() });
+            // The CR of a blank line ends it, if nothing else comes.
+            events.push(Owed { name, data, wire_end: body.len() - usize::from(answer.crlf) });
         };
         for nth in 0..count {
             if answer.comments && rng.chance(100) {

@@ -587,7 +587,7 @@ impl World {
         let gone = matches!(
             completion,
             Completion::ReceiveEnded { why: ReceiveEnd::Fin | ReceiveEnd::Error(ECONNRESET), .. }
-                | Completion::Hangup { result: Ok(_), .. }
+                | Completion::Hangup { result: Ok(Hangup::Reset), .. }
         );
         if let Some(socket) = self.sockets.get_mut(socket) {
             if gone && socket.told_us == 0 {

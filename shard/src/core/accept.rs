@@ -208,11 +208,13 @@ impl<I: Io> Shard<I> {
             }
             Leaving::Stopping { deadline_ms } if deadline_ms <= now_ms => {
                 for key in self.client_conns() {
-                    if let Some(stream) = self.conns.get(key).and_then(|conn| conn.stream) {
+                    let stream = self.conns.get(key).and_then(|conn| conn.stream);
+                    let how = stream.map_or(Close::Orderly, |stream| self.how_to_cut(stream));
+                    if let Some(stream) = stream {
                         self.end_stream(stream, End::Stopped);
                         self.settle(stream);
                     }
-                    self.join(key, Close::Orderly);
+                    self.join(key, how);
                 }
                 self.leave();
             }

@@ -355,15 +355,20 @@ impl<I: Io> Shard<I> {
         self.conns.get(conn).and_then(|conn| conn.stream).and_then(|key| self.streams.get(key))
     }
 
+    /// How a connection is closed whose answer may not have been delivered whole: to a client that is told the end of the
+    /// body by nothing but FIN, a cut one must not look whole.
+    pub(super) fn how_to_cut(&self, stream: Key) -> Close {
+        match self.streams.get(stream) {
+            Some(stream) if stream.ends_by_close() => Close::Reset,
+            _ => Close::Orderly,
+        }
+    }
+
     /// The client is gone: its stream ends, and its backend is let go at once.
     pub(super) fn client_gone(&mut self, key: Key) {
         let stream = self.conns.get(key).and_then(|conn| conn.stream);
-        let mut how = Close::Orderly;
+        let how = stream.map_or(Close::Orderly, |stream| self.how_to_cut(stream));
         if let Some(stream) = stream {
-            // It may still read: to whom only the FIN tells the end of the body, a cut one must not look whole.
-            if self.streams.get(stream).is_some_and(|stream| stream.ends_by_close() && stream.response.end() > 0) {
-                how = Close::Reset;
-            }
             // One that left with the end mark in hand had all it was owed.
             let served = self.streams.get(stream).is_some_and(|stream| {
                 let sent = self.conns.get(key).map_or(0, |conn| conn.ledger.sent());
