@@ -7,6 +7,7 @@
 
 mod body;
 mod chunk;
+mod date;
 mod fields;
 mod refusal;
 mod request;
@@ -22,6 +23,7 @@ mod write_tests;
 
 pub use body::{BodyDecoder, Piece};
 pub use chunk::{CHUNK_END, ChunkHead, LAST_CHUNK};
+pub use date::DateLine;
 pub use refusal::Refusal;
 pub use request::{RequestHead, parse_request};
 pub use response::{ResponseHead, parse_response};

@@ -45,10 +45,6 @@ impl<I: Io> Shard<I> {
         true
     }
 
-    fn unix_time_s(&self) -> u64 {
-        self.settings.unix_time_at_start_s + self.now_us / 1_000_000
-    }
-
     /// The request is whole: the model starts to think.
     pub(super) fn start_demo(&mut self, key: Key) {
         let unix_time_s = self.unix_time_s();
@@ -62,7 +58,7 @@ impl<I: Io> Shard<I> {
         demo.model = DemoModel::new(stream.dialect, settings, &stream.facts, seed, unix_time_s);
         if stream.streaming {
             stream.step(Step::EventStream);
-            write_event_stream_head(stream, &mut self.scratch, now_us, false);
+            write_event_stream_head(stream, &mut self.scratch, self.date.at(unix_time_s), now_us, false);
         } else {
             let tokens = demo.model.settings().tokens.min(stream.facts.max_tokens.unwrap_or(u32::MAX));
             demo.next_us += u64::from(tokens) * token_us;

@@ -2,6 +2,7 @@
 
 use super::Shard;
 use super::conn::State;
+use super::relay::ExtraLines;
 use super::stream::{Answer, Stream};
 use crate::io::{Close, Io};
 use crate::mesh::Report;
@@ -16,7 +17,7 @@ impl<I: Io> Shard<I> {
     /// Ends a stream for the first reason given; a second one is too late. The backend is let go at once; what the client is
     /// owed (the rest, the end, or the error in its dialect) is in the log when this returns.
     pub(super) fn end_stream(&mut self, key: Key, end: End) {
-        let now_us = self.now_us;
+        let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
         let Some(stream) = self.streams.get_mut(key) else { return };
         if stream.end.is_some() {
             return;
@@ -26,7 +27,9 @@ impl<I: Io> Shard<I> {
         match (stream.answer, end) {
             // Nobody is left to be told.
             (_, End::ClientLeft | End::WriteStall) => {}
-            (Answer::None, _) => write_error(stream, &end.fault(), &mut self.scratch, now_us, ""),
+            (Answer::None, _) => {
+                write_error(stream, &end.fault(), &mut self.scratch, self.date.at(unix_time_s), now_us, "");
+            }
             // The error is the last event, and the body is ended: a reader that is still behind must get it, and some
             // (fetch in browsers and Node) throw away what they have not read when a body breaks off.
             (Answer::Events { .. }, End::Done) => stream.append_last_chunk(now_us),
@@ -63,7 +66,7 @@ impl<I: Io> Shard<I> {
 
     /// Answers a request that breaks a rule or a limit.
     pub(super) fn refuse(&mut self, key: Key, refusal: Refusal) {
-        let now_us = self.now_us;
+        let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
         self.stats.counters.refusals += 1;
         if let Some(index) = Refusal::ALL.iter().position(|&known| known == refusal) {
             self.stats.refusals[index] += 1;
@@ -83,16 +86,16 @@ impl<I: Io> Shard<I> {
             let harmless = matches!(refusal, Refusal::NotFound | Refusal::MethodNotAllowed);
             stream.close |= !harmless || !stream.request_done;
             let extra = if refusal == Refusal::MethodNotAllowed { "Allow: GET, HEAD, POST\r\n" } else { "" };
-            write_error(stream, &fault, &mut self.scratch, now_us, extra);
+            write_error(stream, &fault, &mut self.scratch, self.date.at(unix_time_s), now_us, extra);
         }
         self.end_stream(key, End::Refused);
     }
 
     /// A whole answer of our own.
     pub(super) fn answer_json(&mut self, key: Key, status: u16, body: &[u8]) {
-        let now_us = self.now_us;
+        let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
         let Some(stream) = self.streams.get_mut(key) else { return };
-        write_answer(stream, status, body, &mut Vec::with_capacity(256), now_us, "");
+        write_answer(stream, status, body, &mut self.scratch, self.date.at(unix_time_s), now_us, "");
         self.end_stream(key, End::Done);
     }
 
@@ -160,19 +163,28 @@ impl<I: Io> Shard<I> {
 }
 
 /// An error answer in the shape that the path's API uses.
-fn write_error(stream: &mut Stream, fault: &Fault, scratch: &mut Vec<u8>, now_us: u64, extra: &str) {
+fn write_error(
+    stream: &mut Stream,
+    fault: &Fault,
+    scratch: &mut Vec<u8>,
+    date: &str,
+    now_us: u64,
+    extra: &str,
+) {
     let mut body = Vec::with_capacity(192);
     stream.dialect.write_error_body(fault, &mut body);
     stream.close |= !stream.request_done;
     let retry = if fault.status == 503 { "Retry-After: 1\r\n" } else { extra };
-    write_answer(stream, fault.status, &body, scratch, now_us, retry);
+    write_answer(stream, fault.status, &body, scratch, date, now_us, retry);
 }
 
+#[allow(clippy::too_many_arguments, reason = "the parts of one answer")]
 fn write_answer(
     stream: &mut Stream,
     status: u16,
     body: &[u8],
     scratch: &mut Vec<u8>,
+    date: &str,
     now_us: u64,
     extra: &str,
 ) {
@@ -180,8 +192,10 @@ fn write_answer(
     stream.status = status;
     stream.answer = Answer::Body(framing);
     scratch.clear();
-    let extra = format!("Content-Type: application/json\r\n{extra}");
-    write_own_response_head(scratch, status, stream.version, !stream.close, framing, &extra);
+    let mut lines = ExtraLines::new("Content-Type: application/json\r\n");
+    lines.push(date);
+    lines.push(extra);
+    write_own_response_head(scratch, status, stream.version, !stream.close, framing, lines.as_str());
     if !stream.head_only {
         scratch.extend_from_slice(body);
     }

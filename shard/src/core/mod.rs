@@ -21,6 +21,7 @@ use crate::stats::{SlowConnection, Snapshot, Stats, UpstreamSnapshot};
 use accept::Acceptor;
 use backend::Pool;
 use conn::{Conn, Role};
+use protocol::http::DateLine;
 use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
 use protocol::phase::Phase;
 use protocol::slots::{Key, Slots};
@@ -71,6 +72,7 @@ pub struct Shard<I: Io> {
     upstreams: Arc<UpstreamSet>,
     /// The clock, read once when a turn wakes.
     now_us: u64,
+    started_us: u64,
     conns: Slots<Conn<I::Socket>>,
     streams: Slots<Stream>,
     wheel: Wheel<TimerOf>,
@@ -86,6 +88,7 @@ pub struct Shard<I: Io> {
     fired: Vec<TimerOf>,
     /// Heads and errors are put together here.
     scratch: Vec<u8>,
+    date: DateLine,
     reports: VecDeque<Report>,
     leaving: Leaving,
     /// Streams that a drain or stop ended.
@@ -119,6 +122,7 @@ impl<I: Io> Shard<I> {
             starved: Vec::new(),
             fired: Vec::new(),
             scratch: Vec::with_capacity(1024),
+            date: DateLine::default(),
             reports: VecDeque::new(),
             leaving: Leaving::No,
             forced: 0,
@@ -126,6 +130,7 @@ impl<I: Io> Shard<I> {
             woken: false,
             begun: 0,
             now_us,
+            started_us: now_us,
             settings,
             upstreams,
         };
@@ -262,6 +267,11 @@ impl<I: Io> Shard<I> {
 
     fn now_ms(&self) -> u64 {
         self.now_us / 1000
+    }
+
+    /// Seconds since 1970.
+    fn unix_time_s(&self) -> u64 {
+        self.settings.unix_time_at_start_s + (self.now_us - self.started_us) / 1_000_000
     }
 
     fn route(&self, index: usize) -> &Route {

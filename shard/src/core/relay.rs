@@ -18,6 +18,30 @@ use protocol::sse::{Block, Decoder};
 const EVENT_STREAM_HEADERS: &str = "Content-Type: text/event-stream; charset=utf-8\r\n\
     Cache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n";
 
+/// Header lines put together without allocation.
+pub(super) struct ExtraLines {
+    bytes: [u8; 256],
+    len: usize,
+}
+
+impl ExtraLines {
+    pub(super) fn new(lines: &str) -> Self {
+        let mut extra = ExtraLines { bytes: [0; 256], len: 0 };
+        extra.push(lines);
+        extra
+    }
+
+    /// Lines of ours; all together they fit.
+    pub(super) fn push(&mut self, lines: &str) {
+        self.bytes[self.len..self.len + lines.len()].copy_from_slice(lines.as_bytes());
+        self.len += lines.len();
+    }
+
+    pub(super) fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.bytes[..self.len]).unwrap_or_default()
+    }
+}
+
 /// How a backend's body goes on after some of its bytes.
 enum Flow {
     /// More is to come.
@@ -87,6 +111,7 @@ impl<I: Io> Shard<I> {
     fn backend_head(&mut self, key: Key, stream_key: Key, head: &ResponseHead<'_, '_>) -> bool {
         let now_us = self.now_us;
         let leaving = self.leaving != super::Leaving::No;
+        let unix_time_s = self.unix_time_s();
         let Some(backend) = self.conns.get_mut(key).and_then(Conn::backend) else { return false };
         if (100..200).contains(&head.status) {
             backend.interim += 1;
@@ -131,12 +156,17 @@ impl<I: Io> Shard<I> {
             stream.close |= leaving || framing == Framing::UntilClose || !stream.request_done;
             stream.status = head.status;
             self.scratch.clear();
+            let mut extra = ExtraLines::new(if events { EVENT_STREAM_HEADERS } else { "" });
+            if head.header("date").is_none() {
+                // RFC 9110 section 6.6.1: who forwards a message without one adds it.
+                extra.push(self.date.at(unix_time_s));
+            }
             let how = ClientHead {
                 client_version: stream.version,
                 keep_alive: !stream.close,
                 framing,
                 event_stream: events,
-                extra: if events { EVENT_STREAM_HEADERS } else { "" },
+                extra: extra.as_str(),
             };
             write_client_response(&mut self.scratch, head, &how);
             stream.append_response(&self.scratch, now_us);
@@ -269,9 +299,10 @@ impl<I: Io> Shard<I> {
     /// Commits a streaming answer before the backend has answered, so that nothing in between takes the silence of a long
     /// prefill for a dead connection.
     pub(super) fn commit_early(&mut self, key: Key) {
+        let unix_time_s = self.unix_time_s();
         let Some(stream) = self.streams.get_mut(key) else { return };
         self.stats.counters.early_commits += 1;
-        write_event_stream_head(stream, &mut self.scratch, self.now_us, true);
+        write_event_stream_head(stream, &mut self.scratch, self.date.at(unix_time_s), self.now_us, true);
         self.heartbeat(key);
     }
 
@@ -297,14 +328,22 @@ pub(super) fn waits_for_line_end(held: &mut Vec<u8>, bytes: &[u8], head_bytes_ma
 }
 
 /// The head of an event stream that no backend's head stands behind.
-pub(super) fn write_event_stream_head(stream: &mut Stream, scratch: &mut Vec<u8>, now_us: u64, early: bool) {
+pub(super) fn write_event_stream_head(
+    stream: &mut Stream,
+    scratch: &mut Vec<u8>,
+    date: &str,
+    now_us: u64,
+    early: bool,
+) {
     let chunked = stream.events_chunked();
     stream.close |= !chunked;
     stream.status = 200;
     stream.answer = Answer::Events { early };
     scratch.clear();
     let framing = if chunked { Framing::Chunked } else { Framing::UntilClose };
-    write_own_response_head(scratch, 200, stream.version, !stream.close, framing, EVENT_STREAM_HEADERS);
+    let mut extra = ExtraLines::new(EVENT_STREAM_HEADERS);
+    extra.push(date);
+    write_own_response_head(scratch, 200, stream.version, !stream.close, framing, extra.as_str());
     stream.append_response(scratch, now_us);
 }
 

@@ -1,8 +1,9 @@
 //! An eventfd: the bell of a mailbox. Rung by a thread, heard by a ring (a READ) or a poller.
 //! Ringing twice before it is heard is heard once.
 
+use glommio::io::BufferedFile;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 /// A counting eventfd.
 #[derive(Debug)]
@@ -56,6 +57,19 @@ impl EventFd {
         read == 8
     }
 
+    /// Waits until it has been rung, at most `timeout_ms`; true if so. Leaves it rung.
+    pub fn wait(&self, timeout_ms: u16) -> bool {
+        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: the pointer names one pollfd, which outlives the call.
+        unsafe { libc::poll(&raw mut poll, 1, i32::from(timeout_ms)) == 1 }
+    }
+
+    /// To be heard through glommio's reactor, by `read_at(0, 8)`. Inside an executor only.
+    pub(crate) fn into_file(self) -> BufferedFile {
+        // SAFETY: the descriptor is open and its ownership moves into the file.
+        unsafe { BufferedFile::from_raw_fd(self.0.into_raw_fd()) }
+    }
+
     /// Another descriptor of the same bell.
     ///
     /// # Errors
@@ -68,11 +82,5 @@ impl EventFd {
 impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
-    }
-}
-
-impl From<EventFd> for OwnedFd {
-    fn from(event: EventFd) -> OwnedFd {
-        event.0
     }
 }

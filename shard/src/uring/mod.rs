@@ -17,7 +17,7 @@ pub use probe::{ProbeItem, probe, raise_nofile};
 pub use sockets::{Socket, listen};
 
 use crate::io::{Close, Completion, Errno, Half, Hangup, Io, OpId, ReceiveEnd, Wait};
-use crate::settings::{Settings, Sleep};
+use crate::settings::Settings;
 use buffers::BufferRing;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
@@ -33,6 +33,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 /// The only buffer group of a ring.
@@ -125,7 +126,12 @@ pub struct UringIo {
     wake_armed: bool,
     /// The kernel writes the bell's count here while `wake_armed`.
     wake_count: Box<Cell<u64>>,
+    /// Rung by the kernel for completions; made when somebody first wants to sleep elsewhere.
     completion_event: Option<EventFd>,
+    /// Turns do not sleep: their owner does, until the event rings.
+    sleeps_elsewhere: bool,
+    sleep_owed: Option<Wait>,
+    spin_us: u64,
     enter_flags: EnterFlags,
 }
 
@@ -155,16 +161,6 @@ impl UringIo {
                 .set_nonblocking(false)
                 .map_err(|error| RingError::Other("making a listener blocking", error))?;
         }
-        let completion_event = match settings.sleep {
-            Sleep::Ring => None,
-            Sleep::Reactor => {
-                let event = EventFd::for_ring().map_err(|error| RingError::of("an eventfd", error))?;
-                ring.submitter()
-                    .register_eventfd(event.as_fd().as_raw_fd())
-                    .map_err(|error| RingError::of("a completion eventfd", error))?;
-                Some(event)
-            }
-        };
         let mut enter_flags = EnterFlags::GETEVENTS | EnterFlags::EXT_ARG;
         if ring.params().is_feature_no_iowait() {
             // Waiting for clients is idleness, not I/O wait, to the accounting of CPU time.
@@ -181,17 +177,41 @@ impl UringIo {
             wake,
             wake_armed: false,
             wake_count: Box::new(Cell::new(0)),
-            completion_event,
+            completion_event: None,
+            sleeps_elsewhere: false,
+            sleep_owed: None,
+            spin_us: u64::from(settings.spin_us),
             enter_flags,
         })
     }
 
-    /// Rung when a completion is ready ([`Sleep::Reactor`] only); another descriptor of the same bell each time.
+    /// A bell that the kernel rings for completions while [`UringIo::sleep_elsewhere`] is on; another descriptor of the same
+    /// one each time.
     ///
     /// # Errors
-    /// No descriptors.
-    pub fn completion_event(&self) -> std::io::Result<Option<EventFd>> {
-        self.completion_event.as_ref().map(EventFd::try_clone).transpose()
+    /// No descriptors, or the kernel refuses.
+    pub fn completion_event(&mut self) -> std::io::Result<EventFd> {
+        match &self.completion_event {
+            Some(event) => event.try_clone(),
+            None => {
+                let event = EventFd::for_ring()?;
+                self.ring.submitter().register_eventfd(event.as_fd().as_raw_fd())?;
+                self.event_on(false);
+                self.completion_event.insert(event).try_clone()
+            }
+        }
+    }
+
+    /// From the next turn on, turns do not sleep: one that would have leaves a [`UringIo::sleep_owed`], and the completion
+    /// event rings when there is something to take (and now and then when there is nothing).
+    pub fn sleep_elsewhere(&mut self, elsewhere: bool) {
+        assert!(!elsewhere || self.completion_event.is_some(), "nobody would ring");
+        self.sleeps_elsewhere = elsewhere;
+    }
+
+    /// The sleep that the last turn was told to take and did not: nothing had completed.
+    pub fn sleep_owed(&self) -> Option<Wait> {
+        self.sleep_owed
     }
 
     /// Operations in flight, the wake-up's own included.
@@ -289,21 +309,81 @@ impl UringIo {
     fn submit_and_wait(&mut self, wait: Wait) -> Result<(), Errno> {
         let all = self.push_unsubmitted();
         // Completions left over from the last turn (its batch was full) are work that is there already.
-        let may_sleep = all && self.ring.completion().is_empty();
-        let timeout = match wait {
-            _ if !may_sleep => Some(Duration::ZERO),
+        if !all || !self.ring.completion().is_empty() || self.sleep_of(wait) == Some(Duration::ZERO) {
+            return self.enter_if_needed();
+        }
+        if self.sleeps_elsewhere || self.spin_us > 0 {
+            self.enter_if_needed()?;
+            if self.spin_until_ready(wait) {
+                return self.enter_if_needed();
+            }
+            if self.sleeps_elsewhere {
+                return self.owe_sleep(wait);
+            }
+        }
+        self.enter(0, 1, self.sleep_of(wait))
+    }
+
+    /// Turns the event on and looks for the last time. Between sleeps it is off, because the kernel rings it for deferred
+    /// work and once more for the completion that the work posts, which would end the next sleep at once.
+    fn owe_sleep(&mut self, wait: Wait) -> Result<(), Errno> {
+        self.event_on(true);
+        // The kernel queues deferred work (a full barrier) and then reads the switch; here the switch is written and then,
+        // behind a barrier, the kernel looks at its queue: one of the two sees the other.
+        fence(Ordering::SeqCst);
+        self.enter(0, 0, None)?;
+        let nothing = self.ring.completion().is_empty();
+        if nothing {
+            self.sleep_owed = Some(wait);
+        } else {
+            self.event_on(false);
+        }
+        Ok(())
+    }
+
+    fn event_on(&mut self, on: bool) {
+        let queue = self.ring.completion();
+        match on {
+            true => queue.enable_eventfd(),
+            false => queue.disable_eventfd(),
+        }
+    }
+
+    /// How long to sleep from now; `None`: for ever.
+    fn sleep_of(&self, wait: Wait) -> Option<Duration> {
+        match wait {
             Wait::Not => Some(Duration::ZERO),
             Wait::Until(until_us) => Some(Duration::from_micros(until_us.saturating_sub(self.now_us()))),
             Wait::Forever => None,
-        };
-        if timeout != Some(Duration::ZERO) {
-            return self.enter(0, 1, timeout);
         }
+    }
+
+    /// Submits and runs deferred work, if there is any.
+    fn enter_if_needed(&mut self) -> Result<(), Errno> {
         let queue = self.ring.submission();
-        // Without entries, deferred work or overflown completions the kernel has nothing to do for us.
         let idle = queue.is_empty() && !queue.taskrun() && !queue.cq_overflow();
         drop(queue);
         if idle { Ok(()) } else { self.enter(0, 0, None) }
+    }
+
+    /// Watches for completions without a syscall for `spin_us`, but not beyond the end of the sleep; true if there are some.
+    fn spin_until_ready(&mut self, wait: Wait) -> bool {
+        let mut until_us = self.now_us() + self.spin_us;
+        if let Wait::Until(limit_us) = wait {
+            until_us = until_us.min(limit_us);
+        }
+        loop {
+            let queue = self.ring.submission();
+            let deferred = queue.taskrun() || queue.cq_overflow();
+            drop(queue);
+            if deferred || !self.ring.completion().is_empty() {
+                return true;
+            }
+            if self.now_us() >= until_us {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
     }
 
     /// Carries out shutdowns and closes. Entries of the submission queue are issued in order, and a close is issued inline
@@ -482,6 +562,9 @@ impl Io for UringIo {
     }
 
     fn turn(&mut self, wait: Wait, completions: &mut Vec<Completion<Socket, Buffer>>) -> Result<(), Errno> {
+        if self.sleep_owed.take().is_some() {
+            self.event_on(false);
+        }
         self.buffers.publish();
         self.arm_wake();
         self.end_sockets()?;
@@ -577,4 +660,4 @@ fn clock_us() -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::io::Completion as C;
+use crate::settings::Sleep;
 use protocol::http::HeadLimits;
 use protocol::log::Log;
 use protocol::phase::Deadlines;
@@ -12,7 +13,8 @@ use std::time::Instant;
 
 type Completions = Vec<Completion<Socket, Buffer>>;
 
-fn settings() -> Settings {
+/// Small, for one shard on this machine; the demo model answers every path.
+pub(crate) fn settings() -> Settings {
     Settings {
         connections_max: 100,
         backlog: 128,
@@ -158,7 +160,7 @@ impl Bench {
         })
     }
 
-    fn hung_up(&mut self, conn: Key) -> Result<(), Errno> {
+    fn hung_up(&mut self, conn: Key) -> Result<Hangup, Errno> {
         self.until(|completion| match completion {
             C::Hangup { conn: of, result } if *of == conn => Some(*result),
             _ => None,
@@ -166,12 +168,14 @@ impl Bench {
     }
 }
 
-/// Names of the threads of this process that the kernel made for io_uring work.
+/// Threads that the kernel made to do io_uring work for this thread: named after it.
 fn kernel_workers() -> Vec<String> {
+    // SAFETY: gettid(2) takes nothing and cannot fail.
+    let name = format!("iou-wrk-{}", unsafe { libc::gettid() });
     std::fs::read_dir("/proc/self/task")
         .unwrap()
         .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
-        .filter(|name| name.starts_with("iou-wrk"))
+        .filter(|found| found.trim() == name)
         .collect()
 }
 
@@ -419,12 +423,19 @@ fn a_hangup_is_seen_without_receiving() {
     peer.write_all(b"data is no hangup").unwrap();
     bench.turn_ms(30);
     assert!(bench.seen.is_empty(), "{:?}", bench.seen);
-    drop(peer);
-    assert_eq!(bench.hung_up(conn(1)), Ok(()));
+    peer.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(bench.hung_up(conn(1)), Ok(Hangup::Fin));
     // And at once when it has already happened.
     bench.io.watch_hangup(conn(1), socket);
     bench.turn(Wait::Not);
-    assert_eq!(bench.hung_up(conn(1)), Ok(()));
+    assert_eq!(bench.hung_up(conn(1)), Ok(Hangup::Fin));
+
+    let (socket, peer) = bench.pair();
+    bench.io.watch_hangup(conn(2), socket);
+    bench.turn(Wait::Not);
+    SockRefOf(&peer).linger_zero();
+    drop(peer);
+    assert_eq!(bench.hung_up(conn(2)), Ok(Hangup::Reset));
 }
 
 #[test]
@@ -694,21 +705,47 @@ fn a_socket_used_after_its_close_is_a_bug_that_stops_the_shard() {
 }
 
 #[test]
-fn the_completion_event_rings_when_something_is_ready() {
-    let mut bench = Bench::with(&Settings { sleep: Sleep::Reactor, ..settings() });
+fn a_turn_that_sleeps_elsewhere_owes_its_sleep_and_the_event_ends_it() {
+    let mut bench = Bench::new();
     let (socket, mut peer) = bench.pair();
     bench.io.receive(conn(1), socket);
+    let event = bench.io.completion_event().unwrap();
     bench.turn(Wait::Not);
-    let event = bench.io.completion_event().unwrap().unwrap();
-    // It has rung for what came before; this clears it (the counter is not 0, so it does not block).
-    event.clear();
-    let ringer = std::thread::spawn(move || {
+    bench.io.sleep_elsewhere(true);
+    let later = bench.io.now_us() + 60_000_000;
+    bench.turn(Wait::Until(later));
+    assert_eq!(bench.io.sleep_owed(), Some(Wait::Until(later)));
+
+    let writer = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(20));
         peer.write_all(b"x").unwrap();
         peer
     });
     assert!(event.clear(), "blocks until the completion is ready");
-    bench.turn(Wait::Not);
+    bench.turn(Wait::Forever);
+    assert_eq!(bench.io.sleep_owed(), None, "there was something");
     assert!(matches!(bench.seen[..], [C::Received { .. }]), "{:?}", bench.seen);
-    ringer.join().unwrap();
+    bench.seen.clear();
+
+    // At home again, nobody rings.
+    bench.io.sleep_elsewhere(false);
+    let mut peer = writer.join().unwrap();
+    peer.write_all(b"y").unwrap();
+    bench.turn(Wait::Forever);
+    assert!(matches!(bench.seen[..], [C::Received { .. }]), "{:?}", bench.seen);
+    assert!(!event.wait(0), "neither for this nor for what the earlier turn took");
+}
+
+#[test]
+fn spinning_finds_completions_and_ends_in_sleep() {
+    let mut bench = Bench::with(&Settings { spin_us: 2_000, ..settings() });
+    let (socket, mut peer) = bench.pair();
+    bench.io.receive(conn(1), socket);
+    for _ in 0..20 {
+        peer.write_all(b"x").unwrap();
+        assert_eq!(bench.received(conn(1)), b"x");
+    }
+    let before = bench.io.now_us();
+    bench.turn(Wait::Until(before + 30_000));
+    assert!(bench.io.now_us() >= before + 30_000);
 }

@@ -1,0 +1,169 @@
+//! The one definition of every metric family: name, type, labels and help, from which /metrics and docs/METRICS.md come.
+//! The shards' counters are defined where they are counted, in `shard::stats`.
+
+use shard::stats::Counters;
+
+/// A metric family.
+pub(crate) struct Family {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
+    pub(crate) labels: &'static [&'static str],
+    pub(crate) help: &'static str,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum Kind {
+    Counter,
+    Gauge,
+    /// Upper bounds of the buckets, seconds.
+    Histogram(&'static [f64]),
+}
+
+impl Kind {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram(_) => "histogram",
+        }
+    }
+}
+
+/// OpenTelemetry's GenAI conventions: time to first token.
+const FIRST_TOKEN_S: &[f64] =
+    &[0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+/// OpenTelemetry's GenAI conventions: operation duration.
+const DURATION_S: &[f64] =
+    &[0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92];
+/// OpenTelemetry's GenAI conventions: time per output token, with finer steps below 10 ms.
+const BETWEEN_TOKENS_S: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 10.0, 60.0,
+];
+/// From what an idle shard adds (tens of microseconds) to a client that reads slowly.
+const RELAY_S: &[f64] = &[
+    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 1.0,
+    10.0,
+];
+/// A turn over 10 ms is a fault.
+const TURN_S: &[f64] =
+    &[0.000005, 0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1];
+
+macro_rules! families {
+    ($($id:ident = $name:literal, $kind:expr, $labels:expr, $help:literal;)*) => {
+        $(pub(crate) static $id: Family = Family { name: $name, kind: $kind, labels: &$labels, help: $help };)*
+        /// Every family but the shards' counters, in the order of the page.
+        pub(crate) static ALL: &[&Family] = &[$(&$id),*];
+    };
+}
+
+families! {
+    BUILD_INFO = "tokenring_build_info", Kind::Gauge, ["version"], "Always 1; the label says what runs.";
+    READY = "tokenring_ready", Kind::Gauge, [], "1 while /ready answers 200.";
+    SHARD_UP = "tokenring_shard_up", Kind::Gauge, ["shard"], "1 while the shard answers the control thread within a second.";
+    STREAMS = "tokenring_streams", Kind::Gauge, ["shard", "phase"], "Streams in each phase of their life.";
+    ENDS = "tokenring_stream_ends_total", Kind::Counter, ["shard", "reason"], "Streams ended, by reason; each has exactly one.";
+    REFUSALS = "tokenring_refusals_total", Kind::Counter, ["shard", "reason"], "Requests refused for breaking a rule or limit of HTTP.";
+    FIRST_TOKEN = "tokenring_time_to_first_token_seconds", Kind::Histogram(FIRST_TOKEN_S), ["shard"], "From the complete request to the first token.";
+    BETWEEN_TOKENS = "tokenring_inter_token_latency_seconds", Kind::Histogram(BETWEEN_TOKENS_S), ["shard"], "Between two events of a stream, as they arrive from the backend.";
+    RELAY = "tokenring_relay_latency_seconds", Kind::Histogram(RELAY_S), ["shard"], "What tokenring adds: from the arrival of an event to the completion of the send that carried it.";
+    DURATION = "tokenring_stream_duration_seconds", Kind::Histogram(DURATION_S), ["shard"], "From the complete request to the last byte delivered.";
+    TURN = "tokenring_turn_seconds", Kind::Histogram(TURN_S), ["shard"], "Work of one turn of a shard's loop, sleep excluded.";
+    CONNECTIONS = "tokenring_connections", Kind::Gauge, ["shard"], "Client connections open.";
+    CONNECTIONS_MAX = "tokenring_connections_max", Kind::Gauge, ["shard"], "Client connections the shard takes (conns_max).";
+    UPSTREAM_CONNECTIONS = "tokenring_upstream_connections", Kind::Gauge, ["shard"], "Backend connections open, pooled ones included.";
+    IN_FLIGHT = "tokenring_in_flight_bytes", Kind::Gauge, ["shard"], "Bytes lent to the kernel and not yet completed.";
+    PENDING = "tokenring_pending_bytes", Kind::Gauge, ["shard"], "Bytes produced for clients and not confirmed sent.";
+    LOG_BYTES = "tokenring_log_bytes", Kind::Gauge, ["shard"], "Memory held by event logs.";
+    BUFFERS_FREE = "tokenring_receive_buffers_free", Kind::Gauge, ["shard"], "Receive buffers the kernel may fill.";
+    TIMERS = "tokenring_timers", Kind::Gauge, ["shard"], "Timers armed.";
+    UPSTREAM_ACTIVE = "tokenring_upstream_streams", Kind::Gauge, ["shard", "upstream"], "Streams under way on a backend.";
+    UPSTREAM_IDLE = "tokenring_upstream_pool_idle", Kind::Gauge, ["shard", "upstream"], "Idle connections to a backend kept for reuse.";
+    UPSTREAM_FAILURES = "tokenring_upstream_failures", Kind::Gauge, ["shard", "upstream"], "Connection attempts to a backend that failed in a row.";
+    UPSTREAM_ADDRESSES = "tokenring_upstream_addresses", Kind::Gauge, ["upstream"], "Addresses a backend's name resolves to; 0 while it cannot be resolved.";
+    RESOLVE_FAILURES = "tokenring_resolve_failures_total", Kind::Counter, ["upstream"], "Look-ups of a backend's name that failed.";
+    LOG_LINES_DROPPED = "tokenring_log_lines_dropped_total", Kind::Counter, [], "Log lines dropped because the reader of stderr did not keep up.";
+    OPEN_FDS = "process_open_fds", Kind::Gauge, [], "Open descriptors.";
+    MAX_FDS = "process_max_fds", Kind::Gauge, [], "The limit of open descriptors.";
+    RESIDENT = "process_resident_memory_bytes", Kind::Gauge, [], "Resident memory.";
+    VIRTUAL = "process_virtual_memory_bytes", Kind::Gauge, [], "Virtual memory.";
+    THREADS = "process_threads", Kind::Gauge, [], "Threads.";
+    CPU = "process_cpu_seconds_total", Kind::Counter, [], "User and system CPU time.";
+    START_TIME = "process_start_time_seconds", Kind::Gauge, [], "Start of the process, seconds since 1970.";
+}
+
+/// The shards' counters that have a family of their own above, with more labels.
+const REPLACED: &[&str] = &["tokenring_refusals_total"];
+
+/// `(name, help, value)` of a shard's counters, help without the indentation of its source.
+pub(crate) fn counters(counters: &Counters) -> Vec<(&'static str, String, u64)> {
+    counters
+        .all()
+        .into_iter()
+        .filter(|(name, _, _)| !REPLACED.contains(name))
+        .map(|(name, help, value)| (name, help.split_whitespace().collect::<Vec<_>>().join(" "), value))
+        .collect()
+}
+
+/// docs/METRICS.md.
+pub(crate) fn metrics_page() -> String {
+    let mut page = String::from(
+        "# Metrics\n\
+         \n\
+         <!-- Generated by `tokenring metrics-doc > docs/METRICS.md`; a test fails when it is stale. -->\n\
+         \n\
+         `GET /metrics` on the admin address, in Prometheus' text format. Units are seconds and bytes. A shard that does not\n\
+         answer within a second is left out of that scrape, and its `tokenring_shard_up` is 0. Sums of histograms are exact to\n\
+         1 %, as are the values counted into buckets.\n\
+         \n\
+         | name | type | labels | meaning |\n\
+         |---|---|---|---|\n",
+    );
+    let mut row = |name: &str, kind: &str, labels: &[&str], help: &str| {
+        let labels: Vec<_> = labels.iter().map(|label| format!("`{label}`")).collect();
+        page.push_str(&format!("| `{name}` | {kind} | {} | {help} |\n", labels.join(", ")));
+    };
+    for family in ALL {
+        row(family.name, family.kind.name(), family.labels, family.help);
+    }
+    for (name, help, _) in counters(&Counters::default()) {
+        row(name, "counter", &["shard"], &help);
+    }
+    let list = |names: Vec<&str>| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let phases = list(protocol::phase::Phase::ALL.iter().map(|phase| phase.name()).collect());
+    let refusals = list(protocol::http::Refusal::ALL.iter().map(|refusal| refusal.reason()).collect());
+    page.push_str(&format!("\n## Phases\n\n`phase` is one of {phases}.\n\n## Reasons\n\n"));
+    page.push_str("`reason` of `tokenring_stream_ends_total` is one of:\n\n");
+    for end in protocol::phase::End::ALL {
+        page.push_str(&format!("- `{}`: {}\n", end.name(), end.fault().message));
+    }
+    page.push_str(&format!(
+        "\n`reason` of `tokenring_refusals_total` is one of {refusals}.\n\n## Buckets\n\n"
+    ));
+    for family in ALL {
+        if let Kind::Histogram(bounds) = family.kind {
+            let bounds: Vec<_> = bounds.iter().map(f64::to_string).collect();
+            page.push_str(&format!("- `{}`: {}\n", family.name, bounds.join(", ")));
+        }
+    }
+    page
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_prometheus() {
+        for family in ALL {
+            assert_eq!(family.name.ends_with("_total"), family.kind == Kind::Counter, "{}", family.name);
+            assert!(family.help.ends_with('.') && !family.help.contains('\n'));
+            if let Kind::Histogram(bounds) = family.kind {
+                assert!(bounds.is_sorted() && family.name.ends_with("_seconds"));
+            }
+        }
+        for (name, help, _) in counters(&Counters::default()) {
+            assert!(name.ends_with("_total") && !help.is_empty());
+            assert!(ALL.iter().all(|family| family.name != name), "{name} twice");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! /status and the dump of SIGQUIT: a view as JSON for people and scripts.
+
+use super::view::{ShardState, View};
+use protocol::phase::{End, Phase};
+use serde_json::{Map, Value, json};
+use shard::stats::{SlowConnection, Snapshot};
+
+/// Connections listed as the slowest of all shards.
+const SLOWEST_MAX: usize = 10;
+
+/// The state as one JSON object.
+pub(crate) fn page(view: &View, unix_time_s: u64) -> Value {
+    let plan = &view.fixed.plan;
+    let started = plan.settings.unix_time_at_start_s;
+    let snapshots: Vec<&Snapshot> = view.snapshots().collect();
+    let shards: Vec<Value> =
+        view.shards.iter().enumerate().map(|(index, state)| shard(view, index, state)).collect();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "state": view.stage.name(),
+        "ready": view.unready().is_none(),
+        "unready": view.unready().map(|(reason, message)| json!({ "reason": reason, "message": message })),
+        "started_unix_s": started,
+        "uptime_s": unix_time_s.saturating_sub(started),
+        "listen": view.fixed.listening.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "connections": snapshots.iter().map(|snapshot| snapshot.connections).sum::<usize>(),
+        "streams": phases(&snapshots),
+        "ends": ends(&snapshots),
+        "pending_bytes": snapshots.iter().map(|snapshot| snapshot.pending_bytes).sum::<u64>(),
+        "in_flight_bytes": snapshots.iter().map(|snapshot| snapshot.in_flight_bytes).sum::<u64>(),
+        "slowest": slowest(&snapshots),
+        "upstreams": upstreams(view, &snapshots),
+        "routes": plan.settings.routes.iter().map(|route| json!({
+            "name": route.name,
+            "path": route.path_prefix,
+            "upstreams": route.upstreams.iter().filter_map(|&index| plan.upstreams.get(index)).map(|url| &url.url).collect::<Vec<_>>(),
+        })).collect::<Vec<_>>(),
+        "shards": shards,
+        "log_lines_dropped": view.log_lines_dropped,
+    })
+}
+
+fn shard(view: &View, index: usize, state: &ShardState) -> Value {
+    let plan = &view.fixed.plan;
+    let cpu = plan.cpus.get(index).copied().flatten();
+    let ShardState::Answered(snapshot) = state else {
+        let state = if matches!(state, ShardState::Gone) { "gone" } else { "silent" };
+        return json!({ "shard": index, "cpu": cpu, "state": state });
+    };
+    let counters: Map<String, Value> = snapshot
+        .stats
+        .counters
+        .all()
+        .into_iter()
+        .map(|(name, _, value)| {
+            let short = name.trim_start_matches("tokenring_").trim_end_matches("_total");
+            (short.to_owned(), value.into())
+        })
+        .collect();
+    json!({
+        "shard": index,
+        "cpu": cpu,
+        "state": if snapshot.draining { "draining" } else { "serving" },
+        "connections": snapshot.connections,
+        "connections_max": plan.settings.connections_max,
+        "upstream_connections": snapshot.upstream_connections,
+        "streams": phases(&[snapshot]),
+        "in_flight_bytes": snapshot.in_flight_bytes,
+        "pending_bytes": snapshot.pending_bytes,
+        "log_bytes": snapshot.log_bytes,
+        "buffers_free": snapshot.buffers_free,
+        "buffers": plan.settings.buffers,
+        "timers": snapshot.timers,
+        "counters": counters,
+        "slowest": slowest(&[snapshot]),
+    })
+}
+
+fn phases(snapshots: &[&Snapshot]) -> Value {
+    let sum = |index: usize| snapshots.iter().map(|snapshot| snapshot.phases[index]).sum::<u64>();
+    Phase::ALL
+        .iter()
+        .enumerate()
+        .map(|(index, phase)| (phase.name().to_owned(), sum(index).into()))
+        .collect::<Map<_, _>>()
+        .into()
+}
+
+fn ends(snapshots: &[&Snapshot]) -> Value {
+    let sum = |index: usize| snapshots.iter().map(|snapshot| snapshot.stats.ends[index]).sum::<u64>();
+    End::ALL
+        .iter()
+        .enumerate()
+        .map(|(index, end)| (end.name().to_owned(), sum(index).into()))
+        .collect::<Map<_, _>>()
+        .into()
+}
+
+fn slowest(snapshots: &[&Snapshot]) -> Vec<Value> {
+    let mut all: Vec<(usize, &SlowConnection)> = snapshots
+        .iter()
+        .flat_map(|snapshot| snapshot.slowest.iter().map(|connection| (snapshot.shard, connection)))
+        .collect();
+    all.sort_by_key(|(_, connection)| std::cmp::Reverse(connection.pending_bytes));
+    all.iter()
+        .take(SLOWEST_MAX)
+        .map(|(shard, connection)| {
+            json!({
+                "shard": shard,
+                "peer": connection.peer.map(|peer| peer.to_string()),
+                "pending_bytes": connection.pending_bytes,
+                "in_flight_bytes": connection.in_flight_bytes,
+                "phase": connection.phase.name(),
+                "age_ms": connection.age_ms,
+            })
+        })
+        .collect()
+}
+
+fn upstreams(view: &View, snapshots: &[&Snapshot]) -> Vec<Value> {
+    let sum = |index: usize, of: fn(&shard::stats::UpstreamSnapshot) -> u64| -> u64 {
+        snapshots.iter().filter_map(|snapshot| snapshot.upstreams.get(index)).map(of).sum()
+    };
+    view.upstreams
+        .upstreams
+        .iter()
+        .enumerate()
+        .map(|(index, upstream)| {
+            json!({
+                "url": upstream.url,
+                "addresses": upstream.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                "streams": sum(index, |upstream| upstream.active),
+                "idle": sum(index, |upstream| upstream.idle),
+                "failures": sum(index, |upstream| upstream.failures),
+                "resolve_failures": view.resolve_failures.get(index),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::view::tests::view;
+    use super::*;
+
+    #[test]
+    fn the_state_is_summed_and_the_slowest_come_first() {
+        let mut view = view();
+        view.shards.push(ShardState::Silent);
+        let page = page(&view, 1_700_000_060);
+        assert_eq!(page["state"], "serving");
+        assert_eq!(page["ready"], false);
+        assert_eq!(page["unready"]["reason"], "shard_silent");
+        assert_eq!(page["uptime_s"], 60);
+        assert_eq!(page["streams"]["head"], 2);
+        assert_eq!(page["ends"]["done"], 10);
+        assert_eq!(page["slowest"][0]["pending_bytes"], 200);
+        assert_eq!(page["slowest"][0]["phase"], "paused");
+        assert_eq!(page["upstreams"][0]["idle"], 4);
+        assert_eq!(page["shards"][0]["counters"]["accepts"], 7);
+        assert_eq!(page["shards"][2]["state"], "silent");
+        assert_eq!(page["routes"][0]["upstreams"][0], "http://ab:1");
+    }
+}

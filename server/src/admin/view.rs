@@ -1,0 +1,164 @@
+//! What the control thread hands to the admin pages: the shards' snapshots of one round and its own state.
+
+use crate::settings::plan::Plan;
+use shard::settings::UpstreamSet;
+use shard::stats::Snapshot;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// One instant of the process.
+#[derive(Clone, Debug)]
+pub(crate) struct View {
+    pub(crate) stage: Stage,
+    pub(crate) shards: Vec<ShardState>,
+    pub(crate) upstreams: Arc<UpstreamSet>,
+    /// Failed look-ups since the start, per upstream.
+    pub(crate) resolve_failures: Vec<u64>,
+    pub(crate) log_lines_dropped: u64,
+    pub(crate) fixed: Arc<Fixed>,
+}
+
+/// What does not change while the process runs.
+#[derive(Debug)]
+pub(crate) struct Fixed {
+    pub(crate) plan: Plan,
+    /// As bound: port 0 replaced by the port taken.
+    pub(crate) listening: Vec<SocketAddr>,
+}
+
+/// Where the process stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stage {
+    Serving,
+    Draining,
+    Stopping,
+}
+
+impl Stage {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Stage::Serving => "serving",
+            Stage::Draining => "draining",
+            Stage::Stopping => "stopping",
+        }
+    }
+}
+
+/// What is known of one shard.
+#[derive(Clone, Debug)]
+pub(crate) enum ShardState {
+    Answered(Box<Snapshot>),
+    /// It did not answer in time.
+    Silent,
+    /// It drained, stopped or failed, and is gone.
+    Gone,
+}
+
+impl View {
+    pub(crate) fn snapshots(&self) -> impl Iterator<Item = &Snapshot> {
+        self.shards.iter().filter_map(|shard| match shard {
+            ShardState::Answered(snapshot) => Some(&**snapshot),
+            ShardState::Silent | ShardState::Gone => None,
+        })
+    }
+
+    /// Why no new client should be sent here: a stable word and a sentence. `None`: ready.
+    pub(crate) fn unready(&self) -> Option<(&'static str, String)> {
+        if self.stage != Stage::Serving {
+            return Some((self.stage.name(), "The server is shutting down.".to_owned()));
+        }
+        let upstreams = &self.upstreams.upstreams;
+        if !upstreams.is_empty() && upstreams.iter().all(|upstream| upstream.addresses.is_empty()) {
+            return Some(("no_upstream", "No upstream's name could be resolved.".to_owned()));
+        }
+        let silent: Vec<_> = (0..self.shards.len())
+            .filter(|&shard| !matches!(self.shards[shard], ShardState::Answered(_)))
+            .map(|shard| shard.to_string())
+            .collect();
+        if !silent.is_empty() {
+            return Some(("shard_silent", format!("No answer from shard {}.", silent.join(", "))));
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::settings::load::tests::{load_with, machine};
+    use protocol::phase::Phase;
+    use shard::settings::Upstream;
+    use shard::stats::{SlowConnection, Stats, UpstreamSnapshot};
+
+    pub(crate) fn view() -> View {
+        let effective = load_with(&[("upstream", "http://ab:1"), ("shards", "2")], &[], "").unwrap();
+        let plan = Plan::new(&effective, &machine(), 1_700_000_000, 1);
+        let listening = plan.listen.clone();
+        let upstream = Upstream {
+            url: "http://ab:1".to_owned(),
+            authority: "ab:1".to_owned(),
+            base_path: String::new(),
+            addresses: vec![([10, 0, 0, 1], 1).into()],
+        };
+        View {
+            stage: Stage::Serving,
+            shards: (0..2).map(|shard| ShardState::Answered(Box::new(snapshot(shard)))).collect(),
+            upstreams: Arc::new(UpstreamSet { epoch: 1, upstreams: vec![upstream] }),
+            resolve_failures: vec![3],
+            log_lines_dropped: 4,
+            fixed: Arc::new(Fixed { plan, listening }),
+        }
+    }
+
+    pub(crate) fn snapshot(shard: usize) -> Snapshot {
+        let mut stats = Stats::default();
+        stats.counters.accepts = 7;
+        stats.ends[0] = 5;
+        stats.refusals[0] = 2;
+        for us in [900, 1_100, 250_000, 20_000_000] {
+            stats.histograms.first_token_us.record(us).unwrap();
+        }
+        let mut phases = [0; Phase::COUNT];
+        phases[0] = 1;
+        Snapshot {
+            shard,
+            stats,
+            connections: 3,
+            upstream_connections: 1,
+            phases,
+            in_flight_bytes: 10,
+            pending_bytes: 20,
+            log_bytes: 30,
+            buffers_free: 40,
+            timers: 50,
+            draining: false,
+            upstreams: vec![UpstreamSnapshot { active: 1, idle: 2, failures: 0 }],
+            slowest: vec![SlowConnection {
+                peer: Some(([127, 0, 0, 1], 5000).into()),
+                pending_bytes: 100 * (shard as u64 + 1),
+                in_flight_bytes: 10,
+                phase: Phase::Paused,
+                age_ms: 1000,
+            }],
+        }
+    }
+
+    #[test]
+    fn readiness_has_reasons() {
+        assert_eq!(view().unready(), None);
+        let reason = |change: &dyn Fn(&mut View)| {
+            let mut view = view();
+            change(&mut view);
+            view.unready().map(|(word, _)| word)
+        };
+        assert_eq!(reason(&|view| view.stage = Stage::Draining), Some("draining"));
+        assert_eq!(reason(&|view| view.stage = Stage::Stopping), Some("stopping"));
+        assert_eq!(reason(&|view| view.shards[1] = ShardState::Silent), Some("shard_silent"));
+        assert_eq!(
+            reason(&|view| Arc::make_mut(&mut view.upstreams).upstreams[0].addresses.clear()),
+            Some("no_upstream")
+        );
+        // The demo model needs no upstream.
+        assert_eq!(reason(&|view| Arc::make_mut(&mut view.upstreams).upstreams.clear()), None);
+    }
+}

@@ -1,0 +1,30 @@
+//! The access log: one line for every finished stream.
+
+use crate::logs::ACCESS;
+use shard::settings::{Settings, UpstreamSet};
+use shard::stats::StreamRecord;
+
+/// Logs a record of `shard`.
+pub(super) fn log(shard: usize, record: &StreamRecord, settings: &Settings, upstreams: &UpstreamSet) {
+    let route = settings.routes.get(usize::from(record.route)).map_or("-", |route| route.name.as_str());
+    let upstream = record.upstream.and_then(|index| upstreams.upstreams.get(usize::from(index)));
+    let upstream = upstream.map_or("-", |upstream| upstream.url.as_str());
+    let first_token_ms = record.first_token_us.map_or(-1, |us| i64::try_from(us / 1000).unwrap_or(i64::MAX));
+    log::info!(
+        target: ACCESS,
+        status = record.status,
+        end = record.end.name(),
+        refusal = record.refusal.unwrap_or("-"),
+        route = route,
+        upstream = upstream,
+        dialect = record.dialect,
+        model = record.model.as_deref().unwrap_or("-"),
+        events = record.events,
+        sent_bytes = record.sent_bytes,
+        first_token_ms = first_token_ms,
+        duration_ms = record.duration_us / 1000,
+        shard = shard;
+        "{}",
+        record.request
+    );
+}

@@ -1,0 +1,293 @@
+//! `tokenring serve`: binds, resolves, starts the shards, prints where it is, runs the control loop, and ends.
+
+use crate::admin::view::Fixed;
+use crate::admin::{self, QUESTIONS_MAX};
+use crate::clock;
+use crate::control::resolve::{self, ANSWERS_MAX, Answer};
+use crate::control::{Control, Signals};
+use crate::doctor;
+use crate::exit::{Exit, Fatal};
+use crate::logs::{Format, Logs};
+use crate::settings::Machine;
+use crate::settings::address::format_cpus;
+use crate::settings::load::Effective;
+use crate::settings::plan::Plan;
+use crate::settings::table;
+use shard::host::{self, ShardPlan, ShardThread};
+use shard::mesh;
+use shard::settings::{Settings, UpstreamSet};
+use shard::uring;
+use socket2::{Domain, Socket, Type};
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// How long the start waits for the upstreams' names; those not resolved by then are asked for on.
+const RESOLVE_AT_START: Duration = Duration::from_secs(3);
+/// How long a shard's thread may take to end after its shard has left.
+const JOIN_LIMIT: Duration = Duration::from_secs(2);
+/// How long the last log lines are waited for.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
+/// Serves until told to end.
+pub(crate) fn serve(effective: &Effective, machine: &Machine) -> Result<Exit, Fatal> {
+    let values = &effective.values;
+    let format = if values.choice(&table::LOG_FORMAT) == "json" { Format::Json } else { Format::Text };
+    let logs = Logs::install(values.log_filter(&table::LOG_LEVEL), format).map_err(Fatal::internal)?;
+    log_panics(logs.clone());
+    let result = run(effective, machine, &logs);
+    logs.flush(FLUSH_LIMIT);
+    result
+}
+
+fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fatal> {
+    match uring::raise_nofile() {
+        Ok((before, now)) if before < now => log::info!("descriptor limit raised from {before} to {now}"),
+        Ok(_) => {}
+        Err(error) => log::warn!("cannot raise the descriptor limit: {error}"),
+    }
+    let mut seed = [0; 8];
+    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
+    let plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
+    let (listening, listeners) = bind(&plan.listen, plan.cpus.len(), &plan.settings)?;
+    let admin = admin::bind(&plan.admin)?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Fatal::internal(format!("cannot start the control thread: {error}")))?;
+    let (exit, threads) = runtime.block_on(async {
+        // From here on signals are kept for the control loop.
+        let signals = Signals::new().map_err(|error| Fatal::internal(format!("signals: {error}")))?;
+        let (answer_sender, mut answers) = mpsc::channel(ANSWERS_MAX);
+        let names = resolve::start(&plan.upstreams, &answer_sender);
+        let (upstreams, failed) = first_upstreams(&plan, names, &mut answers).await;
+
+        let settings = Arc::new(plan.settings.clone());
+        let upstreams = Arc::new(upstreams);
+        let (mut ports, mut threads) = (Vec::new(), Vec::new());
+        for (index, listeners) in listeners.into_iter().enumerate() {
+            let (port, shard_port) =
+                mesh::mailbox().map_err(|error| Fatal::internal(format!("a shard's mailbox: {error}")))?;
+            let plan = ShardPlan {
+                index,
+                cpu: plan.cpus[index],
+                settings: Arc::clone(&settings),
+                upstreams: Arc::clone(&upstreams),
+                listeners,
+                port: shard_port,
+            };
+            threads.push(host::spawn(plan).map_err(|error| refused(&format!("shard {index}: {error}")))?);
+            ports.push(port);
+        }
+        let fixed = Arc::new(Fixed { plan, listening });
+        let mut control = Control::new(ports, Arc::clone(&fixed), upstreams, logs.clone())
+            .map_err(|error| Fatal::internal(format!("the shards' mailboxes: {error}")))?;
+        control.count_failures(&failed);
+        control.started().await.map_err(|fatal| match fatal.exit {
+            Exit::Unavailable => refused(&fatal.message),
+            _ => fatal,
+        })?;
+
+        let (question_sender, questions) = mpsc::channel(QUESTIONS_MAX);
+        if let Some(admin) = &admin {
+            admin.serve(question_sender)?;
+        }
+        let admin = admin.as_ref().map_or("off", |admin| admin.address.as_str());
+        // A closed stdout is no reason not to serve.
+        std::io::stdout().write_all(banner(&fixed, admin).as_bytes()).ok();
+        Ok::<_, Fatal>((control.run(signals, questions, answers).await, threads))
+    })?;
+    runtime.shutdown_background();
+    join(threads);
+    Ok(exit)
+}
+
+/// Every address once per shard. Without a port of its own, an address takes the one its first listener got.
+fn bind(
+    addresses: &[SocketAddr],
+    shards: usize,
+    settings: &Settings,
+) -> Result<(Vec<SocketAddr>, Vec<Vec<TcpListener>>), Fatal> {
+    let mut bound = Vec::new();
+    let mut listeners: Vec<Vec<TcpListener>> = (0..shards).map(|_| Vec::new()).collect();
+    for &address in addresses {
+        let fatal = |error: std::io::Error| {
+            Fatal::unavailable(format!(
+                "cannot listen on {address}: {error} (--listen takes another address)"
+            ))
+        };
+        let mut target = address;
+        if address.port() != 0 {
+            is_free(address).map_err(fatal)?;
+        }
+        for own in &mut listeners {
+            let listener =
+                uring::listen(target, settings.backlog, settings.notsent_lowat_bytes).map_err(fatal)?;
+            target = listener.local_addr().map_err(fatal)?;
+            own.push(listener);
+        }
+        bound.push(target);
+    }
+    Ok((bound, listeners))
+}
+
+/// With SO_REUSEPORT two processes of one user could share a port without noticing, and split the clients between them. So
+/// the address is first bound without it, not listening, which nobody else's listener allows.
+fn is_free(address: SocketAddr) -> std::io::Result<()> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())
+}
+
+/// The upstreams with every address found within [`RESOLVE_AT_START`], and which names failed once.
+async fn first_upstreams(
+    plan: &Plan,
+    names: usize,
+    answers: &mut mpsc::Receiver<Answer>,
+) -> (UpstreamSet, Vec<usize>) {
+    let mut set = resolve::initial(&plan.upstreams);
+    let mut failed = Vec::new();
+    let mut heard = std::collections::HashSet::new();
+    let until = clock::now() + RESOLVE_AT_START;
+    while heard.len() < names {
+        tokio::select! {
+            Some(answer) = answers.recv() => {
+                heard.insert(answer.upstream);
+                if answer.result.is_err() {
+                    failed.push(answer.upstream);
+                }
+                set = resolve::apply(&set, &answer).unwrap_or(set);
+            }
+            () = tokio::time::sleep_until(until.into()) => {
+                log::warn!("{} upstream names are not resolved yet; starting without them", names - heard.len());
+                break;
+            }
+        }
+    }
+    set.epoch = 1;
+    (set, failed)
+}
+
+/// A start that the kernel refused: with everything that is missing and its remedy.
+fn refused(why: &str) -> Fatal {
+    let mut lines = vec![format!("cannot start: {why}")];
+    lines.extend(doctor::missing(&uring::probe()));
+    lines.push("`tokenring doctor` shows what this machine lacks".to_owned());
+    Fatal::unavailable(lines.join("\n"))
+}
+
+/// What is printed once everything accepts.
+fn banner(fixed: &Fixed, admin: &str) -> String {
+    let plan = &fixed.plan;
+    let addresses: Vec<_> = fixed.listening.iter().map(|address| format!("http://{address}")).collect();
+    let pinned: Vec<usize> = plan.cpus.iter().copied().flatten().collect();
+    let shards = match (plan.cpus.len(), pinned.len()) {
+        (1, 0) => "1, on any CPU".to_owned(),
+        (1, _) => format!("1, on CPU {}", format_cpus(&pinned)),
+        (shards, 0) => format!("{shards}, on any CPU"),
+        (shards, _) => format!("{shards}, on CPUs {}", format_cpus(&pinned)),
+    };
+    let upstreams: Vec<_> = plan.upstreams.iter().map(|url| url.url.as_str()).collect();
+    let upstreams = if upstreams.is_empty() {
+        "none: the built-in demo model answers".to_owned()
+    } else {
+        upstreams.join(" ")
+    };
+    let model = if plan.upstreams.is_empty() { "demo" } else { "MODEL" };
+    let target = fixed
+        .listening
+        .first()
+        .copied()
+        .map(reachable)
+        .map(|address| address.to_string())
+        .unwrap_or_default();
+    format!(
+        "tokenring {version}\n\
+         \x20 listening  {addresses}\n\
+         \x20 shards     {shards}\n\
+         \x20 upstreams  {upstreams}\n\
+         \x20 admin      {admin}\n\
+         \n\
+         \x20 curl -N http://{target}/v1/chat/completions -H 'Content-Type: application/json' \\\n\
+         \x20   -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hello\"}}]}}'\n\
+         \n",
+        version = env!("CARGO_PKG_VERSION"),
+        addresses = addresses.join(" "),
+    )
+}
+
+/// The address a client on this machine would use.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+/// Waits for the shards' threads, but not for ever: one that hangs is left to the end of the process.
+fn join(threads: Vec<ShardThread>) {
+    let (done, wait) = sync_channel(1);
+    let joiner = std::thread::Builder::new().name("join".to_owned()).spawn(move || {
+        for (shard, thread) in threads.into_iter().enumerate() {
+            if let Err(error) = thread.join() {
+                log::error!("shard {shard}: {error}");
+            }
+        }
+        // Nobody waits any more when this fails.
+        done.send(()).unwrap_or(());
+    });
+    if !matches!(joiner.map(|_| wait.recv_timeout(JOIN_LIMIT)), Ok(Ok(()))) {
+        log::warn!("a shard's thread does not end; leaving without it");
+    }
+}
+
+/// A panic anywhere ends the process with 70, after its message is logged.
+fn log_panics(logs: Logs) {
+    std::panic::set_hook(Box::new(move |panic| {
+        let thread = std::thread::current();
+        log::error!("thread {} panicked: {panic}", thread.name().unwrap_or("?"));
+        logs.flush(FLUSH_LIMIT);
+        std::process::exit(i32::from(Exit::Internal as u8));
+    }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::load::tests::{load_with, machine};
+
+    #[test]
+    fn the_banner_says_where_and_how_to_try() {
+        let plan =
+            |flags: &[(&'static str, &str)]| Plan::new(&load_with(flags, &[], "").unwrap(), &machine(), 1, 1);
+        let fixed =
+            Fixed { plan: plan(&[("cpus", "0-2")]), listening: vec![SocketAddr::from(([0, 0, 0, 0], 8080))] };
+        let text = banner(&fixed, "off");
+        assert!(text.contains("listening  http://0.0.0.0:8080\n  shards     3, on CPUs 0-2\n"), "{text}");
+        assert!(
+            text.contains("upstreams  none: the built-in demo model answers\n  admin      off\n"),
+            "{text}"
+        );
+        assert!(text.contains("curl -N http://127.0.0.1:8080/v1/chat/completions"), "{text}");
+    }
+
+    #[test]
+    fn a_port_of_zero_is_the_same_for_every_shard() {
+        let settings = Plan::new(&load_with(&[], &[], "").unwrap(), &machine(), 1, 1).settings;
+        let (bound, listeners) = bind(&[SocketAddr::from(([127, 0, 0, 1], 0))], 3, &settings).unwrap();
+        assert!(bound[0].port() > 0);
+        assert!(listeners.iter().flatten().all(|listener| listener.local_addr().unwrap() == bound[0]));
+        let error = bind(&bound, 1, &settings).unwrap_err();
+        assert_eq!(error.exit, Exit::Unavailable, "a port shared with another server is refused");
+    }
+}

@@ -1,0 +1,441 @@
+//! Reads tokenring.toml. Every complaint names file, line and column, what was expected, and the key that was probably meant.
+
+use super::address::UpstreamUrl;
+use super::table::{self, Setting};
+use super::value::{Kind, Unit, Value};
+use super::{Place, Problem};
+use std::collections::HashMap;
+use std::ops::Range;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+/// What the file says, checked value by value; relations between values are checked later.
+#[derive(Debug, Default)]
+pub(crate) struct File {
+    pub(crate) values: HashMap<&'static str, (Value, Place)>,
+    pub(crate) routes: Vec<RouteTable>,
+}
+
+/// One `[[route]]`.
+#[derive(Debug)]
+pub(crate) struct RouteTable {
+    pub(crate) place: Place,
+    pub(crate) path: String,
+    pub(crate) name: Option<String>,
+    /// `None`: the overall ones.
+    pub(crate) upstreams: Option<Vec<(UpstreamReference, Place)>>,
+    pub(crate) values: HashMap<&'static str, (Value, Place)>,
+}
+
+/// How a route names a backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum UpstreamReference {
+    Url(UpstreamUrl),
+    /// Index into the overall `upstream` list, from 0.
+    Index(u64),
+}
+
+/// Keys of a route that are not settings.
+const ROUTE_KEYS: [&str; 3] = ["path", "name", "upstreams"];
+/// Routes of one file: every request is compared with each in turn.
+const ROUTES_MAX: usize = 256;
+
+/// Parses the whole file and reports every mistake in it, in order of place.
+pub(crate) fn read(name: &str, text: &str) -> Result<File, Vec<Problem>> {
+    let mut reader = Reader { name, text, problems: Vec::new() };
+    let file = reader.file();
+    if reader.problems.is_empty() {
+        Ok(file)
+    } else {
+        reader.problems.sort_by_key(|(offset, _)| *offset);
+        Err(reader.problems.into_iter().map(|(_, problem)| problem).collect())
+    }
+}
+
+struct Reader<'t> {
+    name: &'t str,
+    text: &'t str,
+    /// With the byte at which each was found, to report them in order.
+    problems: Vec<(usize, Problem)>,
+}
+
+/// A complaint about a part of the file.
+type Complaint = (Range<usize>, String);
+
+impl Reader<'_> {
+    fn file(&mut self) -> File {
+        let mut file = File::default();
+        let root = match DeTable::parse(self.text) {
+            Ok(root) => root,
+            Err(error) => {
+                let message = error.message().trim().replace('\n', ", ");
+                self.complain(error.span().unwrap_or_default(), &format!("not valid TOML: {message}"));
+                return file;
+            }
+        };
+        for (key, value) in root.get_ref() {
+            let name: &str = key.get_ref();
+            if name == "route" {
+                self.routes(value, &mut file.routes);
+            } else if let Some(setting) = table::by_key(name) {
+                self.setting(setting, value, &mut file.values);
+            } else {
+                let message = unknown_overall(name, value.get_ref());
+                self.complain(key.span(), &message);
+            }
+        }
+        file
+    }
+
+    fn routes(&mut self, value: &Spanned<DeValue<'_>>, routes: &mut Vec<RouteTable>) {
+        let DeValue::Array(items) = value.get_ref() else {
+            return self.complain(value.span(), "routes are written as [[route]], with two brackets");
+        };
+        if items.len() > ROUTES_MAX {
+            return self
+                .complain(value.span(), &format!("at most {ROUTES_MAX} routes, found {}", items.len()));
+        }
+        for item in items.iter() {
+            match item.get_ref() {
+                DeValue::Table(table) => {
+                    if let Some(route) = self.route(item.span(), table) {
+                        routes.push(route);
+                    }
+                }
+                other => self
+                    .complain(item.span(), &format!("expected a [[route]] table, found {}", describe(other))),
+            }
+        }
+    }
+
+    fn route(&mut self, span: Range<usize>, table: &DeTable<'_>) -> Option<RouteTable> {
+        let mut route = RouteTable {
+            place: self.place(span.start),
+            path: String::new(),
+            name: None,
+            upstreams: None,
+            values: HashMap::new(),
+        };
+        let problems = self.problems.len();
+        for (key, value) in table {
+            let name: &str = key.get_ref();
+            match (name, value.get_ref()) {
+                ("path", DeValue::String(path))
+                    if path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic()) =>
+                {
+                    // "/v1/" and "/v1" match the same paths: prefixes match at a segment's boundary.
+                    let trimmed = path.trim_end_matches('/');
+                    route.path = if trimmed.is_empty() { "/" } else { trimmed }.to_owned();
+                }
+                ("path", other) => {
+                    let message =
+                        format!("path: expected a path such as \"/v1/chat\", found {}", describe(other));
+                    self.complain(value.span(), &message);
+                }
+                ("name", DeValue::String(text)) if !text.is_empty() && text.len() <= 64 => {
+                    route.name = Some(text.to_string());
+                }
+                ("name", other) => {
+                    let message = format!("name: expected text of 1 to 64 bytes, found {}", describe(other));
+                    self.complain(value.span(), &message);
+                }
+                ("upstreams", _) => match route_upstreams(value) {
+                    Ok(references) => {
+                        route.upstreams = Some(
+                            references
+                                .into_iter()
+                                .map(|(reference, span)| (reference, self.place(span.start)))
+                                .collect(),
+                        );
+                    }
+                    Err((span, message)) => self.complain(span, &format!("upstreams: {message}")),
+                },
+                ("upstream", _) => {
+                    self.complain(key.span(), "unknown key `upstream` in a route; did you mean `upstreams`?");
+                }
+                _ => match table::by_key(name) {
+                    Some(setting) if setting.per_route => self.setting(setting, value, &mut route.values),
+                    Some(_) => self.complain(
+                        key.span(),
+                        &format!(
+                            "`{name}` is a setting of the whole server: move it above the first [[route]]"
+                        ),
+                    ),
+                    None => {
+                        let keys = table::ALL.iter().filter(|setting| setting.per_route).map(|s| s.key());
+                        let message = unknown(name, keys.chain(ROUTE_KEYS.map(str::to_owned)));
+                        self.complain(key.span(), &message);
+                    }
+                },
+            }
+        }
+        if route.path.is_empty() && self.problems.len() == problems {
+            self.complain(span, "a [[route]] needs a `path`, such as path = \"/v1\"");
+        }
+        (self.problems.len() == problems).then_some(route)
+    }
+
+    fn setting(
+        &mut self,
+        setting: &'static Setting,
+        value: &Spanned<DeValue<'_>>,
+        into: &mut HashMap<&'static str, (Value, Place)>,
+    ) {
+        match from_toml(&setting.kind, value) {
+            Ok(parsed) => {
+                let place = self.place(value.span().start);
+                into.insert(setting.name, (parsed, place));
+            }
+            Err((span, message)) => self.complain(span, &format!("{}: {message}", setting.key())),
+        }
+    }
+
+    fn complain(&mut self, span: Range<usize>, message: &str) {
+        let place = self.place(span.start);
+        self.problems.push((span.start, Problem::at(&place, message)));
+    }
+
+    /// Lines and columns count from 1; columns count characters.
+    fn place(&self, offset: usize) -> Place {
+        let before = self.text.get(..offset).unwrap_or(self.text);
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        Place {
+            file: self.name.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+        }
+    }
+}
+
+/// The value of a key, or what is wrong with which part of it.
+fn from_toml(kind: &Kind, value: &Spanned<DeValue<'_>>) -> Result<Value, Complaint> {
+    let mismatch = |value: &Spanned<DeValue<'_>>| {
+        (value.span(), format!("expected {}, found {}", kind.expectation(), describe(value.get_ref())))
+    };
+    let text = |value: &Spanned<DeValue<'_>>, text: &str| {
+        kind.parse(text).map_err(|message| (value.span(), message))
+    };
+    match (kind, value.get_ref()) {
+        (Kind::Integer { unit: Unit::Count(_), .. }, DeValue::String(_)) => Err(mismatch(value)),
+        (Kind::Integer { .. }, DeValue::Integer(integer)) => {
+            u64::from_str_radix(integer.as_str().trim_start_matches('+'), integer.radix())
+                .ok()
+                .and_then(|number| kind.integer(number))
+                .ok_or_else(|| mismatch(value))
+        }
+        (Kind::Switch, DeValue::Boolean(on)) => Ok(Value::Switch(*on)),
+        (Kind::Cpus, DeValue::Integer(integer)) => text(value, integer.as_str()),
+        (Kind::Cpus, DeValue::Array(items)) => {
+            let mut cpus = Vec::new();
+            for item in items.iter() {
+                let DeValue::Integer(integer) = item.get_ref() else {
+                    return Err(mismatch(item));
+                };
+                cpus.push(integer.as_str());
+            }
+            if cpus.is_empty() { Ok(Value::Cpus(Vec::new())) } else { text(value, &cpus.join(",")) }
+        }
+        (Kind::Listen, DeValue::Array(items)) => {
+            let mut all = Vec::new();
+            for item in items.iter() {
+                match from_toml(kind, item)? {
+                    Value::Listen(some) => all.extend(some),
+                    _ => return Err(mismatch(item)),
+                }
+            }
+            Ok(Value::Listen(all))
+        }
+        (Kind::Upstreams, DeValue::Array(items)) => {
+            let mut all = Vec::new();
+            for item in items.iter() {
+                match from_toml(kind, item)? {
+                    Value::Upstreams(some) => all.extend(some),
+                    _ => return Err(mismatch(item)),
+                }
+            }
+            Ok(Value::Upstreams(all))
+        }
+        (_, DeValue::String(string)) => text(value, string),
+        _ => Err(mismatch(value)),
+    }
+}
+
+fn route_upstreams(
+    value: &Spanned<DeValue<'_>>,
+) -> Result<Vec<(UpstreamReference, Range<usize>)>, Complaint> {
+    let expected = |value: &Spanned<DeValue<'_>>| {
+        let found = describe(value.get_ref());
+        (
+            value.span(),
+            format!("expected a list of URLs, or of indexes into `upstream` from 0, found {found}"),
+        )
+    };
+    let DeValue::Array(items) = value.get_ref() else {
+        return Err(expected(value));
+    };
+    items
+        .iter()
+        .map(|item| match item.get_ref() {
+            DeValue::String(url) => UpstreamUrl::parse(url)
+                .map(|url| (UpstreamReference::Url(url), item.span()))
+                .map_err(|message| (item.span(), message)),
+            DeValue::Integer(index) => index
+                .as_str()
+                .parse()
+                .map(|index| (UpstreamReference::Index(index), item.span()))
+                .map_err(|_| expected(item)),
+            _ => Err(expected(item)),
+        })
+        .collect()
+}
+
+fn describe(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => format!("{text:?}"),
+        DeValue::Integer(number) => number.to_string(),
+        DeValue::Float(number) => number.to_string(),
+        DeValue::Boolean(on) => on.to_string(),
+        DeValue::Datetime(_) => "a date".to_owned(),
+        DeValue::Array(_) => "a list".to_owned(),
+        DeValue::Table(_) => "a table".to_owned(),
+    }
+}
+
+fn unknown_overall(name: &str, value: &DeValue<'_>) -> String {
+    if matches!(value, DeValue::Table(_)) && name != "routes" {
+        return format!("unknown table `{name}`: settings stand at the top level, and routes in [[route]]");
+    }
+    let keys = table::ALL.iter().map(|setting| setting.key());
+    unknown(name, keys.chain(["route".to_owned()]))
+}
+
+/// Complains of an unknown key and names the one that was probably meant.
+fn unknown(name: &str, candidates: impl Iterator<Item = String>) -> String {
+    match guess(name, candidates) {
+        Some(guess) => format!("unknown key `{name}`; did you mean `{guess}`?"),
+        None => format!("unknown key `{name}`; docs/CONFIG.md (`tokenring config-doc`) lists them all"),
+    }
+}
+
+/// The candidate nearest to `name`, if it is near enough to be a slip.
+pub(crate) fn guess(name: &str, candidates: impl Iterator<Item = String>) -> Option<String> {
+    let name = name.to_ascii_lowercase().replace('-', "_");
+    // A third of the letters wrong is a slip; more is another word.
+    let far = (name.len() / 3).max(2);
+    candidates
+        .map(|candidate| (strsim::damerau_levenshtein(&name, &candidate), candidate))
+        .filter(|(distance, _)| *distance <= far)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(text: &str) -> Vec<String> {
+        read("tokenring.toml", text).unwrap_err().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn unknown_keys_name_their_place_and_the_likely_key() {
+        assert_eq!(
+            problems("backlog = 10\nring_dept = 64\n"),
+            ["tokenring.toml:2:1: unknown key `ring_dept`; did you mean `ring_depth`?"]
+        );
+        assert_eq!(
+            problems("  ring-depth = 64"),
+            ["tokenring.toml:1:3: unknown key `ring-depth`; did you mean `ring_depth`?"]
+        );
+        assert_eq!(
+            problems("colour = 1"),
+            [
+                "tokenring.toml:1:1: unknown key `colour`; docs/CONFIG.md (`tokenring config-doc`) lists them all"
+            ]
+        );
+        assert_eq!(
+            problems("drain_deadline = 1"),
+            ["tokenring.toml:1:1: unknown key `drain_deadline`; did you mean `drain_deadline_ms`?"]
+        );
+    }
+
+    #[test]
+    fn wrong_types_and_ranges_name_their_place_and_what_was_expected() {
+        assert_eq!(
+            problems("ring_depth = 1000"),
+            ["tokenring.toml:1:14: ring_depth: expected a power of two from 64 to 32768, found 1000"]
+        );
+        assert_eq!(
+            problems("ring_depth = \"1024\"\nbacklog = -4"),
+            [
+                "tokenring.toml:1:14: ring_depth: expected a power of two from 64 to 32768, found \"1024\"",
+                "tokenring.toml:2:11: backlog: expected an integer from 1 to 65535, found -4",
+            ]
+        );
+        assert_eq!(
+            problems("upstream = [\"http://ok\", \"https://x\"]")[0].split(": ").next(),
+            Some("tokenring.toml:1:26")
+        );
+        assert_eq!(
+            problems("event_ids = 1"),
+            ["tokenring.toml:1:13: event_ids: expected on or off (true or false), found 1"]
+        );
+        assert_eq!(
+            problems("half_close = 'maybe'"),
+            ["tokenring.toml:1:14: half_close: expected one of leave, serve, found \"maybe\""]
+        );
+    }
+
+    #[test]
+    fn broken_toml_names_its_place() {
+        let problems = problems("backlog = 10\nlisten = = 3\n");
+        assert!(problems[0].starts_with("tokenring.toml:2:10: not valid TOML"), "{problems:?}");
+        let problems = self::problems("backlog = 1\nbacklog = 2");
+        assert!(problems[0].starts_with("tokenring.toml:2:1: not valid TOML: duplicate key"), "{problems:?}");
+    }
+
+    #[test]
+    fn routes() {
+        let file = read(
+            "f",
+            "first_token_ms = \"2m\"\n[[route]]\npath = \"/v1/\"\nupstreams = [\"http://a:1\", 0]\ntotal_ms = 5\n",
+        )
+        .unwrap();
+        assert_eq!(file.values["first-token-ms"].0, Value::Integer(120_000));
+        let route = &file.routes[0];
+        assert_eq!((route.path.as_str(), route.upstreams.as_ref().unwrap().len()), ("/v1", 2));
+        assert_eq!(route.values["total-ms"].0, Value::Integer(5));
+    }
+
+    #[test]
+    fn mistakes_in_routes() {
+        assert_eq!(
+            problems("[[route]]\npath = \"/a\"\nring_depth = 64"),
+            [
+                "tokenring.toml:3:1: `ring_depth` is a setting of the whole server: move it above the first [[route]]"
+            ]
+        );
+        assert_eq!(
+            problems("[[route]]\nname = \"a\""),
+            ["tokenring.toml:1:1: a [[route]] needs a `path`, such as path = \"/v1\""]
+        );
+        assert_eq!(
+            problems("[[route]]\npath = \"v1\""),
+            ["tokenring.toml:2:8: path: expected a path such as \"/v1/chat\", found \"v1\""]
+        );
+        assert_eq!(
+            problems("[[route]]\npath = \"/a\"\nupstream = []"),
+            ["tokenring.toml:3:1: unknown key `upstream` in a route; did you mean `upstreams`?"]
+        );
+        assert_eq!(
+            problems("[server]\nbacklog = 1"),
+            [
+                "tokenring.toml:1:2: unknown table `server`: settings stand at the top level, and routes in [[route]]"
+            ]
+        );
+        assert_eq!(
+            problems("[route]\npath = \"/a\""),
+            ["tokenring.toml:1:1: routes are written as [[route]], with two brackets"]
+        );
+    }
+}

@@ -1,0 +1,97 @@
+//! Configuration: one definition per setting (`table`), read from flags, environment and file (`file`, `load`), checked as
+//! a whole and turned into what the shards are given (`plan`), and printed as documentation (`page`).
+
+pub(crate) mod address;
+pub(crate) mod file;
+pub(crate) mod load;
+pub(crate) mod page;
+pub(crate) mod plan;
+pub(crate) mod table;
+pub(crate) mod value;
+
+use std::fmt;
+
+/// Descriptors of the process that belong to no connection: listeners, logs, admin clients, DNS, eventfds.
+const DESCRIPTORS_RESERVED: u64 = 128;
+/// Descriptors of one shard that belong to no connection: its rings, eventfds and listeners.
+const DESCRIPTORS_PER_SHARD: u64 = 16;
+/// Descriptors of one relayed client: its own socket and its backend's.
+pub(crate) const DESCRIPTORS_PER_CLIENT: u64 = 2;
+/// Below this many connections per shard a server is of no use; the default never goes lower, the check then complains.
+const CONNECTIONS_DEFAULT_MIN: u64 = 16;
+
+/// Where something stands in a file; line and column count from 1.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Place {
+    pub(crate) file: String,
+    pub(crate) line: usize,
+    pub(crate) column: usize,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}", self.file, self.line, self.column)
+    }
+}
+
+/// A mistake of the operator, in one line: where, what was expected, what to do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Problem(String);
+
+impl Problem {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Problem(message.into())
+    }
+
+    pub(crate) fn at(place: &Place, message: &str) -> Self {
+        Problem(format!("{place}: {message}"))
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What defaults and checks need to know of the machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    /// CPUs' worth of time this process may use (affinity and cgroup quota).
+    pub(crate) parallelism: usize,
+    /// CPUs this process may run on.
+    pub(crate) cpus: Vec<usize>,
+    /// The hard limit of descriptors, to which the soft one is raised at start.
+    pub(crate) descriptors: u64,
+}
+
+impl Machine {
+    pub(crate) fn detect() -> Self {
+        let mut cpus: Vec<usize> =
+            core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
+        cpus.sort_unstable();
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        Machine {
+            parallelism: std::thread::available_parallelism().map_or(1, usize::from),
+            cpus,
+            descriptors: limit.maximum.or(limit.current).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// Client connections per shard that the descriptors allow beside full pools of idle backend connections.
+    pub(crate) fn connections_default(&self, so_far: &load::Values) -> u64 {
+        let shards = so_far.integer(&table::SHARDS);
+        let upstreams = so_far.upstreams(&table::UPSTREAM).len() as u64;
+        let pooled = shards * upstreams * so_far.integer(&table::POOL_IDLE_MAX);
+        // Pools may take at most half: they are the part that can be given up.
+        let left = self.left_for_connections(shards);
+        let left = left - pooled.min(left / 2);
+        (left / (DESCRIPTORS_PER_CLIENT * shards))
+            .clamp(CONNECTIONS_DEFAULT_MIN, table::CONNECTIONS_DEFAULT_MAX)
+    }
+
+    /// Descriptors left for connections of all shards together.
+    pub(crate) fn left_for_connections(&self, shards: u64) -> u64 {
+        self.descriptors.saturating_sub(DESCRIPTORS_RESERVED + shards * DESCRIPTORS_PER_SHARD)
+    }
+}

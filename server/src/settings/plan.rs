@@ -1,0 +1,169 @@
+//! Turns the effective configuration into what the shards and the control thread are given.
+
+use super::Machine;
+use super::address::{AdminAddress, UpstreamUrl};
+use super::load::{Effective, RouteValues, Source, Values};
+use super::table;
+use protocol::demo::DemoSettings;
+use protocol::http::HeadLimits;
+use protocol::phase::Deadlines;
+use shard::settings::{HalfClose, Route, Settings, Sleep};
+use std::net::SocketAddr;
+
+/// What `serve` carries out.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) settings: Settings,
+    pub(crate) upstreams: Vec<UpstreamUrl>,
+    pub(crate) listen: Vec<SocketAddr>,
+    pub(crate) admin: AdminAddress,
+    /// One per shard: the CPU it is pinned to.
+    pub(crate) cpus: Vec<Option<usize>>,
+    pub(crate) drain_deadline_ms: u64,
+}
+
+impl Plan {
+    pub(crate) fn new(
+        effective: &Effective,
+        machine: &Machine,
+        unix_time_at_start_s: u64,
+        seed: u64,
+    ) -> Self {
+        let values = &effective.values;
+        let settings = Settings {
+            connections_max: narrow(values.integer(&table::CONNS_MAX)),
+            backlog: narrow(values.integer(&table::BACKLOG)),
+            ring_depth: narrow(values.integer(&table::RING_DEPTH)),
+            buffers: narrow(values.integer(&table::BUFFERS)),
+            buffer_bytes: narrow(values.integer(&table::BUFFER_SIZE)),
+            notsent_lowat_bytes: narrow(values.integer(&table::NOTSENT_LOWAT)),
+            spin_us: narrow(values.integer(&table::SPIN_US)),
+            preempt_ms: narrow(values.integer(&table::PREEMPT_MS)),
+            sleep: if values.choice(&table::SLEEP) == "reactor" { Sleep::Reactor } else { Sleep::Ring },
+            head: HeadLimits {
+                head_bytes: narrow(values.integer(&table::HEAD_BYTES_MAX)),
+                headers: narrow(values.integer(&table::HEADERS_MAX)),
+                target_bytes: narrow(values.integer(&table::TARGET_BYTES_MAX)),
+            },
+            body_bytes_max: values.integer(&table::BODY_BYTES_MAX),
+            event_bytes_max: narrow(values.integer(&table::EVENT_BYTES_MAX)),
+            lag_high_bytes: values.integer(&table::LAG_HIGH),
+            lag_low_bytes: values.integer(&table::LAG_LOW),
+            retry_bytes_max: values.integer(&table::RETRY_BYTES_MAX),
+            pool_idle_max: narrow(values.integer(&table::POOL_IDLE_MAX)),
+            pool_idle_ms: narrow(values.integer(&table::POOL_IDLE_MS)),
+            pool_age_ms: narrow(values.integer(&table::POOL_AGE_MS)),
+            routes: effective.routes.iter().map(route).collect(),
+            demo: DemoSettings {
+                tokens_per_s: narrow(values.integer(&table::DEMO_TOKENS_PER_S)),
+                first_token_ms: narrow(values.integer(&table::DEMO_FIRST_TOKEN_MS)),
+                tokens: narrow(values.integer(&table::DEMO_TOKENS)),
+            },
+            unix_time_at_start_s,
+            seed,
+            records: values.switch(&table::ACCESS_LOG),
+        };
+        Plan {
+            settings,
+            upstreams: effective.upstreams.clone(),
+            listen: values.listen(&table::LISTEN).to_vec(),
+            admin: values.admin(&table::ADMIN).clone(),
+            cpus: placement(values, machine),
+            drain_deadline_ms: values.integer(&table::DRAIN_DEADLINE_MS),
+        }
+    }
+}
+
+/// Pins shards to the CPUs the operator chose; without a choice, only when every CPU gets exactly one shard, since
+/// several processes that all pinned their few shards would pile up on the first CPUs.
+fn placement(values: &Values, machine: &Machine) -> Vec<Option<usize>> {
+    let shards: usize = narrow(values.integer(&table::SHARDS));
+    let chosen = values.cpus(&table::CPUS);
+    let cpus = if *values.source(&table::CPUS) != Source::Default && !chosen.is_empty() {
+        chosen
+    } else if shards == machine.cpus.len() {
+        machine.cpus.as_slice()
+    } else {
+        &[]
+    };
+    (0..shards).map(|shard| cpus.get(shard).copied()).collect()
+}
+
+fn route(route: &RouteValues) -> Route {
+    let values = &route.values;
+    let ms = |setting| narrow(values.integer(setting));
+    Route {
+        name: route.name.clone(),
+        path_prefix: route.path.clone(),
+        upstreams: route.upstreams.clone(),
+        deadlines: Deadlines {
+            head_ms: ms(&table::HEAD_MS),
+            body_ms: ms(&table::BODY_MS),
+            connect_ms: ms(&table::CONNECT_MS),
+            upstream_head_ms: ms(&table::UPSTREAM_HEAD_MS),
+            first_token_ms: ms(&table::FIRST_TOKEN_MS),
+            between_tokens_ms: ms(&table::BETWEEN_TOKENS_MS),
+            total_ms: ms(&table::TOTAL_MS),
+            write_stall_ms: ms(&table::WRITE_STALL_MS),
+            keep_alive_ms: ms(&table::KEEP_ALIVE_MS),
+            finish_ms: ms(&table::FINISH_MS),
+        },
+        heartbeat_ms: ms(&table::HEARTBEAT_MS),
+        commit_ms: ms(&table::COMMIT_MS),
+        half_close: if values.choice(&table::HALF_CLOSE) == "serve" {
+            HalfClose::Serve
+        } else {
+            HalfClose::Leave
+        },
+        event_ids: values.switch(&table::EVENT_IDS),
+    }
+}
+
+/// The table's ranges fit the types they go to; a mistake there is ours.
+fn narrow<T: TryFrom<u64>>(number: u64) -> T {
+    T::try_from(number)
+        .unwrap_or_else(|_| unreachable!("{number} is in its setting's range and must fit its type"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::load::tests::{load_with, machine};
+    use super::super::table::ALL;
+    use super::super::value::Kind;
+    use super::*;
+
+    #[test]
+    fn defaults_are_those_of_the_data_plane() {
+        let plan = Plan::new(&load_with(&[], &[], "").unwrap(), &machine(), 1, 2);
+        assert_eq!(plan.settings.routes.len(), 1);
+        assert_eq!(plan.settings.routes[0].deadlines, Deadlines::default());
+        assert_eq!(plan.settings.lag_high_bytes, protocol::limits::LAG_HIGH_BYTES);
+        assert_eq!(plan.cpus, [Some(0), Some(1), Some(2), Some(3)]);
+    }
+
+    #[test]
+    fn shards_are_pinned_by_choice_or_when_they_fill_the_machine() {
+        let plan = |flags: &[(&'static str, &str)]| {
+            Plan::new(&load_with(flags, &[], "").unwrap(), &machine(), 1, 2).cpus
+        };
+        assert_eq!(plan(&[("shards", "2")]), [None, None]);
+        assert_eq!(plan(&[("cpus", "3,1")]), [Some(3), Some(1)]);
+        assert_eq!(plan(&[("cpus", "3,1"), ("shards", "1")]), [Some(3)]);
+    }
+
+    #[test]
+    fn every_range_fits_its_type() {
+        for bound in [0, 1] {
+            for setting in ALL {
+                let Kind::Integer { minimum, maximum, .. } = setting.kind else { continue };
+                let number = if bound == 0 { minimum } else { maximum };
+                let mut effective = load_with(&[], &[], "").unwrap();
+                effective.values.set(setting, number);
+                for route in &mut effective.routes {
+                    route.values.set(setting, number);
+                }
+                Plan::new(&effective, &machine(), 1, 2);
+            }
+        }
+    }
+}

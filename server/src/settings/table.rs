@@ -1,0 +1,350 @@
+//! The one definition of every setting. Flags, keys of tokenring.toml, environment variables, validation, the man page,
+//! completions and docs/CONFIG.md all come from here.
+
+use super::load::Values;
+use super::value::{Kind, Unit, Value};
+use super::{Machine, address::AdminAddress};
+use protocol::demo::DemoSettings;
+use protocol::limits;
+use protocol::phase::Deadlines;
+use std::net::{Ipv4Addr, SocketAddr};
+
+/// One setting.
+pub(crate) struct Setting {
+    /// Of the flag; the key has underscores for dashes, the variable is `TOKENRING_` and the key in capitals.
+    pub(crate) name: &'static str,
+    pub(crate) group: Group,
+    pub(crate) kind: Kind,
+    pub(crate) default: Default,
+    /// May stand in a `[[route]]` too; overall it is the default of all routes.
+    pub(crate) per_route: bool,
+    /// Another spelling of the flag.
+    pub(crate) alias: Option<&'static str>,
+    /// Another environment variable, read when ours is not set.
+    pub(crate) also_variable: Option<&'static str>,
+    /// Full sentences; the first one stands alone in the short help.
+    pub(crate) doc: &'static str,
+}
+
+pub(crate) enum Default {
+    Fixed(fn() -> Value),
+    /// From the machine and the settings before this one in the table, and how, in words.
+    Derived(fn(&Machine, &Values) -> Value, &'static str),
+}
+
+/// Headings of the help and of CONFIG.md, in their order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Group {
+    Serving,
+    Shards,
+    Limits,
+    Deadlines,
+    Streams,
+    Pool,
+    Demo,
+    Logs,
+}
+
+impl Group {
+    pub(crate) const ALL: [Group; 8] = [
+        Group::Serving,
+        Group::Shards,
+        Group::Limits,
+        Group::Deadlines,
+        Group::Streams,
+        Group::Pool,
+        Group::Demo,
+        Group::Logs,
+    ];
+
+    pub(crate) fn heading(self) -> &'static str {
+        match self {
+            Group::Serving => "Serving",
+            Group::Shards => "Shards (per CPU)",
+            Group::Limits => "Limits",
+            Group::Deadlines => "Deadlines (also per route; 0 is off)",
+            Group::Streams => "Streams (also per route)",
+            Group::Pool => "Backend connections (per upstream and shard)",
+            Group::Demo => "Built-in demo model",
+            Group::Logs => "Logs",
+        }
+    }
+}
+
+impl Setting {
+    const fn new(
+        name: &'static str,
+        group: Group,
+        kind: Kind,
+        default: fn() -> Value,
+        doc: &'static str,
+    ) -> Self {
+        let default = Default::Fixed(default);
+        Setting { name, group, kind, default, per_route: false, alias: None, also_variable: None, doc }
+    }
+
+    const fn derived(mut self, how: fn(&Machine, &Values) -> Value, words: &'static str) -> Self {
+        self.default = Default::Derived(how, words);
+        self
+    }
+
+    const fn per_route(mut self) -> Self {
+        self.per_route = true;
+        self
+    }
+
+    const fn alias(mut self, alias: &'static str) -> Self {
+        self.alias = Some(alias);
+        self
+    }
+
+    const fn also_variable(mut self, variable: &'static str) -> Self {
+        self.also_variable = Some(variable);
+        self
+    }
+
+    /// The key in tokenring.toml.
+    pub(crate) fn key(&self) -> String {
+        self.name.replace('-', "_")
+    }
+
+    /// The environment variable.
+    pub(crate) fn variable(&self) -> String {
+        format!("TOKENRING_{}", self.key().to_ascii_uppercase())
+    }
+
+    /// The first sentence of the doc, without its full stop, as short help shows it.
+    pub(crate) fn summary(&self) -> &'static str {
+        let sentence = self.doc.split_once(". ").map_or(self.doc, |(first, _)| first);
+        sentence.trim_end_matches('.')
+    }
+
+    /// The default in words that are true on every machine.
+    pub(crate) fn default_words(&self) -> String {
+        match self.default {
+            Default::Derived(_, words) => words.to_owned(),
+            Default::Fixed(value) => match value() {
+                Value::Integer(number) => number.to_string(),
+                Value::Switch(on) => if on { "on" } else { "off" }.to_owned(),
+                Value::Choice(word) => word.to_owned(),
+                Value::LogFilter(filter) => filter,
+                Value::Admin(address) => address.to_string(),
+                Value::Listen(addresses) => {
+                    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+                }
+                Value::Upstreams(_) | Value::Cpus(_) => "none".to_owned(),
+            },
+        }
+    }
+}
+
+const fn count(name: &'static str, minimum: u64, maximum: u64) -> Kind {
+    Kind::Integer { unit: Unit::Count(name), minimum, maximum, power_of_two: false }
+}
+
+const fn power_of_two(name: &'static str, minimum: u64, maximum: u64) -> Kind {
+    Kind::Integer { unit: Unit::Count(name), minimum, maximum, power_of_two: true }
+}
+
+const fn bytes(minimum: u64, maximum: u64) -> Kind {
+    Kind::Integer { unit: Unit::Bytes, minimum, maximum, power_of_two: false }
+}
+
+const fn milliseconds(minimum: u64, maximum: u64) -> Kind {
+    Kind::Integer { unit: Unit::Milliseconds, minimum, maximum, power_of_two: false }
+}
+
+const fn microseconds(minimum: u64, maximum: u64) -> Kind {
+    Kind::Integer { unit: Unit::Microseconds, minimum, maximum, power_of_two: false }
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+/// A week: longer than any stream, short enough for every type that holds milliseconds.
+const DEADLINE_MS_MAX: u64 = 604_800_000;
+/// Client connections per shard by default, however many descriptors there are: a million sockets cost the kernel 4 GB.
+pub(crate) const CONNECTIONS_DEFAULT_MAX: u64 = 262_144;
+
+macro_rules! settings {
+    ($($id:ident = $setting:expr;)*) => {
+        $(pub(crate) static $id: Setting = $setting;)*
+        /// Every setting, in the order of help, CONFIG.md and of working out defaults.
+        pub(crate) static ALL: &[&Setting] = &[$(&$id),*];
+    };
+}
+
+macro_rules! deadline {
+    ($name:literal, $field:ident, $doc:literal) => {
+        Setting::new(
+            $name,
+            Group::Deadlines,
+            milliseconds(0, DEADLINE_MS_MAX),
+            || Value::Integer(Deadlines::default().$field.into()),
+            $doc,
+        )
+        .per_route()
+    };
+}
+
+settings! {
+    LISTEN = Setting::new("listen", Group::Serving, Kind::Listen,
+        || Value::Listen(vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))]),
+        "Address clients connect to. Repeatable; port 0 takes a free one. Every shard has its own listener on it (SO_REUSEPORT).");
+    UPSTREAM = Setting::new("upstream", Group::Serving, Kind::Upstreams, || Value::Upstreams(Vec::new()),
+        "A model backend: any server that speaks the OpenAI or Anthropic API. Repeatable; a path in the URL is put before every request's path. Without any upstream, a built-in demo model answers.");
+    ADMIN = Setting::new("admin", Group::Serving, Kind::Admin,
+        || Value::Admin(AdminAddress::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 9180)))),
+        "Where /live, /ready, /metrics and /status are served. It has no authentication: keep it off public networks.");
+    DRAIN_DEADLINE_MS = Setting::new("drain-deadline-ms", Group::Serving, milliseconds(0, DEADLINE_MS_MAX),
+        || Value::Integer(30_000),
+        "How long streams may go on after SIGTERM or SIGINT. Those left are ended with an error in their own dialect; 0 ends them at once.")
+        .alias("drain-deadline");
+
+    CPUS = Setting::new("cpus", Group::Shards, Kind::Cpus, || Value::Cpus(Vec::new()),
+        "CPUs to run shards on, shard 0 on the first. Without it, shards are pinned only when there is one for every CPU this process may use.");
+    SHARDS = Setting::new("shards", Group::Shards, count("N", 1, 1024), || Value::Integer(1),
+        "Shards: threads that each own a ring, a listener and their connections.")
+        .derived(|machine, so_far| {
+            let chosen = so_far.cpus(&CPUS).len();
+            Value::Integer(if chosen > 0 { chosen } else { machine.parallelism } as u64)
+        }, "one per CPU of --cpus, else one per CPU this process may use");
+    RING_DEPTH = Setting::new("ring-depth", Group::Shards, power_of_two("ENTRIES", 64, 32_768), || Value::Integer(1024),
+        "Entries of a shard's submission queue, a power of two. The completion queue has four times as many.");
+    BUFFERS = Setting::new("buffers", Group::Shards, power_of_two("COUNT", 16, 32_768), || Value::Integer(1024),
+        "Receive buffers of a shard, a power of two. They are shared by its connections; an idle connection holds none.");
+    BUFFER_SIZE = Setting::new("buffer-size", Group::Shards, bytes(512, MIB), || Value::Integer(8 * KIB),
+        "Bytes of one receive buffer.");
+    CONNS_MAX = Setting::new("conns-max", Group::Shards, count("COUNT", 1, 16 * MIB), || Value::Integer(1024),
+        "Client connections of a shard at a time. With all slots taken, new clients wait in the kernel's backlog. A relayed client needs two descriptors, its own and its backend's.")
+        .derived(|machine, so_far| Value::Integer(machine.connections_default(so_far)),
+            "what the descriptor limit allows, at most 262144");
+    NOTSENT_LOWAT = Setting::new("notsent-lowat", Group::Shards, bytes(0, GIB), || Value::Integer(16 * KIB),
+        "TCP_NOTSENT_LOWAT of client sockets. It keeps what the kernel takes ahead of a slow reader small, so that lag is seen; 0 leaves the kernel's default of some megabytes.");
+    BACKLOG = Setting::new("backlog", Group::Shards, count("COUNT", 1, 65_535), || Value::Integer(4096),
+        "Connections the kernel queues per listener. net.core.somaxconn caps it.");
+    SPIN_US = Setting::new("spin-us", Group::Shards, microseconds(0, 1_000_000), || Value::Integer(0),
+        "How long a shard polls for completions before it sleeps. Trades CPU for wake-up latency; 0 sleeps at once.");
+    PREEMPT_MS = Setting::new("preempt-ms", Group::Shards, milliseconds(1, 1000), || Value::Integer(10),
+        "Period of the executor's preemption timer. Background tasks of a shard yield to its connections this often.");
+    SLEEP = Setting::new("sleep", Group::Shards, Kind::Choice(&["ring", "reactor"]), || Value::Choice("ring"),
+        "Where an idle shard sleeps. In its own data ring, or in the executor's reactor with the ring's eventfd.");
+
+    HEAD_BYTES_MAX = Setting::new("head-bytes-max", Group::Limits, bytes(KIB, MIB),
+        || Value::Integer(limits::HEAD_BYTES_MAX as u64),
+        "Bytes of a request or response head, its first line included. More is answered with 431.");
+    HEADERS_MAX = Setting::new("headers-max", Group::Limits, count("COUNT", 8, 1000),
+        || Value::Integer(limits::HEADERS_MAX as u64),
+        "Header fields of one head. More is answered with 431.");
+    TARGET_BYTES_MAX = Setting::new("target-bytes-max", Group::Limits, bytes(128, MIB),
+        || Value::Integer(limits::TARGET_BYTES_MAX as u64),
+        "Bytes of a request target. More is answered with 414.");
+    BODY_BYTES_MAX = Setting::new("body-bytes-max", Group::Limits, bytes(0, 1 << 40),
+        || Value::Integer(limits::BODY_BYTES_MAX),
+        "Bytes of one request body. More is answered with 413. Bodies are streamed, never held whole.");
+    EVENT_BYTES_MAX = Setting::new("event-bytes-max", Group::Limits, bytes(KIB, GIB),
+        || Value::Integer(limits::EVENT_BYTES_MAX as u64),
+        "Bytes of one event from a backend. A longer one ends its stream as malformed.");
+    LAG_HIGH = Setting::new("lag-high", Group::Limits, bytes(KIB, GIB),
+        || Value::Integer(limits::LAG_HIGH_BYTES),
+        "Bytes produced for a client but not confirmed sent, above which its backend's receive is paused.");
+    LAG_LOW = Setting::new("lag-low", Group::Limits, bytes(0, GIB),
+        || Value::Integer(limits::LAG_LOW_BYTES),
+        "Bytes below which it is resumed. Less than --lag-high.");
+    RETRY_BYTES_MAX = Setting::new("retry-bytes-max", Group::Limits, bytes(0, 64 * MIB), || Value::Integer(MIB),
+        "Bytes of a request kept until the first byte of its answer. With them it is sent again, once, when a reused backend connection turns out to be dead. A longer request is not; 0 turns it off.");
+
+    HEAD_MS = deadline!("head-ms", head_ms,
+        "From a request's first byte to its complete head.");
+    BODY_MS = deadline!("body-ms", body_ms,
+        "For each 64 KiB of a request body. A trickle does not extend it.");
+    CONNECT_MS = deadline!("connect-ms", connect_ms,
+        "From the first attempt to a standing backend connection, over all addresses.");
+    UPSTREAM_HEAD_MS = deadline!("upstream-head-ms", upstream_head_ms,
+        "From the complete request to the backend's response head. Many backends send it only with their first token.");
+    FIRST_TOKEN_MS = deadline!("first-token-ms", first_token_ms,
+        "From the complete request to the first token.");
+    BETWEEN_TOKENS_MS = deadline!("between-tokens-ms", between_tokens_ms,
+        "Between two events of a stream, or two pieces of an ordinary body.");
+    TOTAL_MS = deadline!("total-ms", total_ms,
+        "From the complete request head to the last byte produced.");
+    WRITE_STALL_MS = deadline!("write-stall-ms", write_stall_ms,
+        "How long a client may take nothing of what is being sent.");
+    KEEP_ALIVE_MS = deadline!("keep-alive-ms", keep_alive_ms,
+        "Between two requests on a client's connection, and before its first byte.");
+    FINISH_MS = deadline!("finish-ms", finish_ms,
+        "From the end mark of a stream to the end of the backend's body. When it passes, the stream still ends well, and that connection is not used again.");
+
+    HEARTBEAT_MS = Setting::new("heartbeat-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(15_000),
+        "Silence on a stream after which the client is sent a heartbeat in its dialect's form; 0 is off. Heartbeats extend no deadline.")
+        .per_route();
+    COMMIT_MS = Setting::new("commit-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(10_000),
+        "Time after the complete request at which a streaming answer is begun (200 and a heartbeat) although the backend is still silent; 0 is off. A later error of the backend is then told within the stream.")
+        .per_route();
+    HALF_CLOSE = Setting::new("half-close", Group::Streams, Kind::Choice(&["leave", "serve"]), || Value::Choice("leave"),
+        "What it means when a client closes its sending side during a streaming answer. Either it left, or the answer is still sent. On other requests the answer is always sent.")
+        .per_route();
+    EVENT_IDS = Setting::new("event-ids", Group::Streams, Kind::Switch, || Value::Switch(true),
+        "Adds an `id:` line with the event's sequence number to every event.")
+        .per_route();
+
+    POOL_IDLE_MAX = Setting::new("pool-idle-max", Group::Pool, count("COUNT", 0, 65_535), || Value::Integer(64),
+        "Idle backend connections kept for reuse; 0 closes each after its answer.");
+    POOL_IDLE_MS = Setting::new("pool-idle-ms", Group::Pool, milliseconds(1, DEADLINE_MS_MAX), || Value::Integer(4_000),
+        "How long an idle backend connection is kept. Less than the backend's own keep-alive (5 s in uvicorn and llama.cpp) avoids retries.");
+    POOL_AGE_MS = Setting::new("pool-age-ms", Group::Pool, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(300_000),
+        "Age after which a backend connection takes no further request, so that load follows changes of the backends' addresses; 0 is off.");
+
+    DEMO_TOKENS_PER_S = Setting::new("demo-tokens-per-s", Group::Demo, count("RATE", 1, 100_000), || Value::Integer(DemoSettings::default().tokens_per_s.into()),
+        "Tokens per second of the demo model, when a request does not say otherwise.");
+    DEMO_FIRST_TOKEN_MS = Setting::new("demo-first-token-ms", Group::Demo, milliseconds(0, 600_000), || Value::Integer(DemoSettings::default().first_token_ms.into()),
+        "Time to its first token.");
+    DEMO_TOKENS = Setting::new("demo-tokens", Group::Demo, count("COUNT", 1, 100_000), || Value::Integer(DemoSettings::default().tokens.into()),
+        "Tokens of one answer.");
+
+    LOG_LEVEL = Setting::new("log-level", Group::Logs, Kind::LogFilter, || Value::LogFilter("info".to_owned()),
+        "What is logged to stderr: a level, or levels per target such as warn,shard=debug.")
+        .also_variable("RUST_LOG");
+    LOG_FORMAT = Setting::new("log-format", Group::Logs, Kind::Choice(&["text", "json"]), || Value::Choice("text"),
+        "Lines of text, or one JSON object a line.");
+    ACCESS_LOG = Setting::new("access-log", Group::Logs, Kind::Switch, || Value::Switch(false),
+        "One line for every finished stream.");
+}
+
+/// The setting with this key of tokenring.toml.
+pub(crate) fn by_key(key: &str) -> Option<&'static Setting> {
+    ALL.iter().find(|setting| setting.key() == key).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_docs_are_sentences() {
+        for (index, setting) in ALL.iter().enumerate() {
+            assert!(ALL[..index].iter().all(|other| other.name != setting.name), "{} twice", setting.name);
+            assert!(setting.doc.ends_with('.'), "{}", setting.name);
+            assert!(
+                setting.name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-'),
+                "{}",
+                setting.name
+            );
+        }
+    }
+
+    #[test]
+    fn defaults_obey_their_own_rules() {
+        for setting in ALL {
+            if let Default::Fixed(value) = setting.default {
+                match value() {
+                    Value::Integer(number) => {
+                        assert!(setting.kind.integer(number).is_some(), "{}", setting.name)
+                    }
+                    Value::Choice(word) => assert!(setting.kind.parse(word).is_ok(), "{}", setting.name),
+                    _ => {}
+                }
+            }
+        }
+    }
+}

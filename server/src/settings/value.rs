@@ -1,0 +1,258 @@
+//! What kinds of values settings have: how each is written, checked, described and printed.
+
+use super::address::{AdminAddress, UpstreamUrl, format_cpus, parse_cpus, parse_listen};
+use std::fmt;
+use std::net::SocketAddr;
+
+/// The unit of an integer setting.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Unit {
+    /// A plain count of what the value name says.
+    Count(&'static str),
+    Bytes,
+    Milliseconds,
+    Microseconds,
+}
+
+/// The type of a setting.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    /// `minimum..=maximum`, and a power of two where said.
+    Integer {
+        unit: Unit,
+        minimum: u64,
+        maximum: u64,
+        power_of_two: bool,
+    },
+    /// on or off.
+    Switch,
+    /// One of a few words.
+    Choice(&'static [&'static str]),
+    /// Addresses to listen on.
+    Listen,
+    Admin,
+    Upstreams,
+    Cpus,
+    /// `level` or `target=level`, separated by commas.
+    LogFilter,
+}
+
+/// A checked value of a setting.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) enum Value {
+    Integer(u64),
+    Switch(bool),
+    Choice(&'static str),
+    Listen(Vec<SocketAddr>),
+    Admin(AdminAddress),
+    Upstreams(Vec<UpstreamUrl>),
+    Cpus(Vec<usize>),
+    LogFilter(String),
+}
+
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+impl Kind {
+    /// The placeholder in `--help`.
+    pub(crate) fn value_name(&self) -> &'static str {
+        match self {
+            Kind::Integer { unit: Unit::Count(name), .. } => name,
+            Kind::Integer { unit: Unit::Bytes, .. } => "BYTES",
+            Kind::Integer { unit: Unit::Milliseconds, .. } => "MS",
+            Kind::Integer { unit: Unit::Microseconds, .. } => "US",
+            Kind::Switch => "on|off",
+            Kind::Choice(_) => "CHOICE",
+            Kind::Listen => "ADDRESS:PORT",
+            Kind::Admin => "ADDRESS:PORT|unix:PATH|off",
+            Kind::Upstreams => "URL",
+            Kind::Cpus => "LIST",
+            Kind::LogFilter => "LEVEL",
+        }
+    }
+
+    /// Whether a flag may be given more than once.
+    pub(crate) fn repeatable(&self) -> bool {
+        matches!(self, Kind::Listen | Kind::Upstreams)
+    }
+
+    /// What a value must look like, for messages and the CONFIG page.
+    pub(crate) fn expectation(&self) -> String {
+        match *self {
+            Kind::Integer { unit, minimum, maximum, power_of_two } => {
+                let what = if power_of_two { "a power of two" } else { "an integer" };
+                let (of, forms) = match unit {
+                    Unit::Count(_) => ("", ""),
+                    Unit::Bytes => (" of bytes", " (or text such as 64KiB, 8MiB)"),
+                    Unit::Milliseconds => (" of milliseconds", " (or text such as 500ms, 30s, 5m)"),
+                    Unit::Microseconds => (" of microseconds", ""),
+                };
+                format!("{what}{of} from {minimum} to {maximum}{forms}")
+            }
+            Kind::Switch => "on or off (true or false)".to_owned(),
+            Kind::Choice(words) => format!("one of {}", words.join(", ")),
+            Kind::Listen => "ADDRESS:PORT such as 127.0.0.1:8080, 0.0.0.0:80 or [::]:80".to_owned(),
+            Kind::Admin => "off, ADDRESS:PORT such as 127.0.0.1:9180, or unix:PATH".to_owned(),
+            Kind::Upstreams => "http://host[:port][/base]".to_owned(),
+            Kind::Cpus => "a list of CPUs such as 0-3,8".to_owned(),
+            Kind::LogFilter => {
+                "off, error, warn, info, debug or trace, or a list such as warn,shard=debug".to_owned()
+            }
+        }
+    }
+
+    /// Parses what a flag, an environment variable or a string in the file says.
+    pub(crate) fn parse(&self, text: &str) -> Result<Value, String> {
+        let text = text.trim();
+        let mismatch = || format!("expected {}, found {text:?}", self.expectation());
+        match *self {
+            Kind::Integer { unit, .. } => {
+                self.integer(parse_integer(text, unit).ok_or_else(mismatch)?).ok_or_else(mismatch)
+            }
+            Kind::Switch => match text.to_ascii_lowercase().as_str() {
+                "on" | "true" => Ok(Value::Switch(true)),
+                "off" | "false" => Ok(Value::Switch(false)),
+                _ => Err(mismatch()),
+            },
+            Kind::Choice(words) => words
+                .iter()
+                .find(|word| word.eq_ignore_ascii_case(text))
+                .map(|&word| Value::Choice(word))
+                .ok_or_else(mismatch),
+            Kind::Listen => split_list(text).map(parse_listen).collect::<Result<_, _>>().map(Value::Listen),
+            Kind::Admin => AdminAddress::parse(text).map(Value::Admin),
+            Kind::Upstreams => {
+                split_list(text).map(UpstreamUrl::parse).collect::<Result<_, _>>().map(Value::Upstreams)
+            }
+            Kind::Cpus => parse_cpus(text).map(Value::Cpus),
+            Kind::LogFilter => {
+                if log_filter_is_valid(text) {
+                    Ok(Value::LogFilter(text.to_owned()))
+                } else {
+                    Err(mismatch())
+                }
+            }
+        }
+    }
+
+    /// The value of an integer that the file gives as such; `None` when out of range or of another kind.
+    pub(crate) fn integer(&self, number: u64) -> Option<Value> {
+        let Kind::Integer { minimum, maximum, power_of_two, .. } = *self else {
+            return None;
+        };
+        let fits = (minimum..=maximum).contains(&number) && (!power_of_two || number.is_power_of_two());
+        fits.then_some(Value::Integer(number))
+    }
+}
+
+/// The parts of a list given as one text: separated by commas or spaces.
+fn split_list(text: &str) -> impl Iterator<Item = &str> {
+    text.split([',', ' ', '\t', '\n']).filter(|part| !part.is_empty())
+}
+
+/// Digits (underscores allowed between them) and a unit's suffix, where the unit has any.
+fn parse_integer(text: &str, unit: Unit) -> Option<u64> {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '_').unwrap_or(text.len());
+    let (digits, suffix) = text.split_at(end);
+    if digits.is_empty() || digits.starts_with('_') || digits.ends_with('_') {
+        return None;
+    }
+    let number: u64 = digits.replace('_', "").parse().ok()?;
+    let factor = match (unit, suffix.trim().to_ascii_lowercase().as_str()) {
+        (_, "") => 1,
+        (Unit::Bytes, "b") => 1,
+        (Unit::Bytes, "k" | "kib") => 1 << 10,
+        (Unit::Bytes, "m" | "mib") => 1 << 20,
+        (Unit::Bytes, "g" | "gib") => 1 << 30,
+        (Unit::Milliseconds, "ms") | (Unit::Microseconds, "us") => 1,
+        (Unit::Milliseconds, "s") | (Unit::Microseconds, "ms") => 1_000,
+        (Unit::Milliseconds, "m" | "min") => 60_000,
+        (Unit::Milliseconds, "h") => 3_600_000,
+        _ => return None,
+    };
+    number.checked_mul(factor)
+}
+
+/// A bare word that is not a level is a typing error more often than a module, so modules are given as `module=level`.
+fn log_filter_is_valid(text: &str) -> bool {
+    let is_level = |word: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(word.trim()));
+    let is_target = |word: &str| {
+        !word.is_empty()
+            && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b':'))
+    };
+    text.split(',').all(|part| match part.split_once('=') {
+        Some((target, level)) => is_target(target.trim()) && is_level(level),
+        None => is_level(part),
+    })
+}
+
+impl fmt::Display for Value {
+    /// As the value of a TOML key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |f: &mut fmt::Formatter<'_>, parts: Vec<String>| {
+            let quoted: Vec<_> = parts.iter().map(|part| format!("{part:?}")).collect();
+            write!(f, "[{}]", quoted.join(", "))
+        };
+        match self {
+            Value::Integer(number) => number.fmt(f),
+            Value::Switch(on) => on.fmt(f),
+            Value::Choice(word) => write!(f, "{word:?}"),
+            Value::LogFilter(filter) => write!(f, "{filter:?}"),
+            Value::Listen(addresses) => list(f, addresses.iter().map(ToString::to_string).collect()),
+            Value::Upstreams(urls) => list(f, urls.iter().map(ToString::to_string).collect()),
+            Value::Admin(address) => write!(f, "{:?}", address.to_string()),
+            Value::Cpus(cpus) if cpus.is_empty() => f.write_str("[]"),
+            Value::Cpus(cpus) => write!(f, "{:?}", format_cpus(cpus)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BYTES: Kind =
+        Kind::Integer { unit: Unit::Bytes, minimum: 1, maximum: 1 << 30, power_of_two: false };
+    const MS: Kind =
+        Kind::Integer { unit: Unit::Milliseconds, minimum: 0, maximum: 600_000, power_of_two: false };
+
+    #[test]
+    fn integers_take_units_and_keep_ranges() {
+        assert_eq!(BYTES.parse("64KiB").unwrap(), Value::Integer(65_536));
+        assert_eq!(BYTES.parse("1_000").unwrap(), Value::Integer(1_000));
+        assert_eq!(MS.parse("30s").unwrap(), Value::Integer(30_000));
+        assert_eq!(MS.parse("0").unwrap(), Value::Integer(0));
+        for text in ["", "-1", "+5", "1.5s", "10 parsecs", "99999999999999999999", "11m", "_1"] {
+            let error = MS.parse(text).unwrap_err();
+            assert!(
+                error.starts_with("expected an integer of milliseconds from 0 to 600000"),
+                "{text}: {error}"
+            );
+        }
+        assert!(BYTES.parse("30s").is_err());
+    }
+
+    #[test]
+    fn powers_of_two() {
+        let kind =
+            Kind::Integer { unit: Unit::Count("ENTRIES"), minimum: 8, maximum: 64, power_of_two: true };
+        assert_eq!(kind.parse("16").unwrap(), Value::Integer(16));
+        assert_eq!(kind.parse("48").unwrap_err(), "expected a power of two from 8 to 64, found \"48\"");
+    }
+
+    #[test]
+    fn log_filters() {
+        assert!(Kind::LogFilter.parse("warn,shard=debug,tokenring::access=off").is_ok());
+        assert!(Kind::LogFilter.parse("inof").is_err());
+        assert!(Kind::LogFilter.parse("shard=loud").is_err());
+    }
+
+    #[test]
+    fn values_print_as_toml() {
+        assert_eq!(Kind::Cpus.parse("0,1,2,3,8").unwrap().to_string(), "\"0-3,8\"");
+        assert_eq!(
+            Kind::Upstreams.parse("http://a:1, http://b:2/").unwrap().to_string(),
+            "[\"http://a:1\", \"http://b:2\"]"
+        );
+        assert_eq!(Kind::Switch.parse("ON").unwrap().to_string(), "true");
+    }
+}
