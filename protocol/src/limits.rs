@@ -30,6 +30,8 @@ pub const LAG_HIGH_BYTES: u64 = 64 * 1024;
 /// Lag below which the producer's receive is resumed.
 pub const LAG_LOW_BYTES: u64 = 16 * 1024;
 
+/// Bytes kept of a backend's error body that must be told in-band because the answer was committed before it came.
+pub const LATE_ERROR_BYTES_MAX: usize = 8 * 1024;
 /// Bytes of a request body for which one body deadline is granted: a trickle does not extend it.
 pub const BODY_PROGRESS_BYTES: u32 = 64 * 1024;
 /// Connections tried for one request before it is refused.

@@ -148,15 +148,15 @@ pub(crate) fn configuration(matches: &ArgMatches, machine: &Machine) -> Result<E
         }
     }
     let variable = |name: &str| std::env::var(name).ok();
+    let variables = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
     let path = matches.get_one::<PathBuf>("config").cloned();
     let path = path.or_else(|| variable(CONFIG_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from));
     let file = path.as_deref().map_or_else(|| Ok(File::default()), read_file);
-    file.and_then(|file| load::load(Layers { flags: &flags, variable: &variable, file, machine })).map_err(
-        |problems| {
+    file.and_then(|file| load::load(Layers { flags: &flags, variable: &variable, variables, file, machine }))
+        .map_err(|problems| {
             let lines: Vec<_> = problems.iter().map(ToString::to_string).collect();
             Fatal::new(Exit::Configuration, lines.join("\n"))
-        },
-    )
+        })
 }
 
 fn read_file(path: &Path) -> Result<File, Vec<Problem>> {

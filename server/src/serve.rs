@@ -67,7 +67,9 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
         let names = resolve::start(&plan.upstreams, &answer_sender);
         let (upstreams, failed) = first_upstreams(&plan, names, &mut answers).await;
 
-        let settings = Arc::new(plan.settings.clone());
+        // The shards count on from here; what the names took is not to put their clocks back.
+        let unix_time_at_start_s = clock::since_1970().as_secs();
+        let settings = Arc::new(Settings { unix_time_at_start_s, ..plan.settings.clone() });
         let upstreams = Arc::new(upstreams);
         let (mut ports, mut threads) = (Vec::new(), Vec::new());
         for (index, listeners) in listeners.into_iter().enumerate() {

@@ -1,9 +1,9 @@
-//! Mailboxes between a shard and the control thread: one bounded lock-free queue each way, an eventfd to ring each side.
+//! Mailboxes between a shard and the control thread: one bounded lock-free queue each way, and a bell to ring each side.
 //! The shard never waits for the control thread: a report that finds its queue full is dropped and counted.
 
 use crate::settings::UpstreamSet;
 use crate::stats::{Snapshot, StreamRecord};
-use crate::uring::EventFd;
+use crate::uring::{Bell, EventFd};
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -63,20 +63,20 @@ pub enum Report {
 pub fn mailbox() -> io::Result<(ControlPort, ShardPort)> {
     let (commands, commands_out) = RingBuffer::new(COMMANDS_MAX);
     let (reports, reports_out) = RingBuffer::new(REPORTS_MAX);
-    let shard_bell = Arc::new(EventFd::for_ring()?);
+    let shard_bell = Arc::new(Bell::new()?);
     let control_bell = Arc::new(EventFd::for_poller()?);
     Ok((
         ControlPort {
             commands,
             reports: reports_out,
-            shard_bell: Bell(Arc::clone(&shard_bell)),
+            shard_bell: OnDrop(Arc::clone(&shard_bell), Bell::ring),
             control_bell: Arc::clone(&control_bell),
         },
         ShardPort {
             commands: commands_out,
             reports,
             shard_bell,
-            control_bell: Bell(control_bell),
+            control_bell: OnDrop(control_bell, EventFd::ring),
             unrung: false,
         },
     ))
@@ -85,11 +85,17 @@ pub fn mailbox() -> io::Result<(ControlPort, ShardPort)> {
 /// The other end's bell. Rings once more when it is dropped, so that the other end looks and finds this one gone; declared
 /// after the queues, which must be gone by then.
 #[derive(Debug)]
-struct Bell(Arc<EventFd>);
+struct OnDrop<B>(Arc<B>, fn(&B));
 
-impl Drop for Bell {
+impl<B> OnDrop<B> {
+    fn ring(&self) {
+        (self.1)(&self.0);
+    }
+}
+
+impl<B> Drop for OnDrop<B> {
     fn drop(&mut self) {
-        self.0.ring();
+        self.ring();
     }
 }
 
@@ -101,7 +107,7 @@ impl Drop for Bell {
 pub struct ControlPort {
     commands: Producer<Command>,
     reports: Consumer<Report>,
-    shard_bell: Bell,
+    shard_bell: OnDrop<Bell>,
     control_bell: Arc<EventFd>,
 }
 
@@ -115,7 +121,7 @@ impl ControlPort {
             return Err(command);
         }
         let result = self.commands.push(command).map_err(|PushError::Full(command)| command);
-        self.shard_bell.0.ring();
+        self.shard_bell.ring();
         result
     }
 
@@ -150,8 +156,8 @@ impl ControlPort {
 pub struct ShardPort {
     commands: Consumer<Command>,
     reports: Producer<Report>,
-    shard_bell: Arc<EventFd>,
-    control_bell: Bell,
+    shard_bell: Arc<Bell>,
+    control_bell: OnDrop<EventFd>,
     /// Reports were queued since the last flush.
     unrung: bool,
 }
@@ -175,12 +181,12 @@ impl ShardPort {
     /// Rings, once for all reports since the last call. One syscall, none without reports.
     pub fn flush(&mut self) {
         if std::mem::take(&mut self.unrung) {
-            self.control_bell.0.ring();
+            self.control_bell.ring();
         }
     }
 
     /// The bell that commands ring, for [`UringIo::new`](crate::uring::UringIo::new).
-    pub fn bell(&self) -> Arc<EventFd> {
+    pub fn bell(&self) -> Arc<Bell> {
         Arc::clone(&self.shard_bell)
     }
 

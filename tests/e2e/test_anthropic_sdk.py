@@ -41,7 +41,9 @@ def test_messages_stream_and_whole(sdk, any_relay):
         final = stream.get_final_message()
     whole = sdk(any_relay).messages.create(**ask(any_relay, 24))
     assert len(streamed) > 10
-    assert streamed == final.content[0].text == whole.content[0].text
+    assert streamed == final.content[0].text
+    # The demo model says something else each time.
+    assert any_relay.name == "demo" or streamed == whole.content[0].text
     assert final.stop_reason == whole.stop_reason and final.stop_reason in ("end_turn", "max_tokens")
     assert final.usage.output_tokens == whole.usage.output_tokens == 24
 

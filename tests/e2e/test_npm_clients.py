@@ -18,7 +18,8 @@ def extra(relay, dialect, tokens, **pace):
 def test_openai(any_relay):
     found = run_node("openai.mjs", any_relay.url, 24, extra(any_relay, "chat", 24))
     assert len(found["chat"]["streamed"]) > 10
-    assert found["chat"]["streamed"] == found["chat"]["whole"]
+    # The demo model says something else each time.
+    assert any_relay.name == "demo" or found["chat"]["streamed"] == found["chat"]["whole"]
     assert found["chat"]["finish"] in ("stop", "length")
     assert found["responses"]["streamed"]
     assert found["responses"]["last"] in ("response.completed", "response.incomplete")
@@ -54,7 +55,8 @@ def test_anthropic(any_relay):
     found = run_node("anthropic.mjs", any_relay.url, 24, extra(any_relay, "messages", 24))
     messages = found["messages"]
     assert len(messages["streamed"]) > 10
-    assert messages["streamed"] == messages["final"] == messages["whole"]
+    assert messages["streamed"] == messages["final"]
+    assert any_relay.name == "demo" or messages["streamed"] == messages["whole"]
     assert messages["tokens"] == 24
     if any_relay.name == "uvicorn":
         assert found["error"]["kind"] == "RateLimitError" and found["error"]["status"] == 429

@@ -6,7 +6,7 @@ use super::view::{ShardState, View};
 use hdrhistogram::Histogram;
 use protocol::http::Refusal;
 use protocol::phase::{End, Phase};
-use shard::stats::Snapshot;
+use shard::stats::{Snapshot, UpstreamSnapshot};
 use std::fmt::Write;
 
 pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -111,7 +111,8 @@ impl Page {
     }
 
     fn upstreams(&mut self, view: &View) {
-        let gauges: [(&Family, fn(&shard::stats::UpstreamSnapshot) -> u64); 3] = [
+        type Of = fn(&UpstreamSnapshot) -> u64;
+        let gauges: [(&Family, Of); 3] = [
             (&families::UPSTREAM_ACTIVE, |upstream| upstream.active),
             (&families::UPSTREAM_IDLE, |upstream| upstream.idle),
             (&families::UPSTREAM_FAILURES, |upstream| upstream.failures),

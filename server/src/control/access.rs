@@ -6,19 +6,19 @@ use shard::stats::StreamRecord;
 
 /// Logs a record of `shard`.
 pub(super) fn log(shard: usize, record: &StreamRecord, settings: &Settings, upstreams: &UpstreamSet) {
-    let route = settings.routes.get(usize::from(record.route)).map_or("-", |route| route.name.as_str());
+    let route = settings.routes.get(usize::from(record.route)).map(|route| route.name.as_str());
     let upstream = record.upstream.and_then(|index| upstreams.upstreams.get(usize::from(index)));
-    let upstream = upstream.map_or("-", |upstream| upstream.url.as_str());
-    let first_token_ms = record.first_token_us.map_or(-1, |us| i64::try_from(us / 1000).unwrap_or(i64::MAX));
+    let upstream = upstream.map(|upstream| upstream.url.as_str());
+    let first_token_ms = record.first_token_us.map(|us| us / 1000);
     log::info!(
         target: ACCESS,
         status = record.status,
         end = record.end.name(),
-        refusal = record.refusal.unwrap_or("-"),
+        refusal = record.refusal,
         route = route,
         upstream = upstream,
         dialect = record.dialect,
-        model = record.model.as_deref().unwrap_or("-"),
+        model = record.model.as_deref(),
         events = record.events,
         sent_bytes = record.sent_bytes,
         first_token_ms = first_token_ms,

@@ -26,6 +26,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -189,10 +190,15 @@ impl Control {
 
     fn take_reports(&mut self) {
         for shard in 0..self.links.len() {
+            // Looked at first: what a shard reported before its thread ended is still to be taken.
+            let abandoned = self.links[shard].port.is_abandoned();
             // Bounded: what comes in meanwhile wakes the loop again.
             for _ in 0..shard::mesh::REPORTS_MAX {
                 let Some(report) = self.links[shard].port.receive() else { break };
                 self.report(shard, report);
+            }
+            if abandoned && self.links[shard].state != LinkState::Gone {
+                self.report(shard, Report::Failed("its thread ended without a word".to_owned()));
             }
         }
     }
@@ -363,7 +369,7 @@ impl Control {
               owned) is what OwnedFd guarantees"
 )]
 fn watch(descriptor: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::new(descriptor)
+    AsyncFd::with_interest(descriptor, Interest::READABLE)
 }
 
 /// Waits until at least one shard has rung, and clears its bell. What it reported is still to be taken.

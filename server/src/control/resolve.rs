@@ -202,6 +202,54 @@ mod tests {
         assert_eq!(apply(&set, &Answer { upstream: 0, result: Ok(Vec::new()) }), None);
     }
 
+    /// A name server that answers every A query with 10.0.0.1, then 10.0.0.2, and so on, for one second each.
+    fn counting_name_server() -> SocketAddr {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let mut last = 0;
+            let mut query = [0; 512];
+            while let Ok((length, from)) = socket.recv_from(&mut query) {
+                // The question: a name of labels up to an empty one, then type and class (RFC 1035 section 4.1.2).
+                let name = query[12..].iter().position(|&byte| byte == 0).unwrap() + 1;
+                let question = &query[12..length.min(12 + name + 4)];
+                let is_a = question[name..name + 2] == [0, 1];
+                let mut answer = vec![query[0], query[1], 0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0];
+                answer.extend(question);
+                if is_a {
+                    last += 1;
+                    answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4, 10, 0, 0, last]);
+                }
+                socket.send_to(&answer, from).unwrap();
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn a_name_is_looked_up_again_when_its_time_to_live_is_over() {
+        let servers = hickory_resolver::config::NameServerConfigGroup::from_ips_clear(&[], 53, true);
+        let mut config = ResolverConfig::from_parts(None, Vec::new(), servers);
+        let protocol = hickory_resolver::proto::xfer::Protocol::Udp;
+        config.add_name_server(hickory_resolver::config::NameServerConfig::new(
+            counting_name_server(),
+            protocol,
+        ));
+        let mut builder = Resolver::builder_with_config(config, TokioConnectionProvider::default());
+        set_options(builder.options_mut());
+        let (sender, mut answers) = mpsc::channel(ANSWERS_MAX);
+        let asking = ask_for_ever(Arc::new(builder.build()), 2, "model.internal.".to_owned(), 3, sender);
+        let asking = tokio::spawn(asking);
+        let begin = crate::clock::now();
+        let first = answers.recv().await.unwrap();
+        assert_eq!((first.upstream, first.result.unwrap()), (2, addresses(&["10.0.0.1:3"])));
+        let second = answers.recv().await.unwrap();
+        assert_eq!(second.result.unwrap(), addresses(&["10.0.0.2:3"]));
+        let took = begin.elapsed();
+        assert!(took >= Duration::from_millis(900) && took < Duration::from_secs(10), "{took:?}");
+        asking.abort();
+    }
+
     #[tokio::test]
     async fn names_in_etc_hosts_are_found() {
         let Ok(hosts) = std::fs::read_to_string("/etc/hosts") else { return };

@@ -130,18 +130,43 @@ impl<'kvs> log::kv::VisitSource<'kvs> for Fields {
         key: log::kv::Key<'kvs>,
         value: log::kv::Value<'kvs>,
     ) -> Result<(), log::kv::Error> {
-        let value = if let Some(number) = value.to_u64() {
-            number.into()
-        } else if let Some(number) = value.to_i64() {
-            number.into()
-        } else if let Some(number) = value.to_f64() {
-            number.into()
-        } else if let Some(on) = value.to_bool() {
-            on.into()
-        } else {
-            Value::String(value.to_string())
-        };
-        self.0.push((key.as_str().to_owned(), value));
+        let mut field = Field(None);
+        value.visit(&mut field)?;
+        // An absent value is no field.
+        self.0.extend(field.0.map(|value| (key.as_str().to_owned(), value)));
+        Ok(())
+    }
+}
+
+struct Field(Option<Value>);
+
+impl<'v> log::kv::VisitValue<'v> for Field {
+    fn visit_any(&mut self, value: log::kv::Value<'_>) -> Result<(), log::kv::Error> {
+        self.0 = Some(Value::String(value.to_string()));
+        Ok(())
+    }
+
+    fn visit_null(&mut self) -> Result<(), log::kv::Error> {
+        Ok(())
+    }
+
+    fn visit_u64(&mut self, value: u64) -> Result<(), log::kv::Error> {
+        self.0 = Some(value.into());
+        Ok(())
+    }
+
+    fn visit_i64(&mut self, value: i64) -> Result<(), log::kv::Error> {
+        self.0 = Some(value.into());
+        Ok(())
+    }
+
+    fn visit_f64(&mut self, value: f64) -> Result<(), log::kv::Error> {
+        self.0 = Some(value.into());
+        Ok(())
+    }
+
+    fn visit_bool(&mut self, value: bool) -> Result<(), log::kv::Error> {
+        self.0 = Some(value.into());
         Ok(())
     }
 }
@@ -200,4 +225,23 @@ impl Writer {
 
 fn own_line(level: log::Level, target: String, text: String, fields: Vec<(String, Value)>) -> Line {
     Line { since_1970: crate::clock::since_1970(), level, target, text, fields }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_keep_their_types_and_absent_ones_are_left_out() {
+        let pairs = [
+            ("status", log::kv::Value::from(200)),
+            ("model", "tiny".into()),
+            ("on", true.into()),
+            ("upstream", log::kv::Value::null()),
+        ];
+        let mut fields = Fields(Vec::new());
+        log::kv::Source::visit(&pairs, &mut fields).unwrap();
+        let expected = [("status", Value::from(200)), ("model", "tiny".into()), ("on", true.into())];
+        assert_eq!(fields.0, expected.map(|(key, value)| (key.to_owned(), value)));
+    }
 }

@@ -318,12 +318,17 @@ fn unknown(name: &str, candidates: impl Iterator<Item = String>) -> String {
 }
 
 /// The candidate nearest to `name`, if it is near enough to be a slip.
-pub(crate) fn guess(name: &str, candidates: impl Iterator<Item = String>) -> Option<String> {
+fn guess(name: &str, candidates: impl Iterator<Item = String>) -> Option<String> {
     let name = name.to_ascii_lowercase().replace('-', "_");
     // A third of the letters wrong is a slip; more is another word.
     let far = (name.len() / 3).max(2);
+    nearest(&name, candidates, far)
+}
+
+/// The candidate at most `far` letters from `name`.
+pub(super) fn nearest(name: &str, candidates: impl Iterator<Item = String>, far: usize) -> Option<String> {
     candidates
-        .map(|candidate| (strsim::damerau_levenshtein(&name, &candidate), candidate))
+        .map(|candidate| (strsim::damerau_levenshtein(name, &candidate), candidate))
         .filter(|(distance, _)| *distance <= far)
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)

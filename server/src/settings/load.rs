@@ -2,7 +2,7 @@
 //! between values.
 
 use super::address::UpstreamUrl;
-use super::file::{File, RouteTable, UpstreamReference};
+use super::file::{self, File, RouteTable, UpstreamReference};
 use super::table::{self, Default, Setting};
 use super::value::Value;
 use super::{DESCRIPTORS_PER_CLIENT, Machine, Place, Problem};
@@ -97,6 +97,8 @@ pub(crate) struct RouteValues {
 pub(crate) struct Layers<'a> {
     pub(crate) flags: &'a HashMap<&'static str, Value>,
     pub(crate) variable: &'a dyn Fn(&str) -> Option<String>,
+    /// Names of all variables, to find misspelt ones.
+    pub(crate) variables: Vec<String>,
     pub(crate) file: File,
     pub(crate) machine: &'a Machine,
 }
@@ -114,6 +116,7 @@ pub(crate) fn load(layers: Layers<'_>) -> Result<Effective, Vec<Problem>> {
     }
     let routes = routes(&layers.file.routes, &values, &mut upstreams, &mut problems);
     relations(&values, layers.machine, &mut problems);
+    misspelt(&layers.variables, &mut problems);
     if problems.is_empty() { Ok(Effective { values, upstreams, routes }) } else { Err(problems) }
 }
 
@@ -234,6 +237,22 @@ fn resolve(
     }
 }
 
+/// A variable one or two letters from one of ours is a slip. Others that begin alike are none of ours: Kubernetes sets
+/// `TOKENRING_SERVICE_HOST` and the like for a service of that name.
+fn misspelt(variables: &[String], problems: &mut Vec<Problem>) {
+    let known = || table::ALL.iter().map(|setting| setting.variable()).chain(["TOKENRING_CONFIG".to_owned()]);
+    for name in variables.iter().filter(|name| name.starts_with("TOKENRING_")) {
+        if known().all(|known| known != **name) {
+            let far = if name.len() > "TOKENRING_".len() + 6 { 2 } else { 1 };
+            if let Some(guess) = file::nearest(name, known(), far) {
+                problems.push(Problem::new(format!(
+                    "unknown environment variable {name}; did you mean {guess}?"
+                )));
+            }
+        }
+    }
+}
+
 /// What must hold between settings.
 fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
     let mut less = |low: &Setting, high: &Setting, why: &str| {
@@ -285,7 +304,6 @@ fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::super::file;
     use super::*;
 
     pub(crate) fn machine() -> Machine {
@@ -309,7 +327,9 @@ pub(crate) mod tests {
         };
         let words = |problems: Vec<Problem>| problems.iter().map(ToString::to_string).collect::<Vec<_>>();
         let file = file::read("t.toml", text).map_err(words)?;
-        load(Layers { flags: &flags, variable: &variable, file, machine: &machine() }).map_err(words)
+        let names = variables.iter().map(|(name, _)| (*name).to_owned()).collect();
+        load(Layers { flags: &flags, variable: &variable, variables: names, file, machine: &machine() })
+            .map_err(words)
     }
 
     #[test]
@@ -340,6 +360,17 @@ pub(crate) mod tests {
             ["environment variable TOKENRING_SHARDS: expected an integer from 1 to 1024, found \"many\""]
         );
         assert!(load_with(&[], &[("TOKENRING_SHARDS", "")], "").is_ok());
+    }
+
+    #[test]
+    fn misspelt_variables_are_found_and_foreign_ones_left_alone() {
+        assert_eq!(
+            load_with(&[], &[("TOKENRING_RING_DEPHT", "64")], "").unwrap_err(),
+            ["unknown environment variable TOKENRING_RING_DEPHT; did you mean TOKENRING_RING_DEPTH?"]
+        );
+        let foreign =
+            ["TOKENRING_SERVICE_HOST", "TOKENRING_PORT", "TOKENRING_PORT_8080_TCP", "TOKENRING_BIN"];
+        assert!(load_with(&[], &foreign.map(|name| (name, "x")), "").is_ok());
     }
 
     #[test]

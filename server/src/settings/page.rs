@@ -30,10 +30,10 @@ pub(crate) fn config_page() -> String {
          total_ms = 10000               # any setting marked \"per route\"; left out: the overall value, flags included\n\
          ```\n\
          \n\
-         Keys of the whole server stand above the first `[[route]]`. A path that no route matches goes to all of `upstream`.\n",
+         Keys of the whole server stand above the first `[[route]]`. A path that no route matches goes to all of `upstream`.\n\n",
     );
     for group in Group::ALL {
-        writeln_to(&mut page, format_args!("\n## {}\n", group.heading()));
+        writeln_to(&mut page, format_args!("## {}\n", group.heading()));
         for setting in ALL.iter().filter(|setting| setting.group == group) {
             let per_route = if setting.per_route { ", per route" } else { "" };
             let also = setting.also_variable.map(|name| format!(", else `{name}`")).unwrap_or_default();

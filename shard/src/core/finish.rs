@@ -3,7 +3,7 @@
 use super::Shard;
 use super::conn::State;
 use super::relay::ExtraLines;
-use super::stream::{Answer, Stream};
+use super::stream::{Answer, Stream, write_late_error};
 use crate::io::{Close, Io};
 use crate::mesh::Report;
 use crate::stats::StreamRecord;
@@ -38,8 +38,13 @@ impl<I: Io> Shard<I> {
             (Answer::Events { .. }, _) => {
                 if end != End::UpstreamError {
                     self.scratch.clear();
+                    let late = stream.late_error.take().unwrap_or_default();
+                    let own_words = end == End::UpstreamStatus
+                        && write_late_error(stream.dialect, &late, &mut self.scratch);
                     let next = stream.sequence_number.map(|last| last + 1);
-                    stream.dialect.write_error_event_numbered(&end.fault(), next, &mut self.scratch);
+                    if !own_words {
+                        stream.dialect.write_error_event_numbered(&end.fault(), next, &mut self.scratch);
+                    }
                     stream.append_block(&self.scratch, now_us);
                 }
                 stream.append_last_chunk(now_us);

@@ -9,7 +9,7 @@ use protocol::http::{
     BodyDecoder, ClientHead, Framing, Piece, ResponseHead, Version, header_slots, parse_response,
     write_client_response, write_own_response_head,
 };
-use protocol::limits::INTERIM_RESPONSES_MAX;
+use protocol::limits::{INTERIM_RESPONSES_MAX, LATE_ERROR_BYTES_MAX};
 use protocol::phase::{End, Phase, Step};
 use protocol::slots::Key;
 use protocol::sse::{Block, Decoder};
@@ -132,9 +132,17 @@ impl<I: Io> Shard<I> {
         let sent = self.conns.get(key).map_or(0, |conn| conn.ledger.sent());
         stream.request.trim(sent);
         if !events && matches!(stream.answer, Answer::Events { .. }) {
-            // Committed early: what it says now can only be told in-band.
-            self.end_stream(stream_key, End::UpstreamStatus);
-            return false;
+            // Committed early: what it says now can only be told in-band, in its own words if they are an error's.
+            if head.status < 400 {
+                self.end_stream(stream_key, End::UpstreamStatus);
+                return false;
+            }
+            stream.late_error = Some(Vec::new());
+            stream.step(Step::PlainBody);
+            stream.last_token_us = now_us;
+            stream.token_due_ms = u64::MAX;
+            self.follow_stream_timer(stream_key);
+            return true;
         }
         let http11 = stream.version == Version::Http11;
         let framing = match head.framing {
@@ -203,6 +211,9 @@ impl<I: Io> Shard<I> {
                         {
                             break Flow::Broken(end);
                         }
+                    } else if let Some(error) = &mut stream.late_error {
+                        let room = LATE_ERROR_BYTES_MAX.saturating_sub(error.len());
+                        error.extend_from_slice(&piece[..piece.len().min(room)]);
                     } else {
                         stream.append_body(piece, self.now_us);
                         stream.last_token_us = self.now_us;
@@ -245,6 +256,7 @@ impl<I: Io> Shard<I> {
         finish_events(stream, now_us, &self.settings, &mut self.stats);
         let complete = !stream.has_events_answer() || stream.end_mark || !stream.dialect.has_end_mark();
         let end = match (complete, stream.error_seen) {
+            _ if stream.late_error.is_some() => End::UpstreamStatus,
             (true, _) => End::Done,
             (false, true) => End::UpstreamError,
             (false, false) => End::UpstreamTruncated,
@@ -285,7 +297,9 @@ impl<I: Io> Shard<I> {
         let now_us = self.now_us;
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
         finish_events(stream, now_us, &self.settings, &mut self.stats);
-        let end = if stream.end_mark {
+        let end = if stream.late_error.is_some() {
+            End::UpstreamStatus
+        } else if stream.end_mark {
             self.stats.counters.unclean_ends += 1;
             End::Done
         } else if stream.error_seen && stream.has_events_answer() {

@@ -70,6 +70,8 @@ pub(crate) struct Stream {
     pub(crate) status: u16,
     pub(crate) events: Option<Box<Decoder>>,
     pub(crate) demo: Option<Box<Demo>>,
+    /// The body of a backend's error that came after an early commit.
+    pub(crate) late_error: Option<Vec<u8>>,
     /// The dialect's end mark was seen.
     pub(crate) end_mark: bool,
     /// Where in the response log the end mark's event ends.
@@ -143,6 +145,7 @@ impl Stream {
             status: 0,
             events: None,
             demo: None,
+            late_error: None,
             end_mark: false,
             end_mark_at: 0,
             error_seen: false,
@@ -308,6 +311,34 @@ impl Stream {
     }
 }
 
+/// Writes a backend's own error body as an event of the dialect. False when it is not an error object of an API.
+pub(crate) fn write_late_error(dialect: Dialect, body: &[u8], out: &mut Vec<u8>) -> bool {
+    let Ok(body) = std::str::from_utf8(body) else { return false };
+    let body = body.trim();
+    if !body.starts_with('{') || !body.ends_with('}') || !body.contains("\"error\"") {
+        return false;
+    }
+    if !matches!(dialect, Dialect::Chat | Dialect::Completions) {
+        out.extend_from_slice(b"event: error\n");
+    }
+    // JSON text has no line ends but between tokens, where those of several data lines mean the same (WHATWG 9.2.6).
+    let untyped = dialect == Dialect::Responses && !body[1..].trim_start().starts_with("\"type\"");
+    for (number, line) in body.lines().enumerate() {
+        out.extend_from_slice(b"data: ");
+        let line = match line.strip_prefix('{') {
+            Some(rest) if untyped && number == 0 => {
+                out.extend_from_slice(b"{\"type\":\"error\",");
+                rest
+            }
+            _ => line,
+        };
+        out.extend_from_slice(line.trim_end_matches('\r').as_bytes());
+        out.push(b'\n');
+    }
+    out.push(b'\n');
+    true
+}
+
 /// `id: N\n` without allocation.
 struct IdLine {
     bytes: [u8; 28],
@@ -340,6 +371,23 @@ impl IdLine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_late_error_is_told_in_the_backends_words_if_they_are_an_error_object() {
+        let mut out = Vec::new();
+        assert!(write_late_error(Dialect::Chat, b"{\r\n \"error\": {\"message\":\"no\"}\n}\n", &mut out));
+        assert_eq!(out, b"data: {\ndata:  \"error\": {\"message\":\"no\"}\ndata: }\n\n");
+        out.clear();
+        assert!(write_late_error(Dialect::Messages, b"{\"type\":\"error\",\"error\":{}}", &mut out));
+        assert_eq!(out, b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n");
+        out.clear();
+        assert!(write_late_error(Dialect::Responses, b"{\"error\":{}}", &mut out));
+        assert_eq!(out, b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n");
+        for not_one in [&b"<html>"[..], b"", b"{\"error\":", b"{\"detail\":1}", b"\xff"] {
+            out.clear();
+            assert!(!write_late_error(Dialect::Chat, not_one, &mut out) && out.is_empty());
+        }
+    }
 
     #[test]
     fn id_lines_of_any_width() {

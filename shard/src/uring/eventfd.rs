@@ -1,5 +1,4 @@
-//! An eventfd: the bell of a mailbox. Rung by a thread, heard by a ring (a READ) or a poller.
-//! Ringing twice before it is heard is heard once.
+//! An eventfd: rung by the kernel or a thread, heard by a poller or a READ. Ringing twice before it is heard is heard once.
 
 use glommio::io::BufferedFile;
 use std::io;
@@ -7,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 /// A counting eventfd.
 #[derive(Debug)]
-pub struct EventFd(OwnedFd);
+pub(crate) struct EventFd(OwnedFd);
 
 impl EventFd {
     /// One to be read through io_uring, which must not be O_NONBLOCK: io_uring would fail its READ with EAGAIN instead of
@@ -15,7 +14,7 @@ impl EventFd {
     ///
     /// # Errors
     /// No descriptors, no memory.
-    pub fn for_ring() -> io::Result<Self> {
+    pub(crate) fn for_ring() -> io::Result<Self> {
         Self::with_flags(libc::EFD_CLOEXEC)
     }
 
@@ -23,7 +22,7 @@ impl EventFd {
     ///
     /// # Errors
     /// No descriptors, no memory.
-    pub fn for_poller() -> io::Result<Self> {
+    pub(crate) fn for_poller() -> io::Result<Self> {
         Self::with_flags(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
     }
 
@@ -38,7 +37,7 @@ impl EventFd {
     }
 
     /// Rings. Costs one syscall; never blocks: the counter would have to reach 2^64 - 1.
-    pub fn ring(&self) {
+    pub(crate) fn ring(&self) {
         let one = 1_u64;
         // SAFETY: the pointer and the length name `one`, which outlives the call.
         let written = unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), size_of::<u64>()) };
@@ -50,7 +49,7 @@ impl EventFd {
     }
 
     /// Makes it silent; true if it had been rung. Only for [`EventFd::for_poller`]: the other kind would block.
-    pub fn clear(&self) -> bool {
+    pub(crate) fn clear(&self) -> bool {
         let mut count = 0_u64;
         // SAFETY: the pointer and the length name `count`, which outlives the call.
         let read = unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), size_of::<u64>()) };
@@ -58,7 +57,7 @@ impl EventFd {
     }
 
     /// Waits until it has been rung, at most `timeout_ms`; true if so. Leaves it rung.
-    pub fn wait(&self, timeout_ms: u16) -> bool {
+    pub(crate) fn wait(&self, timeout_ms: u16) -> bool {
         let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: the pointer names one pollfd, which outlives the call.
         unsafe { libc::poll(&raw mut poll, 1, i32::from(timeout_ms)) == 1 }
@@ -74,7 +73,7 @@ impl EventFd {
     ///
     /// # Errors
     /// No descriptors.
-    pub fn try_clone(&self) -> io::Result<Self> {
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
         self.0.try_clone().map(EventFd)
     }
 }

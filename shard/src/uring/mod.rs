@@ -5,14 +5,18 @@
 //! worker thread: sockets are blocking ones (with O_NONBLOCK io_uring answers EAGAIN instead of waiting by poll), and
 //! shutdown(2) is a plain syscall (its io_uring form is always handed to a worker: `REQ_F_FORCE_ASYNC` in io_uring/net.c).
 
+mod bell;
 mod buffers;
+mod error;
 mod eventfd;
 mod ops;
 mod probe;
 mod sockets;
 
+pub use bell::Bell;
 pub use buffers::Buffer;
-pub use eventfd::EventFd;
+pub use error::RingError;
+pub(crate) use eventfd::EventFd;
 pub use probe::{ProbeItem, probe, raise_nofile};
 pub use sockets::{Socket, listen};
 
@@ -28,7 +32,6 @@ use protocol::slots::Key;
 use sockets::Descriptors;
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::rc::Rc;
@@ -40,69 +43,10 @@ use std::time::Duration;
 const BUFFER_GROUP: u16 = 0;
 /// Completions per submission entry: a multishot answers many times.
 const COMPLETIONS_PER_ENTRY: u32 = 4;
+/// Rings of the bell heard at once; one that rang more often is heard again.
+const WAKE_RINGS: usize = 32;
 /// How long the drop of a ring waits for its operations to end before it leaks their memory instead of freeing it.
 const REAP_MS_MAX: u64 = 5_000;
-
-/// A shard's ring could not be made.
-#[derive(Debug)]
-pub enum RingError {
-    /// io_uring is switched off here (EPERM, ENOSYS).
-    Disabled(std::io::Error),
-    /// Too little memory, or the locked-memory limit is too low (ENOMEM).
-    Memory(std::io::Error),
-    /// The kernel does not know what is needed (EINVAL).
-    KernelTooOld {
-        /// What was asked for.
-        missing: &'static str,
-        /// Release of the running kernel.
-        found: String,
-    },
-    /// No descriptors left (EMFILE, ENFILE).
-    Descriptors(std::io::Error),
-    /// Anything else.
-    Other(&'static str, std::io::Error),
-}
-
-impl RingError {
-    fn of(doing: &'static str, error: std::io::Error) -> Self {
-        match error.raw_os_error() {
-            Some(libc::EPERM | libc::ENOSYS | libc::EACCES) => RingError::Disabled(error),
-            Some(libc::ENOMEM) => RingError::Memory(error),
-            Some(libc::EINVAL) => RingError::KernelTooOld { missing: doing, found: probe::kernel_release() },
-            Some(libc::EMFILE | libc::ENFILE) => RingError::Descriptors(error),
-            _ => RingError::Other(doing, error),
-        }
-    }
-}
-
-impl fmt::Display for RingError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            RingError::Disabled(error) => write!(
-                f,
-                "io_uring is disabled here ({error}): set the sysctl kernel.io_uring_disabled to 0, and allow \
-                 io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
-            ),
-            RingError::Memory(error) => write!(
-                f,
-                "no memory for the ring ({error}): raise the locked-memory limit to at least 512 KiB (ulimit -l, LimitMEMLOCK=), \
-                 or lower ring_depth and buffers"
-            ),
-            RingError::KernelTooOld { missing, found } => {
-                write!(f, "the kernel refuses {missing}: Linux 6.1 or newer is needed, this is {found}")
-            }
-            RingError::Descriptors(error) => {
-                write!(
-                    f,
-                    "no file descriptor for the ring ({error}): raise the limit (ulimit -n, LimitNOFILE=)"
-                )
-            }
-            RingError::Other(doing, error) => write!(f, "{doing}: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for RingError {}
 
 /// What is to be done with a socket after everything queued before it was submitted.
 enum Ending {
@@ -122,10 +66,12 @@ pub struct UringIo {
     endings: Vec<Ending>,
     /// Entries the kernel would not take yet; submitted before anything newer. Empty but under memory pressure.
     unsubmitted: VecDeque<squeue::Entry>,
-    wake: Arc<EventFd>,
+    wake: Arc<Bell>,
     wake_armed: bool,
-    /// The kernel writes the bell's count here while `wake_armed`.
-    wake_count: Box<Cell<u64>>,
+    /// The kernel writes the bell's rings here while `wake_armed`.
+    wake_rings: Box<Cell<[u8; WAKE_RINGS]>>,
+    /// The one completion that was too many for the last turn.
+    carried: Option<Completion<Socket, Buffer>>,
     /// Rung by the kernel for completions; made when somebody first wants to sleep elsewhere.
     completion_event: Option<EventFd>,
     /// Turns do not sleep: their owner does, until the event rings.
@@ -136,16 +82,11 @@ pub struct UringIo {
 }
 
 impl UringIo {
-    /// A ring for the calling thread, which alone may use it. `wake` is made by [`EventFd::for_ring`] and heard as
-    /// [`Completion::Woken`].
+    /// A ring for the calling thread, which alone may use it. `wake` is heard as [`Completion::Woken`].
     ///
     /// # Errors
     /// When the kernel refuses; says why and what to do.
-    pub fn new(
-        settings: &Settings,
-        listeners: Vec<TcpListener>,
-        wake: Arc<EventFd>,
-    ) -> Result<Self, RingError> {
+    pub fn new(settings: &Settings, listeners: Vec<TcpListener>, wake: Arc<Bell>) -> Result<Self, RingError> {
         let ring = build_ring(settings.ring_depth)?;
         let buffers = BufferRing::new(settings.buffers, settings.buffer_bytes)
             .map_err(|error| RingError::of("mapping receive buffers", error))?;
@@ -176,7 +117,8 @@ impl UringIo {
             unsubmitted: VecDeque::new(),
             wake,
             wake_armed: false,
-            wake_count: Box::new(Cell::new(0)),
+            wake_rings: Box::new(Cell::new([0; WAKE_RINGS])),
+            carried: None,
             completion_event: None,
             sleeps_elsewhere: false,
             sleep_owed: None,
@@ -190,7 +132,7 @@ impl UringIo {
     ///
     /// # Errors
     /// No descriptors, or the kernel refuses.
-    pub fn completion_event(&mut self) -> std::io::Result<EventFd> {
+    pub(crate) fn completion_event(&mut self) -> std::io::Result<EventFd> {
         match &self.completion_event {
             Some(event) => event.try_clone(),
             None => {
@@ -309,7 +251,8 @@ impl UringIo {
     fn submit_and_wait(&mut self, wait: Wait) -> Result<(), Errno> {
         let all = self.push_unsubmitted();
         // Completions left over from the last turn (its batch was full) are work that is there already.
-        if !all || !self.ring.completion().is_empty() || self.sleep_of(wait) == Some(Duration::ZERO) {
+        let left_over = self.carried.is_some() || !self.ring.completion().is_empty();
+        if !all || left_over || self.sleep_of(wait) == Some(Duration::ZERO) {
             return self.enter_if_needed();
         }
         if self.sleeps_elsewhere || self.spin_us > 0 {
@@ -416,17 +359,16 @@ impl UringIo {
     fn arm_wake(&mut self) {
         if !self.wake_armed {
             self.wake_armed = true;
-            let fd = Fd(self.wake.as_fd().as_raw_fd());
-            let entry =
-                opcode::Read::new(fd, self.wake_count.as_ptr().cast(), size_of::<u64>() as u32).build();
+            let fd = Fd(self.wake.ear().as_raw_fd());
+            let entry = opcode::Recv::new(fd, self.wake_rings.as_ptr().cast(), WAKE_RINGS as u32).build();
             self.start(Owner::Wake, -1, Memory::Nothing, entry);
         }
     }
 
     /// Takes completions out of the ring, at most as many as a turn handles.
     fn take(&mut self, completions: &mut Vec<Completion<Socket, Buffer>>) {
-        // One entry becomes two completions at most.
-        let full = completions.len() + COMPLETIONS_PER_TURN_MAX - 1;
+        let full = completions.len() + COMPLETIONS_PER_TURN_MAX;
+        completions.extend(self.carried.take());
         let UringIo { ring, ops, buffers, descriptors, wake_armed, .. } = self;
         let mut queue = ring.completion();
         while completions.len() < full {
@@ -491,6 +433,10 @@ impl UringIo {
                 }
             }
         }
+        if completions.len() > full {
+            // The last entry became two completions.
+            self.carried = completions.pop();
+        }
     }
 
     /// Cancels everything and waits until the kernel holds none of our memory. False if it still does.
@@ -532,7 +478,7 @@ impl Drop for UringIo {
             log::error!("{} operations do not end: their memory is leaked", self.ops.len());
             std::mem::forget(std::mem::replace(&mut self.ops, OpTable::new()));
             std::mem::forget(Rc::clone(&self.buffers));
-            std::mem::forget(std::mem::replace(&mut self.wake_count, Box::new(Cell::new(0))));
+            std::mem::forget(std::mem::take(&mut self.wake_rings));
         } else if let Err(error) = self.ring.submitter().unregister_buf_ring(BUFFER_GROUP) {
             log::error!("the receive buffers cannot be unregistered ({error}): they are leaked");
             std::mem::forget(Rc::clone(&self.buffers));

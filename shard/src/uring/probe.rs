@@ -157,7 +157,7 @@ fn ring() -> Vec<ProbeItem> {
 }
 
 fn memlock() -> ProbeItem {
-    const NAME: &str = "locked memory >= 512 KiB";
+    const NAME: &str = "locked memory (memlock) >= 512 KiB";
     match limit(libc::RLIMIT_MEMLOCK) {
         Ok((soft, hard)) => {
             let text = |bytes| {
@@ -176,7 +176,7 @@ fn memlock() -> ProbeItem {
 }
 
 fn nofile() -> ProbeItem {
-    const NAME: &str = "open files";
+    const NAME: &str = "open files (descriptors)";
     match limit(libc::RLIMIT_NOFILE) {
         Ok((soft, hard)) => ProbeItem::new(
             NAME,
