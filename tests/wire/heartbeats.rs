@@ -5,7 +5,7 @@ use crate::ends::expect_error;
 use crate::events::streaming;
 use crate::message::{answer, chunk, get, ok};
 use crate::server::{Server, chat, stream_request};
-use crate::sse::{DONE, LAST_CHUNK, STREAM, dialects, token};
+use crate::sse::{LAST_CHUNK, STREAM, dialects, token};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -211,5 +211,24 @@ fn a_stuck_reader_is_sent_no_heartbeats() {
     drop(client);
     server.expect_ends(&[("client_left", 1)]);
     upstream.time_to_close();
-    let _ = DONE;
+}
+
+#[test]
+fn after_an_early_commit_the_backends_own_error_is_told_in_its_words() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &["--commit-ms", "50"]);
+    let body = r#"{"error":{"message":"prompt too long","type":"invalid_request_error","code":"own"}}"#;
+    for dialect in dialects().iter().filter(|dialect| dialect.done.is_some()) {
+        let mut client = server.connect();
+        client.send(stream_request(dialect.path));
+        let (mut upstream, _) = backend.request();
+        client.stream_head();
+        assert_eq!(client.event().text(), dialect.heartbeat);
+        upstream.send(answer("400 Bad Request", "Content-Type: application/json\r\n", body));
+        let event = client.event();
+        assert_eq!((event.error_code().as_str(), event.name()), ("own", dialect.error_name));
+        client.stream_end();
+        client.closed();
+    }
+    server.expect_ends(&[("upstream_status", 4)]);
 }
