@@ -15,10 +15,14 @@ fn answers_in_every_framing_arrive_whole_and_keep_the_client() {
         client.send(get("/body"));
         let (mut upstream, _) = backend.request();
         match framing {
-            "length" => upstream.send("HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\nabcdef"),
+            "length" => {
+                upstream.send("HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\nabcdef")
+            }
             "chunked" => {
                 let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n";
-                upstream.send_bytewise(format!("{head}4;ext=1\r\nabcd\r\n2\r\nef\r\n0\r\nX-T: t\r\n\r\n").as_bytes());
+                upstream.send_bytewise(
+                    format!("{head}4;ext=1\r\nabcd\r\n2\r\nef\r\n0\r\nX-T: t\r\n\r\n").as_bytes(),
+                );
             }
             "until close" => upstream.send("HTTP/1.1 200 OK\r\n\r\nabcdef"),
             _ => upstream.send("HTTP/1.0 200 OK\r\nX: y\r\n\r\nabcdef"),
@@ -166,8 +170,16 @@ fn the_backends_own_errors_pass_unchanged() {
     let server = Server::before(&backend, &[]);
     let mut client = server.connect();
     for (status, fields, body) in [
-        ("429 Too Many Requests", "Retry-After: 7\r\nX-RateLimit-Remaining: 0\r\nContent-Type: application/json\r\n", "{\"error\":{\"message\":\"slow down\"}}"),
-        ("400 Bad Request", "Content-Type: application/json\r\n", "{\"error\":{\"message\":\"no such model\",\"code\":\"x\"}}"),
+        (
+            "429 Too Many Requests",
+            "Retry-After: 7\r\nX-RateLimit-Remaining: 0\r\nContent-Type: application/json\r\n",
+            "{\"error\":{\"message\":\"slow down\"}}",
+        ),
+        (
+            "400 Bad Request",
+            "Content-Type: application/json\r\n",
+            "{\"error\":{\"message\":\"no such model\",\"code\":\"x\"}}",
+        ),
         ("500 Internal Server Error", "Content-Type: text/html\r\n", "<h1>Oops</h1>"),
         ("503 Sleepy", "Retry-After: Wed, 21 Oct 2026 07:28:00 GMT\r\n", ""),
         ("200 OK", "Content-Type: application/json\r\n", "{\"choices\":[]}"),

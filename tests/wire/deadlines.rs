@@ -29,8 +29,10 @@ fn head() {
     let start = Instant::now();
     // A trickle does not extend it.
     let mut trickle = Peer::new(client.stream.try_clone().unwrap());
-    let dripping = std::thread::spawn(move || while trickle.try_send(b"X: y\r\n").is_ok() && start.elapsed() < SOON {
-        std::thread::sleep(Duration::from_millis(20));
+    let dripping = std::thread::spawn(move || {
+        while trickle.try_send(b"X: y\r\n").is_ok() && start.elapsed() < SOON {
+            std::thread::sleep(Duration::from_millis(20));
+        }
     });
     let response = client.response();
     took_its_time(start);
@@ -79,8 +81,10 @@ fn body() {
     client.send("POST /up HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n");
     let start = Instant::now();
     let mut trickle = Peer::new(client.stream.try_clone().unwrap());
-    let dripping = std::thread::spawn(move || while trickle.try_send(b"x").is_ok() && start.elapsed() < SHORT * 2 {
-        std::thread::sleep(Duration::from_millis(10));
+    let dripping = std::thread::spawn(move || {
+        while trickle.try_send(b"x").is_ok() && start.elapsed() < SHORT * 2 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     });
     let response = client.response();
     took_its_time(start);
@@ -131,7 +135,8 @@ fn first_token_of_a_stream() {
         let (mut client, mut upstream) = streaming(&server, &backend, &request);
         if dialect.path == "/v1/chat/completions" {
             // A role is no token; nor are our own heartbeats.
-            upstream.send(chunk("data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\"}}]}\n\n"));
+            upstream
+                .send(chunk("data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\"}}]}\n\n"));
         }
         let code = loop {
             let event = client.event();
@@ -196,8 +201,10 @@ fn total() {
         let (mut client, mut upstream) = streaming(&server, &backend, &stream_request(dialect.path));
         let mut talking = Peer::new(upstream.stream.try_clone().unwrap());
         let token = dialect.token.clone();
-        let talk = std::thread::spawn(move || while talking.try_send(&chunk(&token)).is_ok() {
-            std::thread::sleep(Duration::from_millis(20));
+        let talk = std::thread::spawn(move || {
+            while talking.try_send(&chunk(&token)).is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
         });
         let mut events = 0;
         loop {
@@ -287,7 +294,8 @@ fn a_backend_that_does_not_take_the_request() {
 #[test]
 fn a_deadline_of_zero_is_off() {
     let backend = Backend::listen();
-    let flags = ["--first-token-ms", "0", "--upstream-head-ms", "0", "--between-tokens-ms", "0", "--total-ms", "0"];
+    let flags =
+        ["--first-token-ms", "0", "--upstream-head-ms", "0", "--between-tokens-ms", "0", "--total-ms", "0"];
     let server = Server::before(&backend, &flags);
     let mut client = server.connect();
     client.send(chat());

@@ -119,13 +119,44 @@ fn a_client_that_connected_before_the_signal_may_still_ask() {
 }
 
 #[test]
+fn no_shards_queue_is_lost() {
+    let server = |wait: &str| {
+        let backend = Backend::listen();
+        let server = Server::before(&backend, &["--shards", "3", "--conns-max", wait]);
+        (
+            server,
+            backend
+                .serve(|mut peer| while peer.try_request().is_ok() && peer.try_send(&ok("kept")).is_ok() {}),
+        )
+    };
+    // With slots for all of them, and with none to spare, so that most wait in the queues of three listeners.
+    for slots in ["100", "2"] {
+        let (mut server, _) = server(slots);
+        let mut clients: Vec<_> = (0..60).map(|_| server.connect()).collect();
+        for client in &mut clients {
+            client.send(get("/"));
+        }
+        server.signal("TERM");
+        for client in &mut clients {
+            assert_eq!(client.response().text(), "kept");
+            client.closed();
+        }
+        assert_eq!(server.exit_code(), 0);
+    }
+}
+
+#[test]
 fn no_one_is_accepted_after_the_queue_is_empty() {
     let backend = Backend::listen();
     let mut server = Server::before(&backend, &[]);
     let (_client, _upstream) = streaming(&server, &backend, &chat());
     server.signal("TERM");
-    server.wait_for("the listener to be closed", |server| crate::peer::Peer::try_connect(server.address).is_err());
+    server.wait_for("the listener to be closed", |server| {
+        crate::peer::Peer::try_connect(server.address).is_err()
+    });
     assert!(server.is_running());
+    // Before its last client, or it would leave by itself.
+    drop(server);
 }
 
 #[test]

@@ -174,7 +174,10 @@ fn an_error_that_the_backend_tells_in_its_stream_is_passed_on_once() {
     let backend = Backend::listen();
     let server = Server::before(&backend, &[]);
     for (path, error) in [
-        ("/v1/chat/completions", "data: {\"error\":{\"message\":\"CUDA out of memory\",\"code\":500}}\n\n".to_owned()),
+        (
+            "/v1/chat/completions",
+            "data: {\"error\":{\"message\":\"CUDA out of memory\",\"code\":500}}\n\n".to_owned(),
+        ),
         ("/v1/responses", named("error", json!({"sequence_number": 1, "message": "m"}))),
         ("/v1/messages", named("error", json!({"error": {"type": "overloaded_error", "message": "m"}}))),
     ] {
@@ -237,6 +240,19 @@ fn a_backend_that_refuses_connections_is_a_bad_gateway() {
         assert_eq!((response.status(), response.error_code().as_str()), (502, "upstream_refused"));
     }
     server.expect_ends(&[("upstream_refused", 3)]);
+}
+
+#[test]
+fn a_backend_whose_name_is_unknown_is_unavailable() {
+    let server = Server::start_until("/live", &[], &["--upstream", "http://no-such-host.invalid:80"]);
+    let mut client = server.connect();
+    for request in [get("/plain"), chat()] {
+        client.send(request);
+        let response = client.response();
+        assert_eq!((response.status(), response.error_code().as_str()), (503, "no_upstream"));
+        assert!(response.field("retry-after").is_some());
+    }
+    server.expect_ends(&[("no_upstream", 2)]);
 }
 
 #[test]

@@ -240,7 +240,8 @@ fn an_http_1_0_client_gets_a_stream_that_ends_with_its_connection() {
     let server = Server::before(&backend, &[]);
     let mut client = server.connect();
     let body = r#"{"stream":true}"#;
-    client.send(format!("POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}", body.len()));
+    client
+        .send(format!("POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}", body.len()));
     let (mut upstream, _) = backend.request();
     upstream.send(STREAM);
     let head = client.stream_head();
@@ -259,7 +260,10 @@ fn streams_in_every_framing_of_the_backend_are_understood() {
     let events = [token("a"), DONE.to_owned()].concat();
     for head in [
         String::from_utf8(STREAM_UNTIL_CLOSE.to_vec()).unwrap(),
-        format!("HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=UTF-8\r\nContent-Length: {}\r\n\r\n", events.len()),
+        format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=UTF-8\r\nContent-Length: {}\r\n\r\n",
+            events.len()
+        ),
         "HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n".to_owned(),
     ] {
         let mut client = server.connect();

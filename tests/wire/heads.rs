@@ -242,7 +242,11 @@ fn hop_by_hop_fields_go_one_hop() {
     for gone in ["x-secret", "keep-alive", "upgrade", "proxy-authenticate"] {
         assert_eq!(response.field(gone), None, "{response:?}");
     }
-    assert_ne!(response.field("connection").as_deref(), Some("close"), "the backend's close is not the client's");
+    assert_ne!(
+        response.field("connection").as_deref(),
+        Some("close"),
+        "the backend's close is not the client's"
+    );
     assert_eq!(response.field("x-own").as_deref(), Some("c"));
     assert_eq!(response.fields.iter().filter(|(name, _)| name == "Set-Cookie").count(), 2);
     client.send(get("/again"));
@@ -319,7 +323,11 @@ fn no_byte_of_a_backend_can_start_a_line_of_ours() {
         let (mut upstream, _) = backend.request();
         upstream.send(head);
         let response = client.response();
-        assert_eq!((response.status(), response.error_code().as_str()), (502, "upstream_malformed"), "{head:?}");
+        assert_eq!(
+            (response.status(), response.error_code().as_str()),
+            (502, "upstream_malformed"),
+            "{head:?}"
+        );
         upstream.closed();
     }
 }

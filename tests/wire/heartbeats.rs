@@ -29,7 +29,10 @@ fn a_silent_stream_gets_heartbeats_in_its_dialects_form() {
         }
         upstream.send(LAST_CHUNK);
         let events = client.events();
-        assert_eq!(events.iter().filter(|event| event.id().is_some()).count(), usize::from(dialect.done.is_some()));
+        assert_eq!(
+            events.iter().filter(|event| event.id().is_some()).count(),
+            usize::from(dialect.done.is_some())
+        );
     }
     server.expect_ends(&[("done", 5)]);
     server.expect_count("tokenring_heartbeats_total", 25);

@@ -85,11 +85,11 @@ fn twenty_thousand_come_and_go_and_leave_nothing_behind() {
         });
     };
     // Once, for what is allocated on first use.
-    all_ways(&server, 400);
+    all_ways(&server, 1200);
     at_rest(&mut server);
     let (descriptors, resident_kib) = (server.descriptors(), server.resident_kib());
 
-    all_ways(&server, 3000);
+    all_ways(&server, 2200);
     at_rest(&mut server);
     server.wait_for("descriptors to be closed", |server| server.descriptors() <= descriptors);
     let grown_kib = server.resident_kib().saturating_sub(resident_kib);

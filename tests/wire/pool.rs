@@ -55,7 +55,9 @@ fn the_connection_used_last_is_reused_first() {
 fn a_reused_connection_that_dies_before_its_answer_is_retried_once_unseen() {
     let backend = Backend::listen();
     let server = Server::before(&backend, &[]);
-    for (request, reset) in [(get("/r"), false), (get("/r"), true), (chat(), false), (post("/r", "body"), true)] {
+    for (request, reset) in
+        [(get("/r"), false), (get("/r"), true), (chat(), false), (post("/r", "body"), true)]
+    {
         let (mut client, mut upstream) = warmed(&server, &backend);
         client.send(&request);
         let first = upstream.request();

@@ -32,16 +32,32 @@ fn what_two_parsers_could_read_differently() {
     all_refused(
         &[],
         &[
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "conflicting_lengths"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n", 400, "conflicting_lengths"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx", 400, "repeated_length"),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+                400,
+                "conflicting_lengths",
+            ),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+                400,
+                "conflicting_lengths",
+            ),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
+                400,
+                "repeated_length",
+            ),
             ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1, 2\r\n\r\nx", 400, "repeated_length"),
             ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +1\r\n\r\nx", 400, "bad_length"),
             ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\nx", 400, "bad_length"),
             ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0x1\r\n\r\nx", 400, "bad_length"),
             ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1 1\r\n\r\nx", 400, "bad_length"),
             ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: \r\n\r\nx", 400, "bad_length"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999\r\n\r\nx", 400, "bad_length"),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999\r\n\r\nx",
+                400,
+                "bad_length",
+            ),
             ("GET / HTTP/1.1\r\nHost: a\r\nX: 1\nY: 2\r\n\r\n", 400, "bare_lf"),
             ("GET / HTTP/1.1\nHost: a\n\n", 400, "bare_lf"),
             ("GET / HTTP/1.1\r\nHost: a\r\nX: 1\rY: 2\r\n\r\n", 400, "bare_cr"),
@@ -86,14 +102,46 @@ fn transfer_codings() {
     all_refused(
         &[],
         &[
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501, "unknown_transfer_coding"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n", 501, "unknown_transfer_coding"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 501, "unknown_transfer_coding"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n", 400, "chunked_not_last"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400, "chunked_twice"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "chunked_twice"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n", 400, "bad_transfer_coding"),
-            ("POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "transfer_coding_in_http10"),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+                501,
+                "unknown_transfer_coding",
+            ),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+                501,
+                "unknown_transfer_coding",
+            ),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+                501,
+                "unknown_transfer_coding",
+            ),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+                400,
+                "chunked_not_last",
+            ),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
+                400,
+                "chunked_twice",
+            ),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+                400,
+                "chunked_twice",
+            ),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n",
+                400,
+                "bad_transfer_coding",
+            ),
+            (
+                "POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+                400,
+                "transfer_coding_in_http10",
+            ),
         ],
     );
 }
@@ -108,8 +156,16 @@ fn methods_versions_expectations() {
             ("GET / HTTP/0.9\r\nHost: a\r\n\r\n", 505, "unsupported_version"),
             ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "unsupported_version"),
             ("CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n", 501, "connect_unsupported"),
-            ("AMETHODLONGERTHANANYONEHASEVERSEENANYWHERE / HTTP/1.1\r\nHost: a\r\n\r\n", 501, "method_too_long"),
-            ("POST / HTTP/1.1\r\nHost: a\r\nExpect: 200-ok\r\nContent-Length: 1\r\n\r\nx", 417, "expectation_unknown"),
+            (
+                "AMETHODLONGERTHANANYONEHASEVERSEENANYWHERE / HTTP/1.1\r\nHost: a\r\n\r\n",
+                501,
+                "method_too_long",
+            ),
+            (
+                "POST / HTTP/1.1\r\nHost: a\r\nExpect: 200-ok\r\nContent-Length: 1\r\n\r\nx",
+                417,
+                "expectation_unknown",
+            ),
             ("POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n\r\n", 411, "length_required"),
             ("GET https://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 421, "misdirected"),
         ],
@@ -204,7 +260,10 @@ fn bodies_beyond_the_limit() {
         ],
     );
     let declared = post("/b", &"b".repeat(1001));
-    all_refused(&["--body-bytes-max", "1000"], &[(std::str::from_utf8(&declared).unwrap(), 413, "body_too_large")]);
+    all_refused(
+        &["--body-bytes-max", "1000"],
+        &[(std::str::from_utf8(&declared).unwrap(), 413, "body_too_large")],
+    );
 }
 
 /// The error bodies of OpenAI and Anthropic.

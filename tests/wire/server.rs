@@ -41,13 +41,23 @@ impl Server {
 
     /// In front of these; none: the demo model answers.
     pub(crate) fn start(upstreams: &[SocketAddr], flags: &[&str]) -> Server {
+        Server::start_until("/ready", upstreams, flags)
+    }
+
+    /// Waits for that admin page to say 200.
+    pub(crate) fn start_until(page: &str, upstreams: &[SocketAddr], flags: &[&str]) -> Server {
         let host = own_address();
         let (address, admin) = (SocketAddr::from((host, 8080)), SocketAddr::from((host, 9180)));
         let log = std::env::temp_dir().join(format!("tokenring-wire-{host}.log"));
         let output = File::create(&log).unwrap();
         let mut command = Command::new(binary());
         command.arg("serve").args(["--listen", &address.to_string(), "--admin", &admin.to_string()]);
-        command.args(["--shards", "1", "--buffers", "256"]);
+        // Few buffers: what one turn can bring before a pause takes effect is bounded by them.
+        for (flag, value) in [("--shards", "1"), ("--buffers", "64")] {
+            if !flags.contains(&flag) {
+                command.args([flag, value]);
+            }
+        }
         for upstream in upstreams {
             command.args(["--upstream", &format!("http://{upstream}")]);
         }
@@ -57,7 +67,7 @@ impl Server {
         let mut server = Server { child, address, admin, log, exited: None };
         server.wait_for("the server to be ready", |server| {
             assert!(server.child.try_wait().unwrap().is_none(), "the server ended at its start");
-            server.admin_get("/ready").is_some_and(|(status, _)| status == 200)
+            server.admin_get(page).is_some_and(|(status, _)| status == 200)
         });
         server
     }
@@ -222,7 +232,9 @@ fn binary() -> PathBuf {
         .filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path)))
         .max()
         .map(|(_, path)| path.clone())
-        .unwrap_or_else(|| panic!("no tokenring in {}: `cargo build`, or set TOKENRING_BIN", target.display()))
+        .unwrap_or_else(|| {
+            panic!("no tokenring in {}: `cargo build`, or set TOKENRING_BIN", target.display())
+        })
 }
 
 /// A chat request that streams, as SDKs send it.

@@ -131,7 +131,10 @@ pub(crate) fn dialects() -> [Dialect; 5] {
         },
         Dialect {
             path: "/v1/messages",
-            token: named("content_block_delta", json!({"index": 0, "delta": {"type": "text_delta", "text": "a"}})),
+            token: named(
+                "content_block_delta",
+                json!({"index": 0, "delta": {"type": "text_delta", "text": "a"}}),
+            ),
             done: Some(named("message_stop", json!({}))),
             heartbeat: ping,
             heartbeat_among_ids: ping,
