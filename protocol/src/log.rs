@@ -139,8 +139,24 @@ impl Log {
         at
     }
 
+    /// Makes room for about `bytes` in one segment, so that what is appended next goes out as one send.
+    pub fn reserve(&mut self, bytes: usize) {
+        let bytes = bytes.min(LOG_SEGMENT_BYTES_MAX);
+        if self.segments.back().is_none_or(|segment| segment.room() < bytes) {
+            self.grow(bytes);
+        }
+    }
+
     fn grow(&mut self, bytes: usize) {
-        let last = self.segments.back().map_or(0, |segment| segment.memory.len());
+        // A segment that was never filled, or is drained, is of no more use.
+        let last = match self.segments.back() {
+            Some(segment) if segment.filled == 0 => {
+                self.segments.pop_back();
+                0
+            }
+            Some(segment) => segment.memory.len(),
+            None => 0,
+        };
         let next = (last * 2).clamp(LOG_SEGMENT_FIRST_BYTES, LOG_SEGMENT_BYTES_MAX);
         // An append larger than a segment gets one of its own.
         self.segments.push_back(Segment::with_capacity(self.end, next.max(bytes)));
@@ -235,6 +251,22 @@ mod tests {
     }
 
     #[test]
+    fn what_was_reserved_for_is_contiguous() {
+        let mut log = Log::new();
+        log.append(&[b"head"]);
+        log.release(4);
+        log.reserve(3000);
+        for _ in 0..30 {
+            log.append(&[&[7; 100]]);
+        }
+        assert_eq!(log.lend(4, u32::MAX).unwrap().len(), 3000);
+        log.release(log.end());
+        assert!(log.memory_bytes() <= LOG_SEGMENT_FIRST_BYTES * 2, "and it is not kept");
+        log.reserve(usize::MAX);
+        assert!(log.memory_bytes() <= LOG_SEGMENT_BYTES_MAX + 2 * LOG_SEGMENT_FIRST_BYTES, "within bounds");
+    }
+
+    #[test]
     fn a_drained_log_owns_at_most_a_small_segment() {
         let mut log = Log::new();
         for round in 0..1000_u32 {
@@ -274,7 +306,8 @@ mod tests {
             let (mut log, mut model, mut sent) = (Log::new(), Vec::new(), 0_u64);
             let mut held: Vec<(u64, Lent)> = Vec::new();
             for step in 0..400_u64 {
-                match random(4) {
+                match random(5) {
+                    4 => log.reserve(random(5000) as usize),
                     0 | 1 => {
                         let exponent = random(12);
                         let piece: Vec<u8> = (0..random(1 << exponent)).map(|i| (i + step) as u8).collect();

@@ -41,7 +41,8 @@ impl<I: Io> Shard<I> {
     /// Arms, disarms or leaves alone, as the permits say.
     pub(super) fn follow_accept(&mut self, listener: usize) {
         let permits = self.permits();
-        let plenty = permits > self.settings.backlog as usize;
+        // Until a cancel takes effect every listener may bring its queue, and what has filled it again.
+        let plenty = permits > 2 * self.settings.backlog as usize * self.acceptors.len();
         let acceptor = &mut self.acceptors[listener];
         if acceptor.closed || acceptor.resting || acceptor.closing {
             return;
@@ -75,8 +76,10 @@ impl<I: Io> Shard<I> {
     pub(super) fn accepted(&mut self, listener: usize, socket: I::Socket) {
         self.acceptors[listener].accepted_in_turn = true;
         self.stats.counters.accepts += 1;
-        if self.permits() == 0 {
-            // Only an accept that was cancelled too late can bring one more than there are slots.
+        // Each listener waits with one accept for the last slot, or one of them might wait forever for a client while the
+        // others' queue; so there may be as many clients too many as there are other listeners.
+        if self.clients >= self.settings.connections_max + self.acceptors.len() - 1 {
+            // Only an accept that was cancelled too late can bring one more.
             self.io.close(socket, Close::Reset);
             self.stats.counters.accept_errors += 1;
             return;
@@ -195,6 +198,9 @@ impl<I: Io> Shard<I> {
     /// The drain's (or stop's) own time is over.
     pub(super) fn leaving_due(&mut self) {
         let now_ms = self.now_ms();
+        if self.left {
+            return;
+        }
         match self.leaving {
             Leaving::Draining { deadline_ms } if deadline_ms <= now_ms => {
                 self.force_streams(End::Drain);

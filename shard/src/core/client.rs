@@ -403,6 +403,10 @@ impl<I: Io> Shard<I> {
         if conn.stream.is_none() && (fin || self.leaving != super::Leaving::No) {
             return self.linger(key);
         }
+        if fin {
+            // For the request that was pipelined in front of it, the FIN means what it means for any.
+            return self.client_fin(key);
+        }
         if self.conns.get(key).is_some_and(|conn| conn.held.len() < self.settings.head.head_bytes) {
             self.want_receive(key, true);
         }

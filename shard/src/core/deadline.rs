@@ -193,7 +193,7 @@ fn heartbeat_due_ms(stream: &Stream, route: &Route) -> u64 {
 
 fn demo_due_ms(stream: &Stream) -> u64 {
     match &stream.demo {
-        Some(demo) if !stream.paused => demo.next_us.div_ceil(1000),
+        Some(demo) if !stream.paused && demo.next_us != u64::MAX => demo.next_us.div_ceil(1000),
         _ => u64::MAX,
     }
 }

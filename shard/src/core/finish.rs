@@ -22,6 +22,15 @@ impl<I: Io> Shard<I> {
         if stream.end.is_some() {
             return;
         }
+        let end = match end {
+            End::Done | End::ClientLeft | End::WriteStall => end,
+            // Its end mark is out, and nothing may follow that: it has finished, whatever came in between.
+            _ if stream.end_mark && stream.has_events_answer() => {
+                self.stats.counters.unclean_ends += 1;
+                End::Done
+            }
+            _ => end,
+        };
         stream.end = Some(end);
         let backend = stream.backend;
         match (stream.answer, end) {

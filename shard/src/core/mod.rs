@@ -104,14 +104,15 @@ impl<I: Io> Shard<I> {
     pub fn new(io: I, index: usize, settings: Arc<Settings>, upstreams: Arc<UpstreamSet>) -> Self {
         let now_us = io.now_us();
         let listeners = io.listeners();
+        let clients_max = settings.connections_max + listeners.saturating_sub(1);
         // Each client may hold a backend's connection; the pool's idle ones come on top.
         let conns_max =
-            settings.connections_max * 2 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
+            clients_max * 2 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
         let mut shard = Shard {
             io,
             index,
             conns: Slots::new(conns_max),
-            streams: Slots::new(settings.connections_max),
+            streams: Slots::new(clients_max),
             wheel: Wheel::new(now_us / 1000),
             acceptors: (0..listeners).map(|_| Acceptor::default()).collect(),
             pool: Pool::default(),

@@ -18,6 +18,9 @@ use protocol::sse::{Block, Decoder};
 const EVENT_STREAM_HEADERS: &str = "Content-Type: text/event-stream; charset=utf-8\r\n\
     Cache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n";
 
+/// Bytes by which a relayed receive may grow besides an eighth of itself: header lines of ours, an id line, a chunk head.
+const RELAY_ROOM_BYTES: usize = 96;
+
 /// Header lines put together without allocation.
 pub(super) struct ExtraLines {
     bytes: [u8; 256],
@@ -63,6 +66,10 @@ impl<I: Io> Shard<I> {
             // An answer to nothing: whatever it is, no later request may be given it.
             self.stats.counters.upstream_surplus += 1;
             return self.leave_pool(key, true);
+        }
+        // What arrived together goes on together: framing and ids add little to it.
+        if let Some(stream) = conn.stream.and_then(|key| self.streams.get_mut(key)) {
+            stream.response.reserve(bytes.len() + bytes.len() / 8 + RELAY_ROOM_BYTES);
         }
         let head_bytes_max = self.settings.head.head_bytes;
         if waits_for_line_end(&mut conn.held, bytes, head_bytes_max) {

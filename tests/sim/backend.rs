@@ -1,0 +1,262 @@
+//! Scripted backends: each connection reads requests at its own pace, checks their bytes, and gives the answer that the
+//! request's exchange has planned, faults included.
+
+use crate::plan::{Attempt, Then};
+use crate::reader::Reader;
+use crate::world::{Event, Peer, PeerRead, World};
+use std::net::SocketAddr;
+
+#[derive(Clone, Debug)]
+pub(crate) struct BackendHost {
+    pub(crate) address: SocketAddr,
+    pub(crate) refuses: bool,
+    pub(crate) hangs: bool,
+    /// Idle connections are closed after at most so long; 0: never.
+    pub(crate) idle_us: u64,
+    pub(crate) read_bytes: usize,
+    pub(crate) read_gap_us: u64,
+    pub(crate) never_reads: bool,
+}
+
+impl BackendHost {
+    pub(crate) fn new(nth: u16) -> Self {
+        BackendHost {
+            address: SocketAddr::from(([10, 0, 0, 1], 8000 + nth)),
+            refuses: false,
+            hangs: false,
+            idle_us: 0,
+            read_bytes: 1 << 20,
+            read_gap_us: 0,
+            never_reads: false,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Current {
+    exchange: usize,
+    attempt: usize,
+    responding: bool,
+    /// Bytes of the request's body that were right.
+    checked: usize,
+    cursor: usize,
+}
+
+#[derive(Debug)]
+pub(crate) struct BackendConn {
+    host: usize,
+    pub(crate) socket: usize,
+    reader: Reader,
+    current: Option<Current>,
+    served: usize,
+    closed: bool,
+    read_due: bool,
+    write_due: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum BackendStep {
+    Read,
+    Write,
+    /// Dies if it has served no more than this since.
+    Die(usize),
+}
+
+impl World {
+    pub(crate) fn backend_accepts(&mut self, host: usize, socket: usize) {
+        let backend = self.backends.len();
+        self.say(|| format!("b{backend} accepts s{socket}"));
+        self.backends.push(BackendConn {
+            host,
+            socket,
+            reader: Reader::new(false),
+            current: None,
+            served: 0,
+            closed: false,
+            read_due: false,
+            write_due: false,
+        });
+        self.attach_peer(socket, Peer::Backend(backend));
+    }
+
+    pub(crate) fn backend_readable(&mut self, index: usize) {
+        let host = &self.hosts[self.backends[index].host];
+        let (gap, never) = (host.read_gap_us, host.never_reads);
+        let delay = self.delay() + self.rng.skewed(gap);
+        let backend = &mut self.backends[index];
+        if !backend.read_due && !backend.closed && !never {
+            backend.read_due = true;
+            self.after(delay, Event::Backend(index, BackendStep::Read));
+        }
+    }
+
+    pub(crate) fn backend_writable(&mut self, index: usize) {
+        let responding = self.backends[index].current.as_ref().is_some_and(|current| current.responding);
+        if responding {
+            self.backend_writes_after(index, 0);
+        }
+    }
+
+    fn backend_writes_after(&mut self, index: usize, delay: u64) {
+        let backend = &mut self.backends[index];
+        if !backend.write_due && !backend.closed {
+            backend.write_due = true;
+            self.after(delay, Event::Backend(index, BackendStep::Write));
+        }
+    }
+
+    pub(crate) fn backend_step(&mut self, index: usize, step: BackendStep) {
+        match step {
+            BackendStep::Read => self.backend_reads(index),
+            BackendStep::Write => self.backend_writes(index),
+            BackendStep::Die(served) => {
+                let backend = &mut self.backends[index];
+                if backend.served == served && backend.current.is_none() && !backend.closed {
+                    backend.closed = true;
+                    let socket = backend.socket;
+                    self.say(|| format!("b{index} dies idle"));
+                    self.peer_close(socket);
+                }
+            }
+        }
+    }
+
+    fn backend_reads(&mut self, index: usize) {
+        let most = self.hosts[self.backends[index].host].read_bytes as u64;
+        let most = self.rng.skewed(most) as usize + 1;
+        let backend = &mut self.backends[index];
+        backend.read_due = false;
+        if backend.closed {
+            return;
+        }
+        let socket = backend.socket;
+        match self.peer_read(socket, most) {
+            PeerRead::Nothing => {}
+            PeerRead::Data(bytes) => {
+                self.backends[index].reader.feed(&bytes);
+                self.backend_understands(index);
+                self.backend_readable(index);
+            }
+            PeerRead::Fin | PeerRead::Reset => {
+                let backend = &mut self.backends[index];
+                backend.closed = true;
+                self.say(|| format!("b{index} is closed by the shard"));
+                self.peer_close(socket);
+            }
+        }
+    }
+
+    fn backend_understands(&mut self, index: usize) {
+        let backend = &mut self.backends[index];
+        if let Some(error) = &backend.reader.error {
+            panic!("b{index} cannot read its request: {error}");
+        }
+        let Some(message) = backend.reader.messages.get(backend.served) else { return };
+        let current = match &mut backend.current {
+            Some(current) => current,
+            None => {
+                let id = message.header("x-sim").and_then(|id| id.parse().ok());
+                let Some(id): Option<usize> = id else { panic!("a request without its mark: {message:?}") };
+                let attempts = &mut self.exchanges[id].attempts;
+                attempts.push(Attempt {
+                    socket: backend.socket,
+                    body_complete: false,
+                    written: 0,
+                    over: false,
+                });
+                let attempt = attempts.len() - 1;
+                backend.current.insert(Current { exchange: id, attempt, responding: false, checked: 0, cursor: 0 })
+            }
+        };
+        let (id, attempt) = (current.exchange, current.attempt);
+        let exchange = &mut self.exchanges[id];
+        let expected = &exchange.body;
+        let new = current.checked.min(message.body.len());
+        let same = expected.get(new..message.body.len()) == Some(&message.body[new..]);
+        assert!(same, "b{index} was given other bytes than exchange {id} has");
+        current.checked = message.body.len();
+        if message.complete {
+            assert!(expected.len() == message.body.len(), "b{index}: the body of exchange {id} is cut");
+            exchange.attempts[attempt].body_complete = true;
+        }
+        let early = exchange.answer.early_after.is_some_and(|bytes| message.body.len() >= bytes);
+        let delay = exchange.answer.head_delay_us;
+        if !current.responding && (message.complete || early) {
+            current.responding = true;
+            self.backend_writes_after(index, delay);
+        }
+    }
+
+    fn backend_writes(&mut self, index: usize) {
+        let backend = &mut self.backends[index];
+        backend.write_due = false;
+        if backend.closed {
+            return;
+        }
+        let socket = backend.socket;
+        let Some(Current { exchange: id, attempt, responding: true, cursor, .. }) = backend.current else { return };
+        let exchange = &self.exchanges[id];
+        let (wire, answer) = (&exchange.wire, &exchange.answer);
+        let mut end = wire.bytes.len();
+        if cursor < wire.head_bytes && answer.prefill_us > 0 {
+            end = end.min(wire.head_bytes);
+        }
+        let piece = self.rng.skewed(answer.piece_bytes as u64) as usize + 1;
+        let bytes = wire.bytes[cursor..end.min(cursor + piece)].to_vec();
+        let (gap, prefill) = (answer.gap_us, answer.prefill_us);
+        let (head_bytes, wire_bytes) = (wire.head_bytes, wire.bytes.len());
+        let taken = match self.peer_write(socket, &bytes) {
+            Ok(taken) => taken,
+            Err(_) => return self.backend_readable(index),
+        };
+        if taken == 0 && !bytes.is_empty() {
+            return;
+        }
+        let cursor = cursor + taken;
+        self.exchanges[id].attempts[attempt].written = cursor;
+        if let Some(current) = &mut self.backends[index].current {
+            current.cursor = cursor;
+        }
+        if cursor == wire_bytes {
+            return self.backend_finishes(index, id, attempt);
+        }
+        let mut delay = self.rng.skewed(gap);
+        if cursor == head_bytes {
+            delay += prefill;
+        }
+        self.backend_writes_after(index, delay);
+    }
+
+    fn backend_finishes(&mut self, index: usize, id: usize, attempt: usize) {
+        let then = self.exchanges[id].wire.then;
+        self.say(|| format!("b{index} has answered {id}: {then:?}"));
+        let idle = self.hosts[self.backends[index].host].idle_us;
+        let backend = &mut self.backends[index];
+        let socket = backend.socket;
+        match then {
+            Then::Stall => return,
+            Then::KeepAlive => {
+                if !self.exchanges[id].attempts[attempt].body_complete {
+                    // Its answer is out; the rest of the request is read and dropped.
+                    return;
+                }
+                backend.current = None;
+                backend.served += 1;
+                let served = backend.served;
+                if idle > 0 {
+                    let delay = self.rng.below(idle);
+                    self.after(delay, Event::Backend(index, BackendStep::Die(served)));
+                }
+            }
+            Then::Close => {
+                backend.closed = true;
+                self.peer_close(socket);
+            }
+            Then::Reset => {
+                backend.closed = true;
+                self.peer_reset(socket);
+            }
+        }
+        self.exchanges[id].attempts[attempt].over = true;
+    }
+}

@@ -1,0 +1,13 @@
+//! Whole shards on a simulated machine with a virtual clock: scripted clients and backends, faults drawn from a seed, and an
+//! oracle that knows what everyone is owed. `SIM_SEED=n` replays one run, `SIM_LOG=1` tells what happened in it.
+#![cfg(test)]
+
+mod backend;
+mod client;
+mod io;
+mod plan;
+mod random;
+mod reader;
+mod rng;
+mod run;
+mod world;

@@ -1,0 +1,529 @@
+//! A whole shard on a simulated machine, and the oracle that says what its clients and backends were owed.
+
+use crate::backend::BackendHost;
+use crate::client::{ClientPlan, Ended, How, Pace};
+use crate::io::SimIo;
+use crate::plan::{Answer, Exchange, Fault, Request};
+use crate::reader::{Message, read_events};
+use crate::world::World;
+use protocol::demo::DemoSettings;
+use protocol::dialect::Dialect;
+use protocol::http::HeadLimits;
+use protocol::phase::{Deadlines, End};
+use shard::core::{Shard, Sleepy};
+use shard::mesh::{Command, Report};
+use shard::settings::{HalfClose, Route, Settings, Sleep, Upstream, UpstreamSet};
+use shard::stats::StreamRecord;
+use std::cell::{RefCell, RefMut};
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Turns of one run; beyond, something goes round in circles.
+const TURNS_MAX: u64 = 3_000_000;
+
+/// The two routes of every simulation: the demo model's, and the backends' for all else.
+pub(crate) fn settings() -> Settings {
+    let route = Route {
+        name: "demo".to_owned(),
+        path_prefix: "/demo".to_owned(),
+        upstreams: Vec::new(),
+        deadlines: Deadlines::default(),
+        heartbeat_ms: 15_000,
+        commit_ms: 10_000,
+        half_close: HalfClose::Leave,
+        event_ids: true,
+    };
+    let backends =
+        Route { name: "all".to_owned(), path_prefix: "/".to_owned(), upstreams: vec![0], ..route.clone() };
+    Settings {
+        connections_max: 1000,
+        backlog: 16,
+        ring_depth: 64,
+        buffers: 64,
+        buffer_bytes: 4096,
+        notsent_lowat_bytes: 16 * 1024,
+        spin_us: 0,
+        preempt_ms: 1,
+        sleep: Sleep::Ring,
+        head: HeadLimits::default(),
+        body_bytes_max: 8 << 20,
+        event_bytes_max: 256 << 10,
+        lag_high_bytes: 64 << 10,
+        lag_low_bytes: 16 << 10,
+        retry_bytes_max: 64 << 10,
+        pool_idle_max: 8,
+        pool_idle_ms: 30_000,
+        pool_age_ms: 0,
+        routes: vec![route, backends],
+        demo: DemoSettings::default(),
+        records: true,
+        unix_time_at_start_s: 1_700_000_000,
+        seed: 1,
+    }
+}
+
+/// What the oracle may not demand.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lenience {
+    /// Deadlines are so short, or peers so slow, that any answer may fail by one.
+    pub(crate) any_answer_may_fail: bool,
+}
+
+pub(crate) struct Sim {
+    pub(crate) world: Rc<RefCell<World>>,
+    pub(crate) shard: Shard<SimIo>,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) lenience: Lenience,
+    pub(crate) records: Vec<StreamRecord>,
+    pub(crate) forced: Option<u64>,
+    turns: u64,
+    /// The most bytes that one response log held unconfirmed.
+    pub(crate) lag_max: u64,
+    pub(crate) log_bytes_max: u64,
+}
+
+/// What became of one exchange, as its client saw it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Outcome {
+    /// Whole, as the backend meant it.
+    Complete,
+    /// An error answer of the shard's own.
+    Error(u16, String),
+    /// Some of its events and the dialect's error with this code.
+    EventsThenError(usize, String),
+    /// Some of its events; the body is visibly unfinished.
+    EventsCut(usize),
+    /// An ordinary body, visibly unfinished.
+    BodyCut(usize),
+    /// Nothing but perhaps a part of a head.
+    Nothing,
+}
+
+impl Sim {
+    pub(crate) fn new(seed: u64, settings: Settings, hosts: Vec<BackendHost>) -> Self {
+        Sim::with_listeners(seed, settings, hosts, 1)
+    }
+
+    pub(crate) fn with_listeners(
+        seed: u64,
+        settings: Settings,
+        hosts: Vec<BackendHost>,
+        listeners: usize,
+    ) -> Self {
+        let upstreams = UpstreamSet {
+            epoch: 1,
+            upstreams: vec![Upstream {
+                url: "http://backend".to_owned(),
+                authority: "backend".to_owned(),
+                base_path: String::new(),
+                addresses: hosts.iter().map(|host| host.address).collect(),
+            }],
+        };
+        let mut world = World::new(seed, listeners);
+        world.hosts = hosts;
+        world.buffers = usize::from(settings.buffers);
+        world.buffer_bytes = settings.buffer_bytes as usize;
+        world.backlog_max = settings.backlog as usize;
+        world.log = std::env::var_os("SIM_LOG").is_some();
+        let world = Rc::new(RefCell::new(world));
+        let settings = Arc::new(settings);
+        let shard = Shard::new(SimIo(Rc::clone(&world)), 0, Arc::clone(&settings), Arc::new(upstreams));
+        Sim {
+            world,
+            shard,
+            settings,
+            lenience: Lenience::default(),
+            records: Vec::new(),
+            forced: None,
+            turns: 0,
+            lag_max: 0,
+            log_bytes_max: 0,
+        }
+    }
+
+    pub(crate) fn world(&self) -> RefMut<'_, World> {
+        self.world.borrow_mut()
+    }
+
+    pub(crate) fn exchange(&mut self, request: Request, answer: Answer) -> usize {
+        let mut world = self.world();
+        let id = world.exchanges.len();
+        let exchange = Exchange::new(id, request, answer, &mut world.rng);
+        world.exchanges.push(exchange);
+        id
+    }
+
+    pub(crate) fn client(&mut self, plan: ClientPlan) -> usize {
+        self.world().add_client(plan)
+    }
+
+    /// One client with one exchange.
+    pub(crate) fn ask(&mut self, request: Request, answer: Answer) -> (usize, usize) {
+        let id = self.exchange(request, answer);
+        (self.client(ClientPlan::new(&[id])), id)
+    }
+
+    pub(crate) fn now_us(&self) -> u64 {
+        self.world.borrow().now
+    }
+
+    fn turn(&mut self, sleepy: Sleepy) {
+        self.turns += 1;
+        assert!(self.turns < TURNS_MAX, "the run does not end");
+        assert!(self.shard.turn(sleepy).is_ok(), "a simulated ring does not fail");
+        while let Some(report) = self.shard.next_report() {
+            match report {
+                Report::Ended(record) => self.records.push(*record),
+                Report::Left { forced } => {
+                    assert!(self.forced.is_none(), "a shard leaves once");
+                    self.forced = Some(forced);
+                }
+                _ => {}
+            }
+        }
+        if self.turns.is_multiple_of(128) {
+            self.check_memory();
+        }
+    }
+
+    fn check_memory(&mut self) {
+        let snapshot = self.shard.snapshot();
+        let lag = snapshot.slowest.iter().map(|slow| slow.pending_bytes).max().unwrap_or(0);
+        self.lag_max = self.lag_max.max(lag);
+        self.log_bytes_max = self.log_bytes_max.max(snapshot.log_bytes);
+        let world = self.world.borrow();
+        // Above the mark: what arrives until the pause takes effect (at most every buffer once, and what the pipe
+        // holds while a cancel is late), and what framing and ids add to small events (at most fourfold).
+        let burst = (world.buffers * world.buffer_bytes).max(2 * world.pipe_bytes) as u64;
+        let largest = world.exchanges.iter().map(|exchange| exchange.answer.bytes as u64 + 200).max().unwrap_or(0);
+        let bound = self.settings.lag_high_bytes + 4 * burst + largest;
+        assert!(lag <= bound, "a response log holds {lag} bytes unconfirmed, of {bound} at most");
+    }
+
+    fn clients_wait(&self) -> bool {
+        self.world.borrow().clients.iter().any(|client| client.waits())
+    }
+
+    /// Until every client has what it came for, or has gone.
+    pub(crate) fn run(&mut self) {
+        while self.clients_wait() {
+            self.turn(Sleepy::Yes);
+            let stuck = self.world.borrow().stuck && self.clients_wait();
+            let state = if stuck { self.world.borrow().leftovers() } else { Vec::new() };
+            assert!(!stuck, "the shard sleeps for ever while clients wait: {state:#?}");
+        }
+    }
+
+    /// Until this many milliseconds from now have passed.
+    pub(crate) fn run_ms(&mut self, ms: u64) {
+        let until = self.now_us() + ms * 1000;
+        while self.now_us() < until {
+            self.turn(Sleepy::UntilUs(until));
+        }
+    }
+
+    pub(crate) fn drain(&mut self, deadline_ms: u64) {
+        self.shard.command(Command::Drain { deadline_ms });
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.shard.command(Command::Stop);
+    }
+
+    /// Until the shard has left, after a drain or stop.
+    pub(crate) fn run_until_left(&mut self) {
+        while !self.shard.has_left() {
+            self.turn(Sleepy::Yes);
+            assert!(!self.world.borrow().stuck || self.shard.has_left(), "a draining shard sleeps for ever");
+        }
+        // Its last connections are joining; it does not sleep any more.
+        for _ in 0..200 {
+            self.skip(1_000);
+        }
+    }
+
+    /// Lets time pass for a shard that has left.
+    fn skip(&mut self, us: u64) {
+        self.world().pass(us);
+        self.turn(Sleepy::No);
+    }
+
+    /// Runs to the end, drains, and checks everything that can be known.
+    pub(crate) fn finish(mut self) -> Finished {
+        self.run();
+        self.drain(60_000);
+        self.run_until_left();
+        self.settle();
+        self.check()
+    }
+
+    /// Clients that are still there see what the shard's leaving means for them.
+    pub(crate) fn settle(&mut self) {
+        for _ in 0..3_600 {
+            if !self.clients_wait() {
+                return;
+            }
+            self.skip(1_000_000);
+        }
+    }
+
+    /// The oracle at rest.
+    pub(crate) fn check(self) -> Finished {
+        let mut population = self.shard.population();
+        let leftovers = self.world.borrow().leftovers();
+        assert!(leftovers.is_empty(), "at rest there are left: {leftovers:#?}");
+        population.3 = 0;
+        assert_eq!(population, (0, 0, 0, 0), "clients, backends' connections and streams at rest");
+        let ends: u64 = self.shard.stats().ends.iter().sum();
+        assert_eq!(ends, self.records.len() as u64, "every stream ends once and is reported once");
+        let counters = &self.shard.stats().counters;
+        assert_eq!(counters.accepts, counters.closes + 0, "every client that was accepted was closed");
+        let mut outcomes = Vec::new();
+        for index in 0..self.world.borrow().clients.len() {
+            outcomes.push(self.check_client(index));
+        }
+        self.check_departures();
+        Finished { outcomes, sim: self }
+    }
+
+    fn check_departures(&self) {
+        let world = self.world.borrow();
+        let fin_leaves = self.settings.routes[1].half_close == HalfClose::Leave;
+        for (id, exchange) in world.exchanges.iter().enumerate() {
+            if exchange.left_how != Some(How::Reset) && !fin_leaves {
+                continue;
+            }
+            let (Some(left_us), true) = (exchange.client_left_us, exchange.left_visibly) else { continue };
+            if exchange.request.demo {
+                continue;
+            }
+            for attempt in exchange.attempts.iter().filter(|attempt| !attempt.over) {
+                let ended_us = world.sockets[attempt.socket].ended_us.unwrap_or(u64::MAX);
+                // Events on their way to the shard are late by at most the run's own delay, twice over.
+                let accepted_us = exchange.left_socket.map_or(0, |socket| world.sockets[socket].accepted_us);
+                let limit = left_us.max(accepted_us) + 100_000 + 4 * world.faults.delay_us + world.faults.overshoot_us;
+                assert!(
+                    ended_us <= limit,
+                    "exchange {id}: its client left at {left_us}, its backend's connection was closed at {ended_us}"
+                );
+            }
+        }
+    }
+
+    fn check_client(&self, index: usize) -> Vec<Outcome> {
+        let world = self.world.borrow();
+        let client = &world.clients[index];
+        let who = format!("c{index} ({:?}, {:?})", client.ended, client.plan);
+        assert!(client.reader.error.is_none(), "{who} cannot read its answer: {:?}", client.reader.error);
+        if client.plan.raw.is_some() {
+            return Vec::new();
+        }
+        let messages = &client.reader.messages;
+        let asked = client.plan.exchanges.len();
+        assert!(messages.len() <= asked, "{who} got {} answers to {asked} requests", messages.len());
+        let mut outcomes: Vec<Outcome> = Vec::new();
+        // A connection that ends with one answer leaves those behind it unanswered.
+        let mut closing = false;
+        for (nth, &id) in client.plan.exchanges.iter().enumerate() {
+            let exchange = &world.exchanges[id];
+            let who = format!("exchange {id} of {who}: {:?} {:?}", exchange.request, exchange.answer);
+            let outcome = match messages.get(nth) {
+                Some(message) => self.judge(&world, &who, id, message),
+                None => Outcome::Nothing,
+            };
+            let told_status = matches!(&outcome, Outcome::EventsThenError(0, code) if code == "upstream_status");
+            let committed_early = self.settings.routes[1].commit_ms > 0 && told_status;
+            let excused = self.excused(&world, index, id) || closing || committed_early;
+            let failed = outcome != Outcome::Complete;
+            assert!(!failed || excused, "{who} deserved its whole answer, and got {outcome:?}");
+            if failed && !closing && client.ended == Some(Ended::Fin) && !client.half_closed {
+                let silent = matches!(outcome, Outcome::Nothing | Outcome::EventsCut(_));
+                // A kept-alive connection may be closed just as its next request is on its way.
+                let crossed = outcome == Outcome::Nothing && nth > 0 && self.lenience.any_answer_may_fail;
+                let cut_by_stop = self.forced.is_some_and(|forced| forced > 0);
+                assert!(!silent || cut_by_stop || crossed, "{who} was told nothing of its failure: {outcome:?}");
+            }
+            if let Outcome::Error(_, code) | Outcome::EventsThenError(_, code) = &outcome
+                && exchange.request.method != "HEAD"
+            {
+                assert!(self.plausible(&world, index, id, code), "{who} was told {code}");
+            }
+            closing |= failed
+                || exchange.request.close
+                || exchange.request.http10
+                || exchange.answer.early_after.is_some()
+                || messages.get(nth).is_some_and(|message| message.header("connection") == Some("close"));
+            outcomes.push(outcome);
+        }
+        outcomes
+    }
+
+    /// Whether anything happened that allows this exchange not to be whole.
+    fn excused(&self, world: &World, client: usize, id: usize) -> bool {
+        let client = &world.clients[client];
+        let exchange = &world.exchanges[id];
+        let stays = matches!(client.ended, Some(Ended::Fin | Ended::Satisfied)) && !client.half_closed;
+        self.lenience.any_answer_may_fail
+            || !stays && client.ended != Some(Ended::Reset)
+            || client.half_closed && exchange.request.streaming
+            || !exchange.request.demo && (!exchange.wire.whole || world.connects_failed > 0)
+            || exchange.answer.early_after.is_some()
+            || matches!(client.plan.pace, Pace::Stuck { for_us, .. } if for_us >= 50_000_000)
+            || exchange.request.body_bytes as u64 + 500 > self.settings.retry_bytes_max
+                && world.hosts.iter().any(|host| host.idle_us > 0)
+            || client.plan.leave.is_some_and(|(_, how)| how == How::HalfClose) && exchange.request.streaming
+    }
+
+    /// Whether an error of this code may have been told.
+    fn plausible(&self, world: &World, client: usize, id: usize, code: &str) -> bool {
+        let exchange = &world.exchanges[id];
+        let by_fault: &[&str] = match exchange.answer.fault {
+            Fault::Cut(_) | Fault::NoAnswer => &["upstream_truncated", "upstream_reset"],
+            Fault::Reset(_) => &["upstream_reset", "upstream_truncated"],
+            Fault::Stall(_) => &["between_tokens_timeout", "first_token_timeout", "upstream_head_timeout"],
+            Fault::Garbage(_) | Fault::BadHead => &["upstream_malformed"],
+            Fault::NoEndMark => &["upstream_truncated"],
+            Fault::InBandError => &["backend_says"],
+            Fault::NoLastChunk | Fault::None => &[],
+        };
+        let leaving = self.forced.is_some() && matches!(code, "drain" | "stopped");
+        let connects = world.connects_failed > 0
+            && matches!(code, "upstream_refused" | "connect_timeout" | "overload" | "no_upstream");
+        let stuck = matches!(world.clients[client].plan.pace, Pace::Stuck { for_us, .. } if for_us >= 50_000_000);
+        let late = code.ends_with("timeout") || code == "upstream_stalled";
+        let deadlines = (self.lenience.any_answer_may_fail || stuck) && late;
+        let dying = world.hosts.iter().any(|host| host.idle_us > 0)
+            && matches!(code, "upstream_reset" | "upstream_truncated");
+        let early = exchange.answer.early_after.is_some() && code == "upstream_reset";
+        let status = code == "upstream_status" && (exchange.answer.status != 200 || exchange.answer.events.is_none());
+        by_fault.contains(&code) || leaving || connects || deadlines || dying || early || status
+    }
+
+    /// Compares an answer with what its backend meant.
+    fn judge(&self, world: &World, who: &str, id: usize, message: &Message) -> Outcome {
+        let exchange = &world.exchanges[id];
+        let from_backend = message.header("x-sim-answer").is_some();
+        let events = message.header("content-type").is_some_and(|kind| kind.starts_with("text/event-stream"));
+        if from_backend {
+            assert_eq!(message.header("x-sim-answer"), Some(id.to_string().as_str()), "{who}: another's answer");
+            assert_eq!(message.status(), exchange.answer.status, "{who}: another status");
+        }
+        if exchange.request.method == "HEAD" {
+            return if from_backend || exchange.request.demo { Outcome::Complete } else { error_answer(who, message) };
+        }
+        if !events {
+            if !from_backend && !exchange.request.demo {
+                return error_answer(who, message);
+            }
+            if exchange.request.demo {
+                return if message.complete { Outcome::Complete } else { Outcome::BodyCut(message.body.len()) };
+            }
+            assert!(exchange.wire.body.starts_with(&message.body), "{who}: other bytes");
+            let all = exchange.wire.body.len() == message.body.len();
+            if message.complete && message.frame != crate::reader::Frame::Close {
+                assert!(all, "{who}: a body that was cut looks whole");
+                assert!(exchange.wire.whole, "{who}: whole, although its backend did not finish");
+            }
+            return if message.complete && all { Outcome::Complete } else { Outcome::BodyCut(message.body.len()) };
+        }
+        self.judge_events(world, who, id, message)
+    }
+
+    fn judge_events(&self, world: &World, who: &str, id: usize, message: &Message) -> Outcome {
+        let exchange = &world.exchanges[id];
+        let dialect = exchange.request.dialect;
+        let read = match read_events(&message.body) {
+            Ok(read) => read,
+            Err(error) => panic!("{who}: {error}"),
+        };
+        let mut events = read.events;
+        // Heartbeats of ours that are events.
+        events.retain(|event| event.name != "ping" || event.id.is_some());
+        let mut error = None;
+        if let Some(last) = events.last()
+            && is_error(dialect, &last.name, &last.data)
+            && last.id.is_none()
+        {
+            error = Some(code_of(&last.data));
+            events.pop();
+        }
+        assert!(!(message.complete && read.partial), "{who}: a partial event at the end of a whole body");
+        if exchange.request.demo {
+            for (nth, event) in events.iter().enumerate() {
+                assert_eq!(event.id, Some(nth as u64 + 1), "{who}: ids are dense from 1");
+            }
+            return match error {
+                Some(code) => Outcome::EventsThenError(events.len(), code),
+                None if message.complete => Outcome::Complete,
+                None => Outcome::EventsCut(events.len()),
+            };
+        }
+        let owed = &exchange.wire.events;
+        assert!(events.len() <= owed.len(), "{who}: {} events of {}", events.len(), owed.len());
+        for (nth, (event, owed)) in events.iter().zip(owed).enumerate() {
+            assert!(event.data == owed.data && event.name == owed.name, "{who}: event {nth} is {event:?}, owed {owed:?}");
+            assert_eq!(event.id, Some(nth as u64 + 1), "{who}: ids are dense from 1");
+        }
+        assert!(events.len() <= exchange.events_written(), "{who}: events that no backend wrote");
+        let all = events.len() == owed.len();
+        let looks_finished = match dialect {
+            Dialect::Plain => message.complete && error.is_none(),
+            _ => events.last().is_some_and(|last| is_end_mark(dialect, &last.data)),
+        };
+        if looks_finished {
+            assert!(all && (exchange.wire.whole || exchange.wire.may_look_whole), "{who}: a stream that was cut looks finished");
+            assert!(error.is_none(), "{who}: an error behind the end mark");
+        }
+        match error {
+            Some(code) => Outcome::EventsThenError(events.len(), code),
+            None if message.complete && all && exchange.answer.fault == Fault::InBandError => {
+                Outcome::EventsThenError(events.len() - 1, "backend_says".to_owned())
+            }
+            None if message.complete && looks_finished => Outcome::Complete,
+            None => {
+                assert!(!message.complete, "{who}: an unfinished stream in a finished body");
+                Outcome::EventsCut(events.len())
+            }
+        }
+    }
+}
+
+fn error_answer(who: &str, message: &Message) -> Outcome {
+    assert!(message.status() >= 400, "{who}: an answer of nobody: {message:?}");
+    let body = String::from_utf8_lossy(&message.body).into_owned();
+    Outcome::Error(message.status(), code_of(&body))
+}
+
+fn code_of(json: &str) -> String {
+    let code = json.rsplit_once("\"code\":\"").and_then(|(_, rest)| rest.split('"').next());
+    code.unwrap_or("none").to_owned()
+}
+
+fn is_error(dialect: Dialect, name: &str, data: &str) -> bool {
+    match dialect {
+        Dialect::Chat | Dialect::Completions => data.starts_with("{\"error\":"),
+        _ => name == "error",
+    }
+}
+
+fn is_end_mark(dialect: Dialect, data: &str) -> bool {
+    match dialect {
+        Dialect::Chat | Dialect::Completions => data == "[DONE]",
+        Dialect::Responses => data.contains("response.completed"),
+        Dialect::Messages => data.contains("message_stop"),
+        Dialect::Plain => false,
+    }
+}
+
+/// A run that kept all promises.
+pub(crate) struct Finished {
+    /// Per client, per exchange.
+    pub(crate) outcomes: Vec<Vec<Outcome>>,
+    pub(crate) sim: Sim,
+}
+
+impl Finished {
+    pub(crate) fn ends(&self, end: End) -> u64 {
+        self.sim.shard.stats().ends[end as usize]
+    }
+}
