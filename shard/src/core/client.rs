@@ -218,13 +218,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// What can be said of a request by its head alone. False: it was refused.
-    fn check_request(
-        &mut self,
-        key: Key,
-        route: &Route,
-        head: &RequestHead<'_, '_>,
-        raw: &[u8],
-    ) -> bool {
+    fn check_request(&mut self, key: Key, route: &Route, head: &RequestHead<'_, '_>, raw: &[u8]) -> bool {
         let length = match head.framing {
             Framing::Length(length) => length,
             _ => 0,

@@ -106,8 +106,7 @@ impl<I: Io> Shard<I> {
         let listeners = io.listeners();
         let clients_max = settings.connections_max + listeners.saturating_sub(1);
         // Each client may hold a backend's connection; the pool's idle ones come on top.
-        let conns_max =
-            clients_max * 2 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
+        let conns_max = clients_max * 2 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
         let mut shard = Shard {
             io,
             index,
