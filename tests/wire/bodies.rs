@@ -247,3 +247,77 @@ fn a_request_that_is_cut_never_looks_whole_to_the_backend() {
     }
     server.expect_ends(&[("client_left", 2)]);
 }
+
+#[test]
+fn an_answer_split_at_any_byte_is_one_answer() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &[]);
+    let said = b"HTTP/1.1 200 OK\r\nX: y\r\nTransfer-Encoding: chunked\r\n\r\n4;e=1\r\nabcd\r\n2\r\nef\r\n0\r\nT: t\r\n\r\n";
+    let (mut client, mut upstream) = (server.connect(), None);
+    for at in 1..said.len() {
+        client.send(get("/split"));
+        let mut peer: Peer = upstream.take().unwrap_or_else(|| backend.accept());
+        peer.request();
+        peer.send_split(said, at);
+        assert_eq!(client.response().text(), "abcdef", "split at {at}");
+        upstream = Some(peer);
+    }
+    server.expect_ends(&[("done", said.len() as u64 - 1)]);
+    assert_eq!(server.count("tokenring_upstream_connects_total"), 1);
+}
+
+#[test]
+fn a_client_that_still_uploads_gets_the_early_answer_whole() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &[]);
+    let mut client = server.connect();
+    client.send("POST /up HTTP/1.1\r\nHost: a\r\nContent-Length: 4000000\r\n\r\nsome of it");
+    let mut upstream = backend.accept();
+    upstream.head();
+    let body = "too much ".repeat(10_000);
+    upstream.send(answer("413 Content Too Large", "Connection: close\r\n", &body));
+    // It sends on, as clients do that do not listen while they send.
+    client.send(vec![b'u'; 500_000]);
+    let response = client.response();
+    assert_eq!((response.status(), response.text().as_str()), (413, body.as_str()));
+}
+
+#[test]
+fn a_head_of_the_backend_beyond_the_limits_is_malformed() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &[]);
+    for head in [
+        format!("HTTP/1.1 200 OK\r\nX: {}\r\n\r\n", "x".repeat(40_000)),
+        format!("HTTP/1.1 200 OK\r\n{}\r\n", "X: y\r\n".repeat(200)),
+        format!("HTTP/1.1 200 {}", "OK ".repeat(20_000)),
+    ] {
+        let mut client = server.connect();
+        client.send(get("/"));
+        let (mut upstream, _) = backend.request();
+        // The proxy may hang up before it has heard it all.
+        if upstream.try_send(head.as_bytes()).is_err() {
+            eprintln!("hung up early");
+        }
+        assert_eq!(client.response().error_code(), "upstream_malformed");
+    }
+}
+
+#[test]
+fn encodings_are_the_clients_business_except_for_models() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &[]);
+    for (path, expected) in [("/plain", "gzip, br"), ("/v1/chat/completions", "identity")] {
+        let mut client = server.connect();
+        client.send(format!("GET {path} HTTP/1.1\r\nHost: a\r\nAccept-Encoding: gzip, br\r\n\r\n"));
+        let (mut upstream, request) = backend.request();
+        assert_eq!(request.field("accept-encoding").as_deref(), Some(expected));
+        upstream.send(answer(
+            "200 OK",
+            "Content-Encoding: gzip\r\nConnection: close\r\n",
+            "\u{1}\u{2}zipped",
+        ));
+        let response = client.response();
+        assert_eq!(response.field("content-encoding").as_deref(), Some("gzip"));
+        assert_eq!(response.text(), "\u{1}\u{2}zipped");
+    }
+}

@@ -321,3 +321,77 @@ fn one_stream_does_not_wait_for_another() {
     }
     assert!(worst < Duration::from_millis(500), "{worst:?}");
 }
+
+#[test]
+fn a_compressed_stream_is_passed_on_as_it_is() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &[]);
+    let mut client = server.connect();
+    client.send(
+        "GET /events HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\nAccept-Encoding: gzip\r\n\r\n",
+    );
+    let (mut upstream, _) = backend.request();
+    upstream.send(
+        "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n",
+    );
+    // These are no lines: nothing may be put between them, and nothing held back.
+    let payload = chunk(b"\x1F\x8B\x08\x00data: \n\n\x00zip\n\n\x01tail");
+    upstream.send(&payload);
+    let head = client.head();
+    assert_eq!(head.field("content-encoding").as_deref(), Some("gzip"));
+    assert_eq!(client.exactly(payload.len()), payload);
+    upstream.send(LAST_CHUNK);
+    server.expect_ends(&[("done", 1)]);
+}
+
+#[test]
+fn the_answer_to_head_of_a_stream_is_a_head() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &[]);
+    let mut client = server.connect();
+    client.send("HEAD /events HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n");
+    let (mut upstream, _) = backend.request();
+    upstream.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n");
+    assert_eq!(client.try_response("HEAD").unwrap().status(), 200);
+    client.send(get("/next"));
+    upstream.request();
+    upstream.send(crate::message::ok("next"));
+    assert_eq!(client.response().text(), "next");
+}
+
+#[test]
+fn a_stream_short_of_its_length_is_judged_by_its_end_mark() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &[]);
+    for finished in [true, false] {
+        let mut client = server.connect();
+        client.send(chat());
+        let (mut upstream, _) = backend.request();
+        upstream.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9999\r\n\r\n");
+        upstream.send(token("a"));
+        client.stream_head();
+        client.event();
+        if finished {
+            upstream.send(DONE);
+            assert_eq!(client.event().data(), "[DONE]");
+        }
+        drop(upstream);
+        if !finished {
+            assert_eq!(client.event().error_code(), "upstream_truncated");
+        }
+        client.stream_end();
+    }
+    server.expect_ends(&[("done", 1), ("upstream_truncated", 1)]);
+}
+
+#[test]
+fn cr_alone_ends_lines_too() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &["--event-ids", "off"]);
+    let (mut client, mut upstream) = streaming(&server, &backend, &get("/events"));
+    upstream.send(chunk("data: a\r\rdata: b\r\r"));
+    // In these tests' own reader lines end in LF; here the bytes are looked at.
+    upstream.send(chunk("data: c\n\n"));
+    let heard = client.event();
+    assert_eq!(heard.text(), "data: a\r\rdata: b\r\rdata: c\n\n");
+}

@@ -185,14 +185,14 @@ fn clients_beyond_the_slots_wait_in_the_backlog_and_are_served_later() {
     backend.was_left_alone();
     server.expect_count("tokenring_accept_pauses_total", 1);
     assert_eq!(server.count("tokenring_accepts_total"), 4);
-    for nth in 0..3 {
+    for (nth, next) in waiting.iter_mut().enumerate() {
         let (client, mut upstream) = seated.remove(0);
         drop(client);
         assert!(upstream.time_to_close() < SOON);
         let (mut upstream, request) = backend.request();
         assert_eq!(request.first_line, format!("GET /{nth} HTTP/1.1"), "in the order of their coming");
         upstream.send(ok("seated"));
-        assert_eq!(waiting[nth].response().text(), "seated");
+        assert_eq!(next.response().text(), "seated");
     }
     server.expect_ends(&[("client_left", 3), ("done", 3)]);
 }
