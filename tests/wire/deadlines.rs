@@ -256,6 +256,28 @@ fn write_stall() {
 }
 
 #[test]
+fn a_reader_that_needs_longer_than_the_deadline_for_one_send_is_not_a_stalled_one() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &["--write-stall-ms", "600", "--notsent-lowat", "4096"]);
+    let client = server.connect();
+    client.receive_little();
+    let mut client = client;
+    client.send(get("/download"));
+    let (mut upstream, _) = backend.request();
+    const BYTES: usize = 192 << 10;
+    upstream.send(format!("HTTP/1.1 200 OK\r\nContent-Length: {BYTES}\r\n\r\n"));
+    upstream.send(vec![b'x'; BYTES]);
+    client.head();
+    // A send lends up to 64 KiB; at this pace it takes more than a second.
+    for _ in 0..48 {
+        client.exactly(BYTES / 48);
+        std::thread::sleep(Duration::from_millis(70));
+    }
+    server.expect_ends(&[("done", 1)]);
+    drop(upstream);
+}
+
+#[test]
 fn a_slow_reader_is_not_a_stalled_one() {
     let backend = Backend::listen();
     let server = Server::before(&backend, &["--write-stall-ms", "700"]);

@@ -324,7 +324,8 @@ pub(crate) fn write_late_error(dialect: Dialect, body: &[u8], out: &mut Vec<u8>)
         out.extend_from_slice(b"event: error\n");
     }
     // JSON text has no line ends but between tokens, where those of several data lines mean the same (WHATWG 9.2.6).
-    let untyped = matches!(dialect, Dialect::Responses | Dialect::Messages) && !body[1..].trim_start().starts_with("\"type\"");
+    let untyped = matches!(dialect, Dialect::Responses | Dialect::Messages)
+        && !body[1..].trim_start().starts_with("\"type\"");
     for (number, line) in body.lines().enumerate() {
         out.extend_from_slice(b"data: ");
         let line = match line.strip_prefix('{') {

@@ -591,6 +591,10 @@ impl Io for UringIo {
         sockets::peer(socket)
     }
 
+    fn acknowledged(&self, socket: Socket) -> Option<u64> {
+        sockets::acknowledged(socket)
+    }
+
     fn buffers_free(&self) -> usize {
         self.buffers.free()
     }
