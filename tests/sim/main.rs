@@ -3,7 +3,9 @@
 #![cfg(test)]
 
 mod backend;
+mod canary;
 mod client;
+mod directed;
 mod io;
 mod plan;
 mod random;

@@ -413,6 +413,7 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
         }
         bytes.extend_from_slice(&body);
     }
+    let full_bytes = bytes.len();
     let place = |at: u32| head_bytes + (bytes.len() - head_bytes).saturating_sub(1) * at as usize / 1000;
     match answer.fault {
         Fault::Cut(at) => {
@@ -450,5 +451,7 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
         && answer.fault != Fault::NoEndMark
         && answer.fault != Fault::InBandError
         && events.last().is_some_and(|mark| mark.wire_end <= bytes.len());
+    let untouched = matches!(answer.fault, Fault::Cut(_) | Fault::Reset(_) | Fault::Stall(_));
+    let marked = marked || (untouched && bytes.len() == full_bytes);
     Wire { bytes, head_bytes, events, body, then, whole, may_look_whole: marked }
 }

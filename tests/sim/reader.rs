@@ -156,11 +156,6 @@ impl Reader {
         self.messages.iter().filter(|message| message.complete).count()
     }
 
-    /// Bytes that belong to no complete head.
-    pub(crate) fn partial_head_bytes(&self) -> usize {
-        self.buffer.len()
-    }
-
     pub(crate) fn feed(&mut self, mut input: &[u8]) {
         while !input.is_empty() && self.error.is_none() {
             if let Some(message) = self.messages.last_mut().filter(|message| !message.complete) {

@@ -400,10 +400,6 @@ impl World {
         self.buffers - self.buffers_used.get()
     }
 
-    pub(crate) fn ops_in_flight(&self) -> usize {
-        self.ops.len()
-    }
-
     // ---- the turn
 
     pub(crate) fn turn(&mut self, wait: Wait, completions: &mut Vec<Done>) {

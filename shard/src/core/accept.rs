@@ -146,7 +146,7 @@ impl<I: Io> Shard<I> {
             Leaving::Stopping { .. } => return,
             Leaving::No | Leaving::Draining { .. } => self.leaving = Leaving::Draining { deadline_ms },
         }
-        self.wheel.insert(deadline_ms, TimerOf::Drain);
+        self.arm_leaving(deadline_ms);
         for acceptor in &mut self.acceptors {
             acceptor.accepted_in_turn = true;
         }
@@ -176,7 +176,7 @@ impl<I: Io> Shard<I> {
         let deadline_ms = self.now_ms() + STOP_FLUSH_MS;
         if !matches!(self.leaving, Leaving::Stopping { .. }) {
             self.leaving = Leaving::Stopping { deadline_ms };
-            self.wheel.insert(deadline_ms, TimerOf::Drain);
+            self.arm_leaving(deadline_ms);
             for acceptor in &mut self.acceptors {
                 acceptor.accepted_in_turn = false;
             }
@@ -198,14 +198,12 @@ impl<I: Io> Shard<I> {
     /// The drain's (or stop's) own time is over.
     pub(super) fn leaving_due(&mut self) {
         let now_ms = self.now_ms();
-        if self.left {
-            return;
-        }
+        self.leaving_timer = None;
         match self.leaving {
             Leaving::Draining { deadline_ms } if deadline_ms <= now_ms => {
                 self.force_streams(End::Drain);
                 self.leaving = Leaving::Stopping { deadline_ms: now_ms + STOP_FLUSH_MS };
-                self.wheel.insert(now_ms + STOP_FLUSH_MS, TimerOf::Drain);
+                self.arm_leaving(now_ms + STOP_FLUSH_MS);
             }
             Leaving::Stopping { deadline_ms } if deadline_ms <= now_ms => {
                 for key in self.client_conns() {
@@ -232,8 +230,8 @@ impl<I: Io> Shard<I> {
             if acceptor.closed || acceptor.closing || std::mem::take(&mut acceptor.accepted_in_turn) {
                 continue;
             }
-            // Without a free slot the queue waits for one, as long as the drain lasts.
-            if acceptor.paused && draining {
+            // Without a free slot or descriptor the queue waits for one, as long as the drain lasts.
+            if (acceptor.paused || acceptor.resting) && draining {
                 continue;
             }
             acceptor.closing = true;
@@ -254,10 +252,24 @@ impl<I: Io> Shard<I> {
     /// While leaving, a turn must not sleep until the listeners are closed.
     pub(super) fn is_closing_listeners(&self) -> bool {
         self.leaving != Leaving::No
-            && self.acceptors.iter().any(|acceptor| !acceptor.closed && !acceptor.closing && !acceptor.paused)
+            && self.acceptors.iter().any(|acceptor| {
+                !acceptor.closed && !acceptor.closing && !acceptor.paused && !acceptor.resting
+            })
+    }
+
+    fn arm_leaving(&mut self, due_ms: u64) {
+        self.disarm_leaving();
+        self.leaving_timer = Some(self.wheel.insert(due_ms, TimerOf::Drain));
+    }
+
+    fn disarm_leaving(&mut self) {
+        if let Some(timer) = self.leaving_timer.take() {
+            self.wheel.remove(timer);
+        }
     }
 
     fn leave(&mut self) {
+        self.disarm_leaving();
         self.left = true;
         self.reports.push_back(Report::Left { forced: self.forced });
     }

@@ -362,7 +362,16 @@ impl<I: Io> Shard<I> {
     /// The client is gone: its stream ends, and its backend is let go at once.
     pub(super) fn client_gone(&mut self, key: Key) {
         let stream = self.conns.get(key).and_then(|conn| conn.stream);
+        let mut how = Close::Orderly;
         if let Some(stream) = stream {
+            // It may still read: to whom only the FIN tells the end of the body, a cut one must not look whole.
+            if self
+                .streams
+                .get(stream)
+                .is_some_and(|stream| stream.ends_by_close() && stream.response.end() > 0)
+            {
+                how = Close::Reset;
+            }
             // One that left with the end mark in hand had all it was owed.
             let served = self.streams.get(stream).is_some_and(|stream| {
                 let sent = self.conns.get(key).map_or(0, |conn| conn.ledger.sent());
@@ -373,7 +382,7 @@ impl<I: Io> Shard<I> {
             self.override_end(stream, if served { End::Done } else { End::ClientLeft });
             self.settle(stream);
         }
-        self.join(key, Close::Orderly);
+        self.join(key, how);
     }
 
     /// After an answer was delivered: the requests that were pipelined behind it, or the wait for the next one.

@@ -25,12 +25,21 @@ impl<I: Io> Shard<I> {
         let now_ms = self.now_ms();
         let mut fired = std::mem::take(&mut self.fired);
         self.wheel.advance(now_ms, |whose| fired.push(whose));
-        // None of them is armed any more, before the first acts: it may end the owner of another.
-        for whose in &fired {
-            match *whose {
-                TimerOf::Conn(key) => drop(self.conns.get_mut(key).and_then(|conn| conn.timer.take())),
-                TimerOf::Stream(key) => drop(self.streams.get_mut(key).and_then(|stream| stream.timer.take())),
-                TimerOf::Acceptor(_) | TimerOf::Drain => {}
+        // All of them are gone from the wheel before the first is acted upon, which may end what another belongs to.
+        for &whose in &fired {
+            match whose {
+                TimerOf::Conn(key) => {
+                    if let Some(conn) = self.conns.get_mut(key) {
+                        conn.timer = None;
+                    }
+                }
+                TimerOf::Stream(key) => {
+                    if let Some(stream) = self.streams.get_mut(key) {
+                        stream.timer = None;
+                    }
+                }
+                TimerOf::Drain => self.leaving_timer = None,
+                TimerOf::Acceptor(_) => {}
             }
         }
         for whose in fired.drain(..) {

@@ -25,7 +25,7 @@ use protocol::http::DateLine;
 use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
 use protocol::phase::Phase;
 use protocol::slots::{Key, Slots};
-use protocol::wheel::Wheel;
+use protocol::wheel::{TimerId, Wheel};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use stream::Stream;
@@ -91,6 +91,7 @@ pub struct Shard<I: Io> {
     date: DateLine,
     reports: VecDeque<Report>,
     leaving: Leaving,
+    leaving_timer: Option<TimerId>,
     /// Streams that a drain or stop ended.
     forced: u64,
     left: bool,
@@ -105,8 +106,9 @@ impl<I: Io> Shard<I> {
         let now_us = io.now_us();
         let listeners = io.listeners();
         let clients_max = settings.connections_max + listeners.saturating_sub(1);
-        // Each client may hold a backend's connection; the pool's idle ones come on top.
-        let conns_max = clients_max * 2 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
+        // Each client may hold a backend's connection, while those of its earlier requests or attempts are still being
+        // closed; the pool's idle ones come on top.
+        let conns_max = clients_max * 4 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
         let mut shard = Shard {
             io,
             index,
@@ -125,6 +127,7 @@ impl<I: Io> Shard<I> {
             date: DateLine::default(),
             reports: VecDeque::new(),
             leaving: Leaving::No,
+            leaving_timer: None,
             forced: 0,
             left: false,
             woken: false,

@@ -189,6 +189,10 @@ impl<I: Io> Shard<I> {
         }
         stream.step(if events { Step::EventStream } else { Step::PlainBody });
         stream.last_token_us = now_us;
+        if !events {
+            // An ordinary body has no tokens, even if an event stream was asked for.
+            stream.token_due_ms = u64::MAX;
+        }
         if events && stream.token_due_ms == u64::MAX && stream.first_token_us.is_none() {
             // The request did not say that it would stream; its answer does.
             let first_token_ms = self.settings.routes[stream.route].deadlines.first_token_ms;

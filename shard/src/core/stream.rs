@@ -187,6 +187,15 @@ impl Stream {
         self.version == Version::Http11
     }
 
+    /// Whether nothing but the connection's end tells the client where the answer ends.
+    pub(crate) fn ends_by_close(&self) -> bool {
+        match self.answer {
+            Answer::Events { .. } => !self.events_chunked(),
+            Answer::Body(framing) => framing == Framing::UntilClose,
+            Answer::None => false,
+        }
+    }
+
     pub(crate) fn has_events_answer(&self) -> bool {
         matches!(self.answer, Answer::Events { .. })
     }

@@ -1,0 +1,639 @@
+//! One scenario per promise of the relay, on a calm machine: what the client is told, what is counted, and when.
+
+use crate::backend::BackendHost;
+use crate::client::{ClientPlan, How, Pace, When};
+use crate::plan::{Answer, Fault, Framed, Request};
+use crate::run::{Finished, Outcome, Sim, settings};
+use protocol::dialect::Dialect;
+use protocol::phase::{Deadlines, End};
+use shard::settings::{HalfClose, Settings};
+
+fn chat() -> Request {
+    Request::new(Dialect::Chat, true)
+}
+
+fn plain(method: &'static str) -> Request {
+    Request { method, ..Request::new(Dialect::Plain, false) }
+}
+
+fn sim_with(change: impl FnOnce(&mut Settings)) -> Sim {
+    let mut settings = settings();
+    change(&mut settings);
+    Sim::new(7, settings, vec![BackendHost::new(0)])
+}
+
+fn calm() -> Sim {
+    sim_with(|_| {})
+}
+
+fn deadlines(change: impl Fn(&mut Deadlines)) -> Sim {
+    sim_with(|settings| settings.routes.iter_mut().for_each(|route| change(&mut route.deadlines)))
+}
+
+/// One client, one exchange; the outcome and the run.
+fn one(mut sim: Sim, request: Request, answer: Answer) -> (Outcome, Finished) {
+    sim.ask(request, answer);
+    let finished = sim.finish();
+    (finished.outcomes[0][0].clone(), finished)
+}
+
+fn ended_us(finished: &Finished, client: usize) -> u64 {
+    finished.sim.world().clients[client].ended_us
+}
+
+#[track_caller]
+fn assert_end(finished: &Finished, end: End) {
+    assert_eq!(finished.ends(end), 1, "{:?}", finished.sim.records);
+    assert_eq!(finished.sim.records.len(), 1, "{:?}", finished.sim.records);
+}
+
+#[test]
+fn every_dialect_arrives_whole_in_every_framing_and_any_split() {
+    for dialect in Dialect::ALL {
+        for framed in [Framed::Chunked, Framed::Length, Framed::Close] {
+            for piece_bytes in [0, 2, 1 << 20] {
+                for crlf in [false, true] {
+                    let answer = Answer { framed, piece_bytes, crlf, comments: true, ..Answer::events(20) };
+                    let (outcome, finished) = one(calm(), Request::new(dialect, true), answer);
+                    assert_eq!(outcome, Outcome::Complete, "{dialect:?} {framed:?}");
+                    assert_end(&finished, End::Done);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ordinary_bodies_pass_in_both_directions() {
+    for framed in [Framed::Chunked, Framed::Length, Framed::Close] {
+        for chunked in [false, true] {
+            let request = Request { body_bytes: 700_000, chunked, ..plain("PUT") };
+            let (outcome, finished) = one(calm(), request, Answer::body(700_000, framed));
+            assert_eq!(outcome, Outcome::Complete);
+            assert!(finished.sim.lag_max <= finished.sim.settings.lag_high_bytes + 64 * 4096 + 4096);
+        }
+    }
+}
+
+#[test]
+fn http_1_0_clients_get_a_body_until_close() {
+    for request in [chat(), plain("GET")] {
+        let request = Request { http10: true, ..request };
+        let answer = if request.streaming { Answer::events(5) } else { Answer::body(5000, Framed::Chunked) };
+        let (outcome, _) = one(calm(), request, answer);
+        assert_eq!(outcome, Outcome::Complete);
+    }
+}
+
+#[test]
+fn pipelined_requests_are_answered_in_order() {
+    let mut sim = calm();
+    let mut ids = Vec::new();
+    for nth in 0..6 {
+        let answer = if nth % 2 == 0 { Answer::events(5) } else { Answer::body(3000, Framed::Length) };
+        let request = if nth % 2 == 0 { chat() } else { plain("GET") };
+        ids.push(sim.exchange(request, answer));
+    }
+    sim.client(ClientPlan { pipelined: true, write_bytes: 64, ..ClientPlan::new(&ids) });
+    let finished = sim.finish();
+    assert_eq!(finished.outcomes[0], vec![Outcome::Complete; 6]);
+}
+
+#[test]
+fn a_client_that_expects_100_continue_is_told_to() {
+    let (outcome, _) =
+        one(calm(), Request { expect: true, ..plain("PUT") }, Answer::body(10, Framed::Length));
+    assert_eq!(outcome, Outcome::Complete);
+}
+
+#[test]
+fn interim_responses_are_swallowed_up_to_a_limit() {
+    let (outcome, _) = one(calm(), chat(), Answer { interim: 8, ..Answer::events(3) });
+    assert_eq!(outcome, Outcome::Complete);
+    let answer = Answer { interim: 9, fault: Fault::BadHead, ..Answer::events(3) };
+    let (outcome, finished) = one(calm(), chat(), answer);
+    assert_eq!(outcome, Outcome::Error(502, "upstream_malformed".to_owned()));
+    assert_end(&finished, End::UpstreamMalformed);
+}
+
+#[test]
+fn an_error_status_of_the_backend_passes_unchanged() {
+    for status in [204, 400, 429, 500, 503] {
+        let (outcome, finished) = one(calm(), chat(), Answer { status, ..Answer::body(200, Framed::Length) });
+        assert_eq!(outcome, Outcome::Complete);
+        assert_end(&finished, End::Done);
+    }
+}
+
+// ---- deadlines, each with its own reason
+
+#[test]
+fn head_deadline() {
+    let mut sim = deadlines(|deadlines| deadlines.head_ms = 2_000);
+    let raw = Some(b"POST /v1/chat/completions HTT".to_vec());
+    sim.client(ClientPlan { raw, ..ClientPlan::new(&[]) });
+    let finished = sim.finish();
+    assert_end(&finished, End::HeadTimeout);
+    let text = format!("{:?}", finished.sim.world().clients[0].reader.messages);
+    assert!(text.contains("408"), "{text}");
+    assert!((2_000_000..2_100_000).contains(&(ended_us(&finished, 0) - 1_000_000)));
+}
+
+#[test]
+fn body_deadline() {
+    let mut sim = deadlines(|deadlines| deadlines.body_ms = 2_000);
+    let raw =
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nX-Sim: 0\r\nContent-Length: 99\r\n\r\n{".to_vec();
+    sim.exchange(Request { body_bytes: 99, ..chat() }, Answer::events(1));
+    sim.world().exchanges[0].body = vec![b'{'; 99];
+    sim.client(ClientPlan { raw: Some(raw), ..ClientPlan::new(&[]) });
+    let finished = sim.finish();
+    assert_end(&finished, End::BodyTimeout);
+}
+
+#[test]
+fn connect_deadline() {
+    let sim = deadlines(|deadlines| deadlines.connect_ms = 2_000);
+    sim.world().hosts[0].hangs = true;
+    sim.world().connects_failed = 1;
+    let (outcome, finished) = one(sim, chat(), Answer::events(1));
+    assert_eq!(outcome, Outcome::Error(504, "connect_timeout".to_owned()));
+    assert_end(&finished, End::ConnectTimeout);
+}
+
+#[test]
+fn refused_by_all_addresses() {
+    let sim = Sim::new(1, settings(), vec![BackendHost::new(0), BackendHost::new(1)]);
+    for host in &mut sim.world().hosts {
+        host.refuses = true;
+    }
+    let (outcome, finished) = one(sim, chat(), Answer::events(1));
+    assert_eq!(outcome, Outcome::Error(502, "upstream_refused".to_owned()));
+    assert_eq!(finished.sim.shard.stats().counters.upstream_connects, 2, "each address is tried");
+}
+
+#[test]
+fn an_address_that_refuses_is_made_up_for_by_the_next() {
+    let sim = Sim::new(1, settings(), vec![BackendHost::new(0), BackendHost::new(1)]);
+    sim.world().hosts[0].refuses = true;
+    let (outcome, _) = one(sim, chat(), Answer::events(1));
+    assert_eq!(outcome, Outcome::Complete);
+}
+
+#[test]
+fn upstream_head_deadline() {
+    let sim = sim_with(|settings| {
+        for route in &mut settings.routes {
+            route.deadlines.upstream_head_ms = 2_000;
+            route.commit_ms = 0;
+        }
+    });
+    let answer = Answer { fault: Fault::Stall(0), head_delay_us: 60_000_000, ..Answer::events(3) };
+    let (outcome, finished) = one(sim, chat(), answer);
+    assert_eq!(outcome, Outcome::Error(504, "upstream_head_timeout".to_owned()));
+    assert_end(&finished, End::UpstreamHeadTimeout);
+}
+
+#[test]
+fn first_token_deadline_that_heartbeats_do_not_extend() {
+    let sim = sim_with(|settings| {
+        for route in &mut settings.routes {
+            route.deadlines.first_token_ms = 5_000;
+            route.heartbeat_ms = 500;
+        }
+    });
+    let answer = Answer { fault: Fault::Stall(0), ..Answer::events(3) };
+    let (outcome, finished) = one(sim, chat(), answer);
+    assert_eq!(outcome, Outcome::EventsThenError(0, "first_token_timeout".to_owned()));
+    assert_end(&finished, End::FirstTokenTimeout);
+    assert!(finished.sim.shard.stats().counters.heartbeats >= 8);
+    assert!(ended_us(&finished, 0) < 1_000_000 + 5_200_000);
+}
+
+#[test]
+fn between_tokens_deadline() {
+    let sim = sim_with(|settings| {
+        for route in &mut settings.routes {
+            route.deadlines.between_tokens_ms = 3_000;
+            route.heartbeat_ms = 500;
+        }
+    });
+    let answer = Answer { fault: Fault::Stall(600), ..Answer::events(10) };
+    let (outcome, finished) = one(sim, chat(), answer);
+    let Outcome::EventsThenError(events, code) = outcome else { panic!("{outcome:?}") };
+    assert!((1..10).contains(&events) && code == "between_tokens_timeout");
+    assert_end(&finished, End::BetweenTokensTimeout);
+}
+
+#[test]
+fn total_deadline() {
+    let mut sim = deadlines(|deadlines| deadlines.total_ms = 3_000);
+    sim.lenience.any_answer_may_fail = true;
+    let answer = Answer { piece_bytes: 10, gap_us: 400_000, ..Answer::events(200) };
+    let (outcome, finished) = one(sim, chat(), answer);
+    assert!(matches!(outcome, Outcome::EventsThenError(_, code) if code == "total_timeout"));
+    assert_end(&finished, End::TotalTimeout);
+}
+
+#[test]
+fn a_long_ordinary_answer_is_not_held_to_the_first_token() {
+    let sim = deadlines(|deadlines| deadlines.first_token_ms = 1_000);
+    let answer = Answer { piece_bytes: 3_000, gap_us: 600_000, ..Answer::body(60_000, Framed::Length) };
+    let (outcome, finished) = one(sim, chat(), answer);
+    assert_eq!(outcome, Outcome::Complete, "it asked for a stream, and was answered with a body");
+    assert_end(&finished, End::Done);
+}
+
+#[test]
+fn write_stall_deadline() {
+    let mut sim = sim_with(|settings| {
+        settings.routes[1].deadlines.write_stall_ms = 3_000;
+        settings.buffers = 8;
+    });
+    let id = sim.exchange(chat(), Answer { bytes: 1000, ..Answer::events(400) });
+    let pace = Pace::Stuck { after_bytes: 1000, for_us: 100_000_000 };
+    sim.client(ClientPlan { pace, ..ClientPlan::new(&[id]) });
+    let finished = sim.finish();
+    assert_end(&finished, End::WriteStall);
+    assert!(finished.sim.shard.stats().counters.pauses >= 1, "its backend was paused");
+    let world = finished.sim.world();
+    assert!(
+        world.exchanges[id].attempts[0].written < 300_000,
+        "what a stuck client does not read is not taken"
+    );
+    let closed_us = world.sockets[world.exchanges[id].attempts[0].socket].ended_us;
+    assert!(closed_us.is_some_and(|us| us < 1_000_000 + 3_500_000), "{closed_us:?}");
+}
+
+#[test]
+fn a_backend_that_does_not_take_the_request_in_time() {
+    let mut sim = deadlines(|deadlines| {
+        deadlines.write_stall_ms = 3_000;
+        deadlines.body_ms = 0;
+    });
+    sim.world().hosts[0].never_reads = true;
+    sim.lenience.any_answer_may_fail = true;
+    let (outcome, finished) =
+        one(sim, Request { body_bytes: 500_000, ..plain("PUT") }, Answer::body(1, Framed::Length));
+    assert_eq!(outcome, Outcome::Error(504, "upstream_stalled".to_owned()));
+    assert_end(&finished, End::UpstreamStalled);
+    assert!(finished.sim.shard.stats().counters.upload_pauses >= 1);
+    assert!(finished.sim.log_bytes_max < 300_000, "{}", finished.sim.log_bytes_max);
+}
+
+#[test]
+fn idle_clients_are_closed_by_the_keep_alive_deadline() {
+    let mut sim = deadlines(|deadlines| deadlines.keep_alive_ms = 4_000);
+    let id = sim.exchange(plain("GET"), Answer::body(10, Framed::Length));
+    sim.client(ClientPlan { idle_us: 60_000_000, ..ClientPlan::new(&[id]) });
+    sim.client(ClientPlan { raw: Some(Vec::new()), ..ClientPlan::new(&[]) });
+    let finished = sim.finish();
+    assert_eq!(finished.sim.shard.stats().counters.keep_alive_closes, 2);
+    assert!(ended_us(&finished, 0) < 1_000_000 + 4_200_000);
+    assert!(ended_us(&finished, 1) < 1_000_000 + 4_200_000);
+}
+
+// ---- heartbeats and the early commit
+
+#[test]
+fn heartbeats_fill_silence_at_event_boundaries_only() {
+    for dialect in Dialect::ALL {
+        // The silence falls into the middle of an event: its first half waits, and heartbeats go out between events.
+        let answer = Answer { piece_bytes: 40, gap_us: 25_000_000, ..Answer::events(3) };
+        let (outcome, finished) = one(calm(), Request::new(dialect, true), answer);
+        assert_eq!(outcome, Outcome::Complete, "{dialect:?}");
+        assert!(finished.sim.shard.stats().counters.heartbeats > 0);
+    }
+}
+
+#[test]
+fn a_long_prefill_is_committed_early_and_its_late_error_is_told_in_band() {
+    let answer = Answer { head_delay_us: 40_000_000, ..Answer::events(3) };
+    let (outcome, finished) = one(calm(), chat(), answer);
+    assert_eq!(outcome, Outcome::Complete);
+    let counters = &finished.sim.shard.stats().counters;
+    assert_eq!((counters.early_commits, counters.heartbeats), (1, 3), "at 10 s, 25 s and 40 s");
+
+    let answer = Answer { head_delay_us: 40_000_000, status: 500, ..Answer::body(100, Framed::Length) };
+    let mut sim = calm();
+    sim.lenience.any_answer_may_fail = true;
+    sim.ask(chat(), answer);
+    let finished = sim.finish();
+    assert!(matches!(finished.outcomes[0][0], Outcome::EventsThenError(0, _)));
+    assert_end(&finished, End::UpstreamStatus);
+}
+
+// ---- backends that fail
+
+#[test]
+fn every_way_to_break_a_stream_is_told_and_counted() {
+    for dialect in [Dialect::Chat, Dialect::Completions, Dialect::Responses, Dialect::Messages] {
+        for (fault, end) in [
+            (Fault::Cut(500), End::UpstreamTruncated),
+            (Fault::Reset(500), End::UpstreamReset),
+            (Fault::Garbage(500), End::UpstreamMalformed),
+            (Fault::NoEndMark, End::UpstreamTruncated),
+            (Fault::InBandError, End::UpstreamError),
+        ] {
+            let answer = Answer { fault, piece_bytes: 30, gap_us: 100, ..Answer::events(20) };
+            let (outcome, finished) = one(calm(), Request::new(dialect, true), answer);
+            assert!(matches!(outcome, Outcome::EventsThenError(..)), "{dialect:?} {fault:?}: {outcome:?}");
+            assert_end(&finished, end);
+        }
+    }
+}
+
+#[test]
+fn an_ordinary_body_that_breaks_off_is_visibly_cut() {
+    for framed in [Framed::Length, Framed::Chunked, Framed::Close] {
+        for http10 in [false, true] {
+            for fault in [Fault::Reset(500), Fault::Cut(500)] {
+                if framed == Framed::Close && fault == Fault::Cut(500) {
+                    continue;
+                }
+                let answer = Answer { fault, ..Answer::body(50_000, framed) };
+                let (outcome, _) = one(calm(), Request { http10, ..plain("GET") }, answer);
+                assert!(matches!(outcome, Outcome::BodyCut(_)), "{framed:?} {http10} {fault:?}: {outcome:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_end_mark_without_the_last_chunk_is_an_end() {
+    for fault in [Fault::NoLastChunk, Fault::Reset(999), Fault::Stall(999)] {
+        let (_, finished) = one(calm(), chat(), Answer { fault, ..Answer::events(5) });
+        assert_end(&finished, End::Done);
+        assert_eq!(finished.sim.shard.stats().counters.unclean_ends, 1, "{fault:?}");
+        assert_eq!(finished.sim.world().clients[0].reader.complete(), 1);
+    }
+}
+
+#[test]
+fn nothing_follows_an_end_mark_not_even_at_the_total_deadline() {
+    let sim = deadlines(|deadlines| {
+        deadlines.total_ms = 1_000;
+        deadlines.finish_ms = 5_000;
+    });
+    let (_, finished) = one(sim, chat(), Answer { fault: Fault::Stall(999), ..Answer::events(5) });
+    assert_end(&finished, End::Done);
+}
+
+#[test]
+fn a_reused_connection_that_has_died_is_made_up_for_once() {
+    let mut sim = calm();
+    sim.world().hosts[0].idle_us = 1;
+    sim.world().faults.delay_us = 2_000;
+    let mut ids = Vec::new();
+    for _ in 0..40 {
+        ids.push(sim.exchange(plain("GET"), Answer::body(100, Framed::Length)));
+    }
+    sim.client(ClientPlan::new(&ids));
+    let finished = sim.finish();
+    assert_eq!(finished.outcomes[0], vec![Outcome::Complete; 40]);
+    let counters = &finished.sim.shard.stats().counters;
+    assert!(counters.upstream_retries > 0, "some died under their request: {counters:?}");
+}
+
+#[test]
+fn a_fresh_connection_that_answers_nothing_is_not_tried_again() {
+    let (outcome, finished) = one(calm(), chat(), Answer { fault: Fault::NoAnswer, ..Answer::events(1) });
+    assert_eq!(outcome, Outcome::Error(502, "upstream_truncated".to_owned()));
+    assert_eq!(finished.sim.shard.stats().counters.upstream_connects, 1);
+}
+
+#[test]
+fn kept_alive_backends_are_reused_and_their_time_is_limited() {
+    let mut sim = sim_with(|settings| settings.pool_idle_ms = 2_000);
+    let ids: Vec<usize> = (0..5).map(|_| sim.exchange(chat(), Answer::events(2))).collect();
+    sim.client(ClientPlan::new(&ids));
+    sim.run();
+    sim.run_ms(3_000);
+    assert_eq!(sim.shard.population().1, 0, "the idle one is gone");
+    let finished = sim.finish();
+    let counters = &finished.sim.shard.stats().counters;
+    assert_eq!((counters.upstream_connects, counters.upstream_reuses, counters.pool_evictions), (1, 4, 1));
+}
+
+// ---- clients that leave
+
+#[test]
+fn a_client_that_leaves_takes_its_backend_with_it() {
+    for how in [How::Close, How::Reset] {
+        for (prefill_us, head_delay_us) in [(0, 50_000_000), (50_000_000, 0), (0, 0)] {
+            let mut sim = calm();
+            let answer =
+                Answer { prefill_us, head_delay_us, piece_bytes: 10, gap_us: 300_000, ..Answer::events(200) };
+            let id = sim.exchange(chat(), answer);
+            let leave = Some((When::AtUs(3_000_000), how));
+            sim.client(ClientPlan { leave, ..ClientPlan::new(&[id]) });
+            let finished = sim.finish();
+            assert_end(&finished, End::ClientLeft);
+            let world = finished.sim.world();
+            let ended_us = world.sockets[world.exchanges[id].attempts[0].socket].ended_us;
+            assert!(ended_us.is_some_and(|us| us < 4_100_000), "{how:?}: {ended_us:?}");
+        }
+    }
+}
+
+#[test]
+fn a_half_closed_client_is_served_where_the_route_says_so() {
+    for (half_close, expected) in
+        [(HalfClose::Serve, Outcome::Complete), (HalfClose::Leave, Outcome::Nothing)]
+    {
+        let mut sim = sim_with(|settings| settings.routes[1].half_close = half_close);
+        let id = sim.exchange(chat(), Answer { head_delay_us: 1_000_000, ..Answer::events(3) });
+        let leave = Some((When::Written, How::HalfClose));
+        sim.client(ClientPlan { leave, ..ClientPlan::new(&[id]) });
+        let finished = sim.finish();
+        assert_eq!(finished.outcomes[0][0], expected);
+    }
+    let mut sim = calm();
+    let id =
+        sim.exchange(plain("GET"), Answer { head_delay_us: 1_000_000, ..Answer::body(10, Framed::Length) });
+    sim.client(ClientPlan { leave: Some((When::Written, How::HalfClose)), ..ClientPlan::new(&[id]) });
+    assert_eq!(sim.finish().outcomes[0][0], Outcome::Complete, "what does not stream is always served");
+}
+
+#[test]
+fn a_pipelined_request_that_a_fin_cuts_is_given_up() {
+    let mut sim = calm();
+    let id =
+        sim.exchange(plain("GET"), Answer { head_delay_us: 500_000, ..Answer::body(10, Framed::Length) });
+    let (mut raw, _) = sim.world().exchanges[id].request.clone().wire(id, &mut crate::rng::Rng::new(1));
+    raw.extend_from_slice(
+        b"PUT /files/any HTTP/1.1\r\nHost: a\r\nX-Sim: 1\r\nContent-Length: 1000\r\n\r\nhalf",
+    );
+    sim.exchange(Request { body_bytes: 1000, ..plain("PUT") }, Answer::body(1, Framed::Length));
+    sim.world().exchanges[1].body = b"half".to_vec();
+    let leave = Some((When::Written, How::HalfClose));
+    sim.client(ClientPlan { raw: Some(raw), leave, ..ClientPlan::new(&[]) });
+    let finished = sim.finish();
+    assert_eq!((finished.ends(End::Done), finished.ends(End::ClientLeft)), (1, 1));
+    assert!(ended_us(&finished, 0) < 2_000_000, "not by a deadline");
+}
+
+#[test]
+fn an_early_answer_reaches_a_client_that_is_still_sending() {
+    let mut sim = calm();
+    let request = Request { body_bytes: 400_000, ..plain("PUT") };
+    let answer = Answer { early_after: Some(1000), status: 503, ..Answer::body(100, Framed::Length) };
+    let id = sim.exchange(request, answer);
+    sim.client(ClientPlan { write_bytes: 2_000, write_gap_us: 500, ..ClientPlan::new(&[id]) });
+    let finished = sim.finish();
+    assert_eq!(finished.outcomes[0][0], Outcome::Complete);
+}
+
+#[test]
+fn a_demo_answer_to_a_large_request_streams() {
+    for body_bytes in [100, 500_000] {
+        for dialect in [Dialect::Chat, Dialect::Messages, Dialect::Responses, Dialect::Completions] {
+            let request = Request { demo: true, body_bytes, ..Request::new(dialect, true) };
+            let (outcome, finished) = one(calm(), request, Answer::events(0));
+            assert_eq!(outcome, Outcome::Complete);
+            assert_end(&finished, End::Done);
+        }
+    }
+}
+
+// ---- slow readers
+
+#[test]
+fn lag_pauses_and_resumes_the_backend() {
+    let mut sim = calm();
+    let id = sim.exchange(chat(), Answer { bytes: 2000, ..Answer::events(500) });
+    let pace = Pace::Slow { bytes: 20_000, every_us: 10_000 };
+    sim.client(ClientPlan { pace, ..ClientPlan::new(&[id]) });
+    let finished = sim.finish();
+    assert_eq!(finished.outcomes[0][0], Outcome::Complete);
+    let counters = &finished.sim.shard.stats().counters;
+    assert!(counters.pauses > 3, "{}", counters.pauses);
+    let sim = &finished.sim;
+    assert!(sim.lag_max <= sim.settings.lag_high_bytes + 40_000, "{}", sim.lag_max);
+}
+
+// ---- slots, accepts
+
+#[test]
+fn slots_bound_the_clients_and_the_queue_waits() {
+    for listeners in [1, 2] {
+        let mut settings = settings();
+        (settings.connections_max, settings.backlog) = (2, 100);
+        let mut sim = Sim::with_listeners(11, settings, vec![BackendHost::new(0)], listeners);
+        for _ in 0..20 {
+            let id = sim.exchange(chat(), Answer { head_delay_us: 50_000, ..Answer::events(2) });
+            sim.client(ClientPlan::new(&[id]));
+        }
+        for _ in 0..500 {
+            sim.run_ms(1);
+            assert!(sim.shard.population().0 <= 2 + listeners - 1);
+        }
+        let finished = sim.finish();
+        assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));
+        assert!(finished.sim.shard.stats().counters.accept_pauses > 0);
+    }
+}
+
+#[test]
+fn accepting_recovers_when_descriptors_run_out() {
+    let mut sim = calm();
+    sim.world().faults.accept_error = 700;
+    for _ in 0..10 {
+        sim.ask(chat(), Answer::events(2));
+    }
+    let finished = sim.finish();
+    assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));
+    assert!(finished.sim.shard.stats().counters.accept_errors > 0);
+}
+
+#[test]
+fn a_backend_socket_that_cannot_be_made_is_an_overload() {
+    let sim = calm();
+    sim.world().faults.socket_error = 1000;
+    let (outcome, finished) = one(sim, chat(), Answer::events(2));
+    assert_eq!(outcome, Outcome::Error(503, "overload".to_owned()));
+    assert_end(&finished, End::Overload);
+}
+
+// ---- leaving
+
+fn draining(answer: Answer) -> Sim {
+    let mut sim = calm();
+    sim.lenience.any_answer_may_fail = true;
+    sim.ask(chat(), answer);
+    sim.run_ms(500);
+    sim
+}
+
+fn leave(mut sim: Sim) -> Finished {
+    sim.run_until_left();
+    sim.settle();
+    sim.check()
+}
+
+#[test]
+fn a_drain_lets_streams_finish() {
+    let mut sim = draining(Answer { piece_bytes: 20, gap_us: 200_000, ..Answer::events(30) });
+    sim.drain(600_000);
+    let finished = leave(sim);
+    assert_eq!(finished.outcomes[0][0], Outcome::Complete);
+    assert_eq!(finished.sim.forced, Some(0));
+}
+
+#[test]
+fn a_drain_ends_what_is_left_at_its_deadline_in_band() {
+    let mut sim = draining(Answer { fault: Fault::Stall(500), ..Answer::events(30) });
+    sim.drain(5_000);
+    let begun_us = sim.now_us();
+    let finished = leave(sim);
+    assert!(matches!(&finished.outcomes[0][0], Outcome::EventsThenError(_, code) if code == "drain"));
+    assert_end(&finished, End::Drain);
+    assert_eq!(finished.sim.forced, Some(1));
+    assert!((4_900_000..5_400_000).contains(&(ended_us(&finished, 0) - begun_us)));
+}
+
+#[test]
+fn a_stop_ends_streams_at_once_in_band() {
+    let mut sim = draining(Answer { fault: Fault::Stall(500), ..Answer::events(30) });
+    sim.stop();
+    let begun_us = sim.now_us();
+    let finished = leave(sim);
+    assert!(matches!(&finished.outcomes[0][0], Outcome::EventsThenError(_, code) if code == "stopped"));
+    assert_end(&finished, End::Stopped);
+    assert!(ended_us(&finished, 0) - begun_us < 300_000);
+}
+
+#[test]
+fn a_drain_accepts_what_the_kernel_has_queued() {
+    for (accept_error, connections_max) in [(0, 1000), (0, 3), (500, 1000)] {
+        let mut sim = sim_with(|settings| {
+            settings.backlog = 64;
+            settings.connections_max = connections_max;
+        });
+        sim.world().faults.accept_error = accept_error;
+        for _ in 0..30 {
+            sim.ask(chat(), Answer { head_delay_us: 100_000, ..Answer::events(3) });
+        }
+        // They connect in this turn, and are in the queue when the drain begins.
+        sim.world().pass(10);
+        sim.drain(60_000);
+        let finished = leave(sim);
+        assert_eq!(finished.sim.world().backlog_lost, 0);
+        assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));
+    }
+}
+
+#[test]
+fn an_idle_shard_drains_at_once_and_leaves_no_timer() {
+    let mut sim = calm();
+    let id = sim.exchange(chat(), Answer::events(2));
+    sim.client(ClientPlan { idle_us: 50_000_000, ..ClientPlan::new(&[id]) });
+    sim.run_ms(1_000);
+    sim.drain(30_000);
+    let begun_us = sim.now_us();
+    sim.run_until_left();
+    assert!(sim.now_us() - begun_us < 1_500_000, "{}", sim.now_us() - begun_us);
+    assert_eq!(sim.shard.population(), (0, 0, 0, 0));
+    sim.settle();
+    assert_eq!(sim.check().outcomes[0][0], Outcome::Complete);
+}
