@@ -258,7 +258,7 @@ fn write_stall() {
 #[test]
 fn a_reader_that_needs_longer_than_the_deadline_for_one_send_is_not_a_stalled_one() {
     let backend = Backend::listen();
-    let server = Server::before(&backend, &["--write-stall-ms", "600", "--notsent-lowat", "4096"]);
+    let server = Server::before(&backend, &["--write-stall-ms", "1500", "--notsent-lowat", "4096"]);
     let client = server.connect();
     client.receive_little();
     let mut client = client;
@@ -268,10 +268,10 @@ fn a_reader_that_needs_longer_than_the_deadline_for_one_send_is_not_a_stalled_on
     upstream.send(format!("HTTP/1.1 200 OK\r\nContent-Length: {BYTES}\r\n\r\n"));
     upstream.send(vec![b'x'; BYTES]);
     client.head();
-    // A send lends up to 64 KiB; at this pace it takes more than a second.
+    // A send lends up to 64 KiB; at this pace one takes longer than the deadline.
     for _ in 0..48 {
         client.exactly(BYTES / 48);
-        std::thread::sleep(Duration::from_millis(70));
+        std::thread::sleep(Duration::from_millis(110));
     }
     server.expect_ends(&[("done", 1)]);
     drop(upstream);
