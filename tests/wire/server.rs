@@ -77,6 +77,15 @@ impl Server {
         Peer::connect(self.address)
     }
 
+    /// A client with a small receive window and segments of this many bytes.
+    pub(crate) fn connect_little(&self, segment_bytes: u32) -> Peer {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.set_recv_buffer_size(16 * 1024).unwrap();
+        socket.set_tcp_mss(segment_bytes).unwrap();
+        socket.connect(&self.address.into()).unwrap();
+        Peer::new(socket.into())
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
