@@ -184,6 +184,9 @@ impl World {
         if message.complete {
             assert!(expected.len() == message.body.len(), "b{index}: the body of exchange {id} is cut");
             exchange.attempts[attempt].body_complete = true;
+            if exchange.attempts[attempt].over {
+                return self.backend_finishes(index, id, attempt);
+            }
         }
         let early = exchange.answer.early_after.is_some_and(|bytes| message.body.len() >= bytes);
         let delay = exchange.answer.head_delay_us;
@@ -244,17 +247,19 @@ impl World {
         match then {
             Then::Stall => return,
             Then::KeepAlive => {
-                if !self.exchanges[id].attempts[attempt].body_complete {
-                    // Its answer is out; the rest of the request is read and dropped.
-                    return;
+                // Before it is idle, the rest of an early answered request is read.
+                self.exchanges[id].attempts[attempt].over = true;
+                if self.exchanges[id].attempts[attempt].body_complete {
+                    backend.current = None;
+                    backend.served += 1;
+                    let served = backend.served;
+                    if idle > 0 {
+                        let delay = self.rng.below(idle);
+                        self.after(delay, Event::Backend(index, BackendStep::Die(served)));
+                    }
+                    self.backend_understands(index);
                 }
-                backend.current = None;
-                backend.served += 1;
-                let served = backend.served;
-                if idle > 0 {
-                    let delay = self.rng.below(idle);
-                    self.after(delay, Event::Backend(index, BackendStep::Die(served)));
-                }
+                return;
             }
             Then::Close => {
                 backend.closed = true;

@@ -298,11 +298,15 @@ fn idle_clients_are_closed_by_the_keep_alive_deadline() {
 #[test]
 fn heartbeats_fill_silence_at_event_boundaries_only() {
     for dialect in Dialect::ALL {
-        // The silence falls into the middle of an event: its first half waits, and heartbeats go out between events.
-        let answer = Answer { piece_bytes: 40, gap_us: 25_000_000, ..Answer::events(3) };
+        let answer = Answer { prefill_us: 40_000_000, ..Answer::events(3) };
         let (outcome, finished) = one(calm(), Request::new(dialect, true), answer);
         assert_eq!(outcome, Outcome::Complete, "{dialect:?}");
-        assert!(finished.sim.shard.stats().counters.heartbeats > 0);
+        assert_eq!(finished.sim.shard.stats().counters.heartbeats, 2, "at 15 s and 30 s");
+        // The silence falls into the middle of an event: its first half waits, and heartbeats go out in front of it.
+        let answer = Answer { fault: Fault::Stall(500), ..Answer::events(3) };
+        let (outcome, finished) = one(calm(), Request::new(dialect, true), answer);
+        assert!(matches!(outcome, Outcome::EventsThenError(_, code) if code == "between_tokens_timeout"));
+        assert_eq!(finished.sim.shard.stats().counters.heartbeats, 3, "at 15 s, 30 s and 45 s");
     }
 }
 

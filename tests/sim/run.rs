@@ -301,11 +301,11 @@ impl Sim {
             for attempt in exchange.attempts.iter().filter(|attempt| !attempt.over) {
                 let ended_us = world.sockets[attempt.socket].ended_us.unwrap_or(u64::MAX);
                 // Events on their way to the shard are late by at most the run's own delay, twice over.
-                let accepted_us = exchange.left_socket.map_or(0, |socket| world.sockets[socket].accepted_us);
-                let limit = left_us.max(accepted_us)
-                    + 100_000
-                    + 4 * world.faults.delay_us
-                    + world.faults.overshoot_us;
+                let noticed_us = exchange
+                    .left_socket
+                    .map_or(0, |socket| world.sockets[socket].accepted_us.max(world.sockets[socket].told_us));
+                let limit =
+                    left_us.max(noticed_us) + 100_000 + 4 * world.faults.delay_us + world.faults.overshoot_us;
                 assert!(
                     ended_us <= limit,
                     "exchange {id}: its client left at {left_us}, its backend's connection was closed at {ended_us}"
@@ -346,8 +346,10 @@ impl Sim {
                 // An idle connection may be closed just as its next request is on its way.
                 let crossed = outcome == Outcome::Nothing && self.lenience.any_answer_may_fail;
                 let cut_by_stop = self.forced.is_some_and(|forced| forced > 0);
+                // It was told so long ago that its connection has been closed since.
+                let asleep = matches!(client.plan.pace, Pace::Stuck { for_us, .. } if for_us >= 50_000_000);
                 assert!(
-                    !silent || cut_by_stop || crossed,
+                    !silent || cut_by_stop || crossed || asleep,
                     "{who} was told nothing of its failure: {outcome:?}"
                 );
             }
@@ -377,7 +379,7 @@ impl Sim {
             || client.half_closed && exchange.request.streaming
             || !exchange.request.demo && (!exchange.wire.whole || world.connects_failed > 0)
             || exchange.answer.early_after.is_some()
-            || matches!(client.plan.pace, Pace::Stuck { for_us, .. } if for_us >= 50_000_000)
+            || matches!(client.plan.pace, Pace::Stuck { for_us, .. } if for_us >= 20_000_000)
             || exchange.request.body_bytes as u64 + 500 > self.settings.retry_bytes_max
                 && world.hosts.iter().any(|host| host.idle_us > 0)
             || client.plan.leave.is_some_and(|(_, how)| how == How::HalfClose) && exchange.request.streaming
@@ -399,7 +401,7 @@ impl Sim {
         let connects = world.connects_failed > 0
             && matches!(code, "upstream_refused" | "connect_timeout" | "overload" | "no_upstream");
         let stuck =
-            matches!(world.clients[client].plan.pace, Pace::Stuck { for_us, .. } if for_us >= 50_000_000);
+            matches!(world.clients[client].plan.pace, Pace::Stuck { for_us, .. } if for_us >= 20_000_000);
         let late = code.ends_with("timeout") || code == "upstream_stalled";
         let deadlines = (self.lenience.any_answer_may_fail || stuck) && late;
         let dying = world.hosts.iter().any(|host| host.idle_us > 0)

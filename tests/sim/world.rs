@@ -101,6 +101,8 @@ pub(crate) struct Socket {
     /// When the shard gave it up.
     pub(crate) ended_us: Option<u64>,
     pub(crate) accepted_us: u64,
+    /// When the shard was told that its peer has gone.
+    pub(crate) told_us: u64,
     receive_due: bool,
     send_due: bool,
 }
@@ -334,6 +336,7 @@ impl World {
             closed: false,
             ended_us: None,
             accepted_us: 0,
+            told_us: 0,
             receive_due: false,
             send_due: false,
         });
@@ -581,7 +584,15 @@ impl World {
             panic!("op {op} completes twice");
         };
         let receives = matches!(kind, Kind::Receive);
+        let gone = matches!(
+            completion,
+            Completion::ReceiveEnded { why: ReceiveEnd::Fin | ReceiveEnd::Error(ECONNRESET), .. }
+                | Completion::Hangup { result: Ok(_), .. }
+        );
         if let Some(socket) = self.sockets.get_mut(socket) {
+            if gone && socket.told_us == 0 {
+                socket.told_us = self.now;
+            }
             match kind {
                 Kind::Accept { .. } => {}
                 Kind::Connect { .. } => socket.connect = None,

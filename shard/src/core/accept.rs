@@ -17,7 +17,8 @@ pub(super) struct Acceptor {
     /// Waits for the retry timer after an error.
     resting: bool,
     paused: bool,
-    /// Clients accepted since the drain's last look; the queue is empty after a turn without one.
+    /// Clients were accepted, or the accept was armed, since the drain's last look; the queue is empty after a turn
+    /// without either.
     accepted_in_turn: bool,
     /// The listener is closed.
     closed: bool,
@@ -54,6 +55,8 @@ impl<I: Io> Shard<I> {
             }
             None if permits > 0 => {
                 acceptor.paused = false;
+                // Its queue is not known to be empty before a whole turn has passed.
+                acceptor.accepted_in_turn = true;
                 let kind = if plenty { Multishot::Yes } else { Multishot::No };
                 acceptor.armed = Some((self.io.accept(listener, plenty), kind));
                 // What is queued is brought in the next turn at the earliest: a drain must not take this one for empty.
