@@ -278,7 +278,7 @@ impl Sim {
         let ends: u64 = self.shard.stats().ends.iter().sum();
         assert_eq!(ends, self.records.len() as u64, "every stream ends once and is reported once");
         let counters = &self.shard.stats().counters;
-        assert_eq!(counters.accepts, counters.closes + 0, "every client that was accepted was closed");
+        assert_eq!(counters.accepts, counters.closes, "every client that was accepted was closed");
         let mut outcomes = Vec::new();
         for index in 0..self.world.borrow().clients.len() {
             outcomes.push(self.check_client(index));

@@ -213,7 +213,7 @@ impl<I: Io> Shard<I> {
             let mut request = format!("{} {}", head.method, head.path());
             // Targets are ASCII (RFC 9112 section 3.2), so any byte is a boundary.
             request.truncate(DESCRIPTION_BYTES_MAX);
-            *description = Box::new(Description { request: request.into(), refusal: None });
+            **description = Description { request: request.into(), refusal: None };
         }
     }
 
