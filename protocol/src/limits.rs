@@ -32,6 +32,8 @@ pub const LAG_LOW_BYTES: u64 = 16 * 1024;
 
 /// Bytes kept of a backend's error body that must be told in-band because the answer was committed before it came.
 pub const LATE_ERROR_BYTES_MAX: usize = 8 * 1024;
+/// Times that a send in flight is looked at within one write stall deadline.
+pub const STALL_CHECKS: u64 = 4;
 /// Bytes of a request body for which one body deadline is granted: a trickle does not extend it.
 pub const BODY_PROGRESS_BYTES: u32 = 64 * 1024;
 /// Connections tried for one request before it is refused.

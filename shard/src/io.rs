@@ -193,6 +193,10 @@ pub trait Io: Sized {
     /// The peer's address, for logs and `/status`. Costs a syscall: never on the hot path.
     fn peer(&self, socket: Self::Socket) -> Option<SocketAddr>;
 
+    /// Bytes of this connection that its peer has acknowledged, which tells a slow reader from one that stopped while a long
+    /// send is in flight. `None` when unknown. Costs a syscall: asked only when a send takes long.
+    fn acknowledged(&self, socket: Self::Socket) -> Option<u64>;
+
     /// Free receive buffers, for the shortage policy and `/status`.
     fn buffers_free(&self) -> usize;
 }

@@ -165,7 +165,13 @@ impl World {
                     over: false,
                 });
                 let attempt = attempts.len() - 1;
-                backend.current.insert(Current { exchange: id, attempt, responding: false, checked: 0, cursor: 0 })
+                backend.current.insert(Current {
+                    exchange: id,
+                    attempt,
+                    responding: false,
+                    checked: 0,
+                    cursor: 0,
+                })
             }
         };
         let (id, attempt) = (current.exchange, current.attempt);
@@ -197,7 +203,9 @@ impl World {
             return;
         }
         let socket = backend.socket;
-        let Some(Current { exchange: id, attempt, responding: true, cursor, .. }) = backend.current else { return };
+        let Some(Current { exchange: id, attempt, responding: true, cursor, .. }) = backend.current else {
+            return;
+        };
         let exchange = &self.exchanges[id];
         let (wire, answer) = (&exchange.wire, &exchange.answer);
         let mut end = wire.bytes.len();

@@ -7,9 +7,15 @@ use crate::world::{Event, Peer, PeerRead, Unconnected, World};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Pace {
     Eager,
-    Slow { bytes: usize, every_us: u64 },
+    Slow {
+        bytes: usize,
+        every_us: u64,
+    },
     /// Reads so many bytes, then none for so long.
-    Stuck { after_bytes: usize, for_us: u64 },
+    Stuck {
+        after_bytes: usize,
+        for_us: u64,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -101,7 +101,8 @@ fn pipelined_requests_are_answered_in_order() {
 
 #[test]
 fn a_client_that_expects_100_continue_is_told_to() {
-    let (outcome, _) = one(calm(), Request { expect: true, ..plain("PUT") }, Answer::body(10, Framed::Length));
+    let (outcome, _) =
+        one(calm(), Request { expect: true, ..plain("PUT") }, Answer::body(10, Framed::Length));
     assert_eq!(outcome, Outcome::Complete);
 }
 
@@ -141,7 +142,8 @@ fn head_deadline() {
 #[test]
 fn body_deadline() {
     let mut sim = deadlines(|deadlines| deadlines.body_ms = 2_000);
-    let raw = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nX-Sim: 0\r\nContent-Length: 99\r\n\r\n{".to_vec();
+    let raw =
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nX-Sim: 0\r\nContent-Length: 99\r\n\r\n{".to_vec();
     sim.exchange(Request { body_bytes: 99, ..chat() }, Answer::events(1));
     sim.world().exchanges[0].body = vec![b'{'; 99];
     sim.client(ClientPlan { raw: Some(raw), ..ClientPlan::new(&[]) });
@@ -255,7 +257,10 @@ fn write_stall_deadline() {
     assert_end(&finished, End::WriteStall);
     assert!(finished.sim.shard.stats().counters.pauses >= 1, "its backend was paused");
     let world = finished.sim.world();
-    assert!(world.exchanges[id].attempts[0].written < 300_000, "what a stuck client does not read is not taken");
+    assert!(
+        world.exchanges[id].attempts[0].written < 300_000,
+        "what a stuck client does not read is not taken"
+    );
     let closed_us = world.sockets[world.exchanges[id].attempts[0].socket].ended_us;
     assert!(closed_us.is_some_and(|us| us < 1_000_000 + 3_500_000), "{closed_us:?}");
 }
@@ -268,7 +273,8 @@ fn a_backend_that_does_not_take_the_request_in_time() {
     });
     sim.world().hosts[0].never_reads = true;
     sim.lenience.any_answer_may_fail = true;
-    let (outcome, finished) = one(sim, Request { body_bytes: 500_000, ..plain("PUT") }, Answer::body(1, Framed::Length));
+    let (outcome, finished) =
+        one(sim, Request { body_bytes: 500_000, ..plain("PUT") }, Answer::body(1, Framed::Length));
     assert_eq!(outcome, Outcome::Error(504, "upstream_stalled".to_owned()));
     assert_end(&finished, End::UpstreamStalled);
     assert!(finished.sim.shard.stats().counters.upload_pauses >= 1);
@@ -436,7 +442,9 @@ fn a_client_that_leaves_takes_its_backend_with_it() {
 
 #[test]
 fn a_half_closed_client_is_served_where_the_route_says_so() {
-    for (half_close, expected) in [(HalfClose::Serve, Outcome::Complete), (HalfClose::Leave, Outcome::Nothing)] {
+    for (half_close, expected) in
+        [(HalfClose::Serve, Outcome::Complete), (HalfClose::Leave, Outcome::Nothing)]
+    {
         let mut sim = sim_with(|settings| settings.routes[1].half_close = half_close);
         let id = sim.exchange(chat(), Answer { head_delay_us: 1_000_000, ..Answer::events(3) });
         let leave = Some((When::Written, How::HalfClose));
@@ -445,7 +453,8 @@ fn a_half_closed_client_is_served_where_the_route_says_so() {
         assert_eq!(finished.outcomes[0][0], expected);
     }
     let mut sim = calm();
-    let id = sim.exchange(plain("GET"), Answer { head_delay_us: 1_000_000, ..Answer::body(10, Framed::Length) });
+    let id =
+        sim.exchange(plain("GET"), Answer { head_delay_us: 1_000_000, ..Answer::body(10, Framed::Length) });
     sim.client(ClientPlan { leave: Some((When::Written, How::HalfClose)), ..ClientPlan::new(&[id]) });
     assert_eq!(sim.finish().outcomes[0][0], Outcome::Complete, "what does not stream is always served");
 }
@@ -453,9 +462,12 @@ fn a_half_closed_client_is_served_where_the_route_says_so() {
 #[test]
 fn a_pipelined_request_that_a_fin_cuts_is_given_up() {
     let mut sim = calm();
-    let id = sim.exchange(plain("GET"), Answer { head_delay_us: 500_000, ..Answer::body(10, Framed::Length) });
+    let id =
+        sim.exchange(plain("GET"), Answer { head_delay_us: 500_000, ..Answer::body(10, Framed::Length) });
     let (mut raw, _) = sim.world().exchanges[id].request.clone().wire(id, &mut crate::rng::Rng::new(1));
-    raw.extend_from_slice(b"PUT /files/any HTTP/1.1\r\nHost: a\r\nX-Sim: 1\r\nContent-Length: 1000\r\n\r\nhalf");
+    raw.extend_from_slice(
+        b"PUT /files/any HTTP/1.1\r\nHost: a\r\nX-Sim: 1\r\nContent-Length: 1000\r\n\r\nhalf",
+    );
     sim.exchange(Request { body_bytes: 1000, ..plain("PUT") }, Answer::body(1, Framed::Length));
     sim.world().exchanges[1].body = b"half".to_vec();
     let leave = Some((When::Written, How::HalfClose));
@@ -518,7 +530,7 @@ fn slots_bound_the_clients_and_the_queue_waits() {
         }
         for _ in 0..500 {
             sim.run_ms(1);
-            assert!(sim.shard.population().0 <= 2 + listeners - 1);
+            assert!(sim.shard.population().0 < 2 + listeners);
         }
         let finished = sim.finish();
         assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));

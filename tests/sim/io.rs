@@ -103,6 +103,10 @@ impl Io for SimIo {
         self.0.borrow_mut().close(socket.0 as usize, how);
     }
 
+    fn acknowledged(&self, _socket: SimSocket) -> Option<u64> {
+        None
+    }
+
     fn peer(&self, _socket: SimSocket) -> Option<SocketAddr> {
         None
     }

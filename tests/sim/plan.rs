@@ -74,7 +74,8 @@ impl Request {
     /// Head and body; and where the head ends.
     pub(crate) fn wire(&self, id: usize, rng: &mut Rng) -> (Vec<u8>, usize) {
         let version = if self.http10 { "1.0" } else { "1.1" };
-        let mut head = format!("{} {} HTTP/{version}\r\nHost: sim\r\nX-Sim: {id}\r\n", self.method, self.path());
+        let mut head =
+            format!("{} {} HTTP/{version}\r\nHost: sim\r\nX-Sim: {id}\r\n", self.method, self.path());
         let has_body = self.has_body();
         let body = if has_body { self.body(id) } else { Vec::new() };
         if self.chunked && has_body {
@@ -267,10 +268,14 @@ fn event(dialect: Dialect, id: usize, nth: u32, bytes: usize) -> (String, String
             String::new(),
             format!("{{\"id\":\"c\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}}}}]}}"),
         ),
-        Dialect::Completions => (String::new(), format!("{{\"choices\":[{{\"index\":0,\"text\":\"{text}\"}}]}}")),
+        Dialect::Completions => {
+            (String::new(), format!("{{\"choices\":[{{\"index\":0,\"text\":\"{text}\"}}]}}"))
+        }
         Dialect::Responses => (
             "response.output_text.delta".to_owned(),
-            format!("{{\"type\":\"response.output_text.delta\",\"sequence_number\":{nth},\"delta\":\"{text}\"}}"),
+            format!(
+                "{{\"type\":\"response.output_text.delta\",\"sequence_number\":{nth},\"delta\":\"{text}\"}}"
+            ),
         ),
         Dialect::Messages => (
             "content_block_delta".to_owned(),
@@ -292,7 +297,8 @@ fn end_mark(dialect: Dialect) -> Option<(String, String)> {
 }
 
 fn error_event(dialect: Dialect) -> (String, String) {
-    let error = "{\"type\":\"error\",\"error\":{\"message\":\"it broke\",\"code\":\"backend_says\"}}".to_owned();
+    let error =
+        "{\"type\":\"error\",\"error\":{\"message\":\"it broke\",\"code\":\"backend_says\"}}".to_owned();
     match dialect {
         Dialect::Chat | Dialect::Completions => {
             (String::new(), "{\"error\":{\"message\":\"it broke\",\"code\":\"backend_says\"}}".to_owned())

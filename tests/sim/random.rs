@@ -10,7 +10,8 @@ use protocol::dialect::Dialect;
 use shard::settings::HalfClose;
 
 fn faults(rng: &mut Rng) -> Faults {
-    let sometimes = |rng: &mut Rng, high: u32| if rng.chance(500) { rng.below(u64::from(high)) as u32 } else { 0 };
+    let sometimes =
+        |rng: &mut Rng, high: u32| if rng.chance(500) { rng.below(u64::from(high)) as u32 } else { 0 };
     // Many small steps must not add up to deadlines.
     let tiny = rng.chance(200);
     Faults {
@@ -250,7 +251,10 @@ pub(crate) struct Blame(pub(crate) u64);
 impl Drop for Blame {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("FAILING SEED: {} (SIM_SEED={} cargo test -p tokenring-tests --test sim seed_of_env)", self.0, self.0);
+            eprintln!(
+                "FAILING SEED: {} (SIM_SEED={} cargo test -p tokenring-tests --test sim seed_of_env)",
+                self.0, self.0
+            );
         }
     }
 }
@@ -271,7 +275,11 @@ fn seed_of_env() {
         digits.parse().ok().or_else(|| u64::from_str_radix(digits.get(..12).unwrap_or(digits), 16).ok())
     });
     let first: u64 = seed.unwrap_or(1_000_000);
-    let count = if seed.is_some() { std::env::var("SIM_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(1) } else { 1 };
+    let count = if seed.is_some() {
+        std::env::var("SIM_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(1)
+    } else {
+        1
+    };
     for seed in first..first + count {
         let _blame = Blame(seed);
         let finished = random_run(seed, None);

@@ -113,7 +113,8 @@ impl Message {
     fn chunk_line(&mut self, line: &[u8]) -> Result<(), String> {
         match self.chunk {
             Chunk::Size => {
-                let text = std::str::from_utf8(line).map_err(|_| "a chunk size that is not text".to_owned())?;
+                let text =
+                    std::str::from_utf8(line).map_err(|_| "a chunk size that is not text".to_owned())?;
                 self.left = u64::from_str_radix(text, 16).map_err(|_| format!("chunk size {text:?}"))?;
                 self.chunk = if self.left == 0 { Chunk::Trailer } else { Chunk::Data };
             }

@@ -195,7 +195,8 @@ impl Sim {
         // Above the mark: what arrives until the pause takes effect (at most every buffer once, and what the pipe
         // holds while a cancel is late), and what framing and ids add to small events (at most fourfold).
         let burst = (world.buffers * world.buffer_bytes).max(2 * world.pipe_bytes) as u64;
-        let largest = world.exchanges.iter().map(|exchange| exchange.answer.bytes as u64 + 200).max().unwrap_or(0);
+        let largest =
+            world.exchanges.iter().map(|exchange| exchange.answer.bytes as u64 + 200).max().unwrap_or(0);
         let bound = self.settings.lag_high_bytes + 4 * burst + largest;
         assert!(lag <= bound, "a response log holds {lag} bytes unconfirmed, of {bound} at most");
     }
@@ -277,7 +278,7 @@ impl Sim {
         let ends: u64 = self.shard.stats().ends.iter().sum();
         assert_eq!(ends, self.records.len() as u64, "every stream ends once and is reported once");
         let counters = &self.shard.stats().counters;
-        assert_eq!(counters.accepts, counters.closes + 0, "every client that was accepted was closed");
+        assert_eq!(counters.accepts, counters.closes, "every client that was accepted was closed");
         let mut outcomes = Vec::new();
         for index in 0..self.world.borrow().clients.len() {
             outcomes.push(self.check_client(index));
@@ -300,10 +301,11 @@ impl Sim {
             for attempt in exchange.attempts.iter().filter(|attempt| !attempt.over) {
                 let ended_us = world.sockets[attempt.socket].ended_us.unwrap_or(u64::MAX);
                 // Events on their way to the shard are late by at most the run's own delay, twice over.
-                let noticed_us = exchange.left_socket.map_or(0, |socket| {
-                    world.sockets[socket].accepted_us.max(world.sockets[socket].told_us)
-                });
-                let limit = left_us.max(noticed_us) + 100_000 + 4 * world.faults.delay_us + world.faults.overshoot_us;
+                let noticed_us = exchange
+                    .left_socket
+                    .map_or(0, |socket| world.sockets[socket].accepted_us.max(world.sockets[socket].told_us));
+                let limit =
+                    left_us.max(noticed_us) + 100_000 + 4 * world.faults.delay_us + world.faults.overshoot_us;
                 assert!(
                     ended_us <= limit,
                     "exchange {id}: its client left at {left_us}, its backend's connection was closed at {ended_us}"
@@ -333,7 +335,8 @@ impl Sim {
                 Some(message) => self.judge(&world, &who, id, message),
                 None => Outcome::Nothing,
             };
-            let told_status = matches!(&outcome, Outcome::EventsThenError(0, code) if code == "upstream_status");
+            let told_status =
+                matches!(&outcome, Outcome::EventsThenError(0, code) if code == "upstream_status");
             let committed_early = self.settings.routes[1].commit_ms > 0 && told_status;
             let excused = self.excused(&world, index, id) || closing || committed_early;
             let failed = outcome != Outcome::Complete;
@@ -345,7 +348,10 @@ impl Sim {
                 let cut_by_stop = self.forced.is_some_and(|forced| forced > 0);
                 // It was told so long ago that its connection has been closed since.
                 let asleep = matches!(client.plan.pace, Pace::Stuck { for_us, .. } if for_us >= 50_000_000);
-                assert!(!silent || cut_by_stop || crossed || asleep, "{who} was told nothing of its failure: {outcome:?}");
+                assert!(
+                    !silent || cut_by_stop || crossed || asleep,
+                    "{who} was told nothing of its failure: {outcome:?}"
+                );
             }
             if let Outcome::Error(_, code) | Outcome::EventsThenError(_, code) = &outcome
                 && exchange.request.method != "HEAD"
@@ -394,13 +400,15 @@ impl Sim {
         let leaving = self.forced.is_some() && matches!(code, "drain" | "stopped");
         let connects = world.connects_failed > 0
             && matches!(code, "upstream_refused" | "connect_timeout" | "overload" | "no_upstream");
-        let stuck = matches!(world.clients[client].plan.pace, Pace::Stuck { for_us, .. } if for_us >= 20_000_000);
+        let stuck =
+            matches!(world.clients[client].plan.pace, Pace::Stuck { for_us, .. } if for_us >= 20_000_000);
         let late = code.ends_with("timeout") || code == "upstream_stalled";
         let deadlines = (self.lenience.any_answer_may_fail || stuck) && late;
         let dying = world.hosts.iter().any(|host| host.idle_us > 0)
             && matches!(code, "upstream_reset" | "upstream_truncated");
         let early = exchange.answer.early_after.is_some() && code == "upstream_reset";
-        let status = code == "upstream_status" && (exchange.answer.status != 200 || exchange.answer.events.is_none());
+        let status =
+            code == "upstream_status" && (exchange.answer.status != 200 || exchange.answer.events.is_none());
         by_fault.contains(&code) || leaving || connects || deadlines || dying || early || status
     }
 
@@ -410,26 +418,45 @@ impl Sim {
         let from_backend = message.header("x-sim-answer").is_some();
         let events = message.header("content-type").is_some_and(|kind| kind.starts_with("text/event-stream"));
         if from_backend {
-            assert_eq!(message.header("x-sim-answer"), Some(id.to_string().as_str()), "{who}: another's answer");
+            assert_eq!(
+                message.header("x-sim-answer"),
+                Some(id.to_string().as_str()),
+                "{who}: another's answer"
+            );
             assert_eq!(message.status(), exchange.answer.status, "{who}: another status");
         }
         if exchange.request.method == "HEAD" {
-            return if from_backend || exchange.request.demo { Outcome::Complete } else { error_answer(who, message) };
+            return if from_backend || exchange.request.demo {
+                Outcome::Complete
+            } else {
+                error_answer(who, message)
+            };
         }
         if !events {
             if !from_backend && !exchange.request.demo {
                 return error_answer(who, message);
             }
             if exchange.request.demo {
-                return if message.complete { Outcome::Complete } else { Outcome::BodyCut(message.body.len()) };
+                return if message.complete {
+                    Outcome::Complete
+                } else {
+                    Outcome::BodyCut(message.body.len())
+                };
             }
             assert!(exchange.wire.body.starts_with(&message.body), "{who}: other bytes");
             let all = exchange.wire.body.len() == message.body.len();
             if message.complete && message.frame != crate::reader::Frame::Close {
                 assert!(all, "{who}: a body that was cut looks whole");
-                assert!(exchange.wire.whole || exchange.wire.may_look_whole, "{who}: whole, although its backend did not finish");
+                assert!(
+                    exchange.wire.whole || exchange.wire.may_look_whole,
+                    "{who}: whole, although its backend did not finish"
+                );
             }
-            return if message.complete && all { Outcome::Complete } else { Outcome::BodyCut(message.body.len()) };
+            return if message.complete && all {
+                Outcome::Complete
+            } else {
+                Outcome::BodyCut(message.body.len())
+            };
         }
         self.judge_events(world, who, id, message)
     }
@@ -466,7 +493,10 @@ impl Sim {
         let owed = &exchange.wire.events;
         assert!(events.len() <= owed.len(), "{who}: {} events of {}", events.len(), owed.len());
         for (nth, (event, owed)) in events.iter().zip(owed).enumerate() {
-            assert!(event.data == owed.data && event.name == owed.name, "{who}: event {nth} is {event:?}, owed {owed:?}");
+            assert!(
+                event.data == owed.data && event.name == owed.name,
+                "{who}: event {nth} is {event:?}, owed {owed:?}"
+            );
             assert_eq!(event.id, Some(nth as u64 + 1), "{who}: ids are dense from 1");
         }
         assert!(events.len() <= exchange.events_written(), "{who}: events that no backend wrote");
@@ -476,7 +506,10 @@ impl Sim {
             _ => events.last().is_some_and(|last| is_end_mark(dialect, &last.data)),
         };
         if looks_finished {
-            assert!(all && (exchange.wire.whole || exchange.wire.may_look_whole), "{who}: a stream that was cut looks finished");
+            assert!(
+                all && (exchange.wire.whole || exchange.wire.may_look_whole),
+                "{who}: a stream that was cut looks finished"
+            );
             assert!(error.is_none(), "{who}: an error behind the end mark");
         }
         match error {

@@ -627,10 +627,14 @@ impl World {
     fn match_accepts(&mut self) {
         for index in 0..self.listeners.len() {
             while let Some(op) = self.listeners[index].accept
-                && !self.submissions.iter().any(|waiting| matches!(waiting, Submission::Op(new) if *new == op))
+                && !self
+                    .submissions
+                    .iter()
+                    .any(|waiting| matches!(waiting, Submission::Op(new) if *new == op))
                 && let Some(&socket) = self.listeners[index].backlog.front()
             {
-                let multishot = matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { multishot: true, .. }, .. }));
+                let multishot =
+                    matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { multishot: true, .. }, .. }));
                 if self.rng.chance(self.faults.accept_error) {
                     self.complete(op, Completion::AcceptEnded { listener: index, error: Some(EMFILE) });
                     continue;
@@ -723,7 +727,8 @@ impl World {
         let short = self.rng.chance(self.faults.send_short);
         let late = if self.rng.chance(self.faults.send_late) { self.rng.skewed(20_000) } else { 0 };
         let part = self.rng.next();
-        let Some(Op { kind: Kind::Send { lent, accepted, done, .. }, conn, .. }) = self.ops.get_mut(&op) else {
+        let Some(Op { kind: Kind::Send { lent, accepted, done, .. }, conn, .. }) = self.ops.get_mut(&op)
+        else {
             return;
         };
         if *done {
@@ -750,9 +755,11 @@ impl World {
             take = 1 + (part % take as u64) as usize;
         }
         let from = *accepted;
-        socket.outward.extend(lent.cells()[from..from + take].iter().map(|cell| {
-            if wrong { cell.get().wrapping_add(1) } else { cell.get() }
-        }));
+        socket.outward.extend(
+            lent.cells()[from..from + take]
+                .iter()
+                .map(|cell| if wrong { cell.get().wrapping_add(1) } else { cell.get() }),
+        );
         *accepted += take;
         let all = *accepted == lent.len();
         if all || short {
@@ -767,7 +774,8 @@ impl World {
     }
 
     fn send_done(&mut self, op: u64) {
-        let Some(Op { kind: Kind::Send { lent, hash: before, accepted, .. }, conn, .. }) = self.ops.get(&op) else {
+        let Some(Op { kind: Kind::Send { lent, hash: before, accepted, .. }, conn, .. }) = self.ops.get(&op)
+        else {
             return;
         };
         let after = hash(lent.cells().iter().map(Cell::get));
@@ -784,9 +792,7 @@ impl World {
                 Completion::AcceptEnded { listener: *listener, error: Some(Errno::CANCELED) }
             }
             Kind::Connect { .. } => Completion::Connected { conn, result: Err(Errno::CANCELED) },
-            Kind::Receive => {
-                Completion::ReceiveEnded { conn, why: ReceiveEnd::Error(Errno::CANCELED) }
-            }
+            Kind::Receive => Completion::ReceiveEnded { conn, why: ReceiveEnd::Error(Errno::CANCELED) },
             Kind::Send { done: true, .. } => return,
             Kind::Send { accepted: 0, .. } => Completion::Sent { conn, result: Err(Errno::CANCELED) },
             Kind::Send { accepted, .. } => Completion::Sent { conn, result: Ok(*accepted as u32) },

@@ -233,7 +233,7 @@ settings! {
     HEAD_BYTES_MAX = Setting::new("head-bytes-max", Group::Limits, bytes(KIB, MIB),
         || Value::Integer(limits::HEAD_BYTES_MAX as u64),
         "Bytes of a request or response head, its first line included. More is answered with 431.");
-    HEADERS_MAX = Setting::new("headers-max", Group::Limits, count("COUNT", 8, 1000),
+    HEADERS_MAX = Setting::new("headers-max", Group::Limits, count("COUNT", 8, limits::HEADERS_MAX as u64),
         || Value::Integer(limits::HEADERS_MAX as u64),
         "Header fields of one head. More is answered with 431.");
     TARGET_BYTES_MAX = Setting::new("target-bytes-max", Group::Limits, bytes(128, MIB),
@@ -261,7 +261,7 @@ settings! {
     CONNECT_MS = deadline!("connect-ms", connect_ms,
         "From the first attempt to a standing backend connection, over all addresses.");
     UPSTREAM_HEAD_MS = deadline!("upstream-head-ms", upstream_head_ms,
-        "From the complete request to the backend's response head. Many backends send it only with their first token.");
+        "From the complete request, on a standing connection, to the backend's response head. Many backends send it only with their first token.");
     FIRST_TOKEN_MS = deadline!("first-token-ms", first_token_ms,
         "From the complete request to the first token.");
     BETWEEN_TOKENS_MS = deadline!("between-tokens-ms", between_tokens_ms,
@@ -269,7 +269,7 @@ settings! {
     TOTAL_MS = deadline!("total-ms", total_ms,
         "From the complete request head to the last byte produced.");
     WRITE_STALL_MS = deadline!("write-stall-ms", write_stall_ms,
-        "How long a client may take nothing of what is being sent.");
+        "How long a client may acknowledge nothing of what is being sent. A slow reader is not a stalled one.");
     KEEP_ALIVE_MS = deadline!("keep-alive-ms", keep_alive_ms,
         "Between two requests on a client's connection, and before its first byte.");
     FINISH_MS = deadline!("finish-ms", finish_ms,

@@ -59,6 +59,8 @@ impl<I: Io> Shard<I> {
                 acceptor.accepted_in_turn = true;
                 let kind = if plenty { Multishot::Yes } else { Multishot::No };
                 acceptor.armed = Some((self.io.accept(listener, plenty), kind));
+                // What is queued is brought in the next turn at the earliest: a drain must not take this one for empty.
+                acceptor.accepted_in_turn = true;
             }
             None if !acceptor.paused => {
                 acceptor.paused = true;

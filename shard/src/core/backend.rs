@@ -391,7 +391,7 @@ impl<I: Io> Shard<I> {
             self.disengage(key, Close::Orderly);
             return self.engage(stream_key, upstream);
         }
-        self.end_stream(stream_key, end);
+        self.backend_broke(stream_key, end);
     }
 
     /// A send failed. What the backend said before it closed may still be on its way (an early error answer): the receive

@@ -104,16 +104,16 @@ impl<I: Io> Shard<I> {
                 false
             }
             Err(refusal) => {
-                self.begin_refused(key, refusal);
+                self.begin_refused(key, dialect_of_start(input), refusal);
                 false
             }
         }
     }
 
     /// A stream that consists of nothing but its refusal.
-    fn begin_refused(&mut self, key: Key, refusal: Refusal) {
+    fn begin_refused(&mut self, key: Key, dialect: Dialect, refusal: Refusal) {
         let route = self.settings.routes.len() - 1;
-        let stream = Stream::new(key, route, Dialect::Plain, Version::Http11, self.now_us);
+        let stream = Stream::new(key, route, dialect, Version::Http11, self.now_us);
         if let Some(stream) = self.attach(key, stream) {
             self.refuse(stream, refusal);
         }
@@ -122,7 +122,8 @@ impl<I: Io> Shard<I> {
     /// A head that did not arrive in time.
     pub(super) fn refuse_late_head(&mut self, key: Key) {
         let route = self.settings.routes.len() - 1;
-        let mut stream = Stream::new(key, route, Dialect::Plain, Version::Http11, self.now_us);
+        let dialect = self.conns.get(key).map_or(Dialect::Plain, |conn| dialect_of_start(&conn.held));
+        let mut stream = Stream::new(key, route, dialect, Version::Http11, self.now_us);
         stream.close = true;
         if let Some(stream) = self.attach(key, stream) {
             self.end_stream(stream, End::HeadTimeout);
@@ -157,7 +158,7 @@ impl<I: Io> Shard<I> {
         let settings = std::sync::Arc::clone(&self.settings);
         let path = head.path();
         let Some(index) = settings.routes.iter().position(|route| route.matches(path)) else {
-            return self.begin_refused(key, Refusal::NotFound);
+            return self.begin_refused(key, Dialect::of_path(path), Refusal::NotFound);
         };
         let route = &settings.routes[index];
         let dialect = Dialect::of_path(path);
@@ -177,7 +178,7 @@ impl<I: Io> Shard<I> {
         stream.phase_due_ms = due(route.deadlines.body_ms);
         let Some(stream_key) = self.attach(key, stream) else { return };
         self.describe(stream_key, head);
-        if !self.check_request(stream_key, route, head) {
+        if !self.check_request(stream_key, route, head, raw) {
             return;
         }
         if route.upstreams.is_empty() {
@@ -212,18 +213,21 @@ impl<I: Io> Shard<I> {
             let mut request = format!("{} {}", head.method, head.path());
             // Targets are ASCII (RFC 9112 section 3.2), so any byte is a boundary.
             request.truncate(DESCRIPTION_BYTES_MAX);
-            *description = Box::new(Description { request: request.into(), refusal: None });
+            **description = Description { request: request.into(), refusal: None };
         }
     }
 
     /// What can be said of a request by its head alone. False: it was refused.
-    fn check_request(&mut self, key: Key, route: &Route, head: &RequestHead<'_, '_>) -> bool {
+    fn check_request(&mut self, key: Key, route: &Route, head: &RequestHead<'_, '_>, raw: &[u8]) -> bool {
         let length = match head.framing {
             Framing::Length(length) => length,
             _ => 0,
         };
         let refusal = if head.method == "CONNECT" || head.method == "TRACE" {
             Some(Refusal::MethodNotAllowed)
+        } else if target_of_start(raw).get(..8).is_some_and(|start| start.eq_ignore_ascii_case(b"https://")) {
+            // RFC 9110 section 7.4: this connection is not secured.
+            Some(Refusal::Misdirected)
         } else if self.settings.routes.len() > 1 && head.has_dot_segments() {
             // The backend would read another path than the one that chose the route.
             Some(Refusal::BadTarget)
@@ -418,13 +422,28 @@ impl<I: Io> Shard<I> {
 }
 
 impl Route {
-    /// Whether a request path belongs to this route: equal to the prefix, or below it at a segment's boundary.
+    /// Whether a request path belongs to this route: equal to the prefix, or below it at a segment's boundary. The
+    /// prefix "/" has every target, `*` of OPTIONS too.
     pub fn matches(&self, path: &str) -> bool {
+        if self.path_prefix == "/" {
+            return true;
+        }
         match path.strip_prefix(self.path_prefix.as_str()) {
             Some(rest) => rest.is_empty() || self.path_prefix.ends_with('/') || rest.starts_with('/'),
             None => false,
         }
     }
+}
+
+/// The target in a head that may be incomplete or refused; empty when it has none.
+fn target_of_start(start: &[u8]) -> &[u8] {
+    let line = start.trim_ascii_start().split(|byte| matches!(byte, b'\r' | b'\n')).next();
+    line.and_then(|line| line.split(|byte| *byte == b' ').nth(1)).unwrap_or_default()
+}
+
+/// The dialect of such a head's path: an error has the shape of the path's API even when nothing else is known.
+fn dialect_of_start(start: &[u8]) -> Dialect {
+    str::from_utf8(target_of_start(start)).map_or(Dialect::Plain, Dialect::of_path)
 }
 
 /// A head written for a backend, and its length.

@@ -67,8 +67,12 @@ pub(crate) struct Conn<S> {
     pub(crate) timer: Option<(TimerId, u64)>,
     /// When the connection's own waiting (head, keep-alive, connect, linger, pool) is over, ms; `u64::MAX` never.
     pub(crate) due_ms: u64,
-    /// When the send in flight was started or last made progress, ms.
-    pub(crate) send_since_ms: u64,
+    /// When the send in flight was started, or was last seen to have made progress, ms.
+    pub(crate) progress_ms: u64,
+    /// When it is looked at next, ms.
+    pub(crate) stall_check_ms: u64,
+    /// What the peer had acknowledged at the last look; none before the first.
+    pub(crate) acknowledged: Option<u64>,
 }
 
 /// What a connection is for.
@@ -133,7 +137,9 @@ impl<S> Conn<S> {
             held: Vec::new(),
             timer: None,
             due_ms: u64::MAX,
-            send_since_ms: 0,
+            progress_ms: 0,
+            stall_check_ms: u64::MAX,
+            acknowledged: None,
         }
     }
 

@@ -8,6 +8,7 @@ use super::stream::{Answer, Stream};
 use super::{Shard, TimerOf};
 use crate::io::{Close, Io};
 use crate::settings::Route;
+use protocol::limits::STALL_CHECKS;
 use protocol::phase::{End, Phase};
 use protocol::slots::Key;
 
@@ -57,13 +58,27 @@ impl<I: Io> Shard<I> {
         route.map_or(0, |route| u64::from(self.route(route).deadlines.write_stall_ms))
     }
 
-    fn conn_due_ms(&self, conn: &Conn<I::Socket>) -> u64 {
+    fn conn_due_ms(conn: &Conn<I::Socket>) -> u64 {
+        if conn.ledger.may_lend() { conn.due_ms } else { conn.due_ms.min(conn.stall_check_ms) }
+    }
+
+    /// Looks whether a send that takes long makes progress: whether its peer goes on acknowledging. True when it has not for
+    /// the whole write stall deadline.
+    fn is_stalled(&mut self, key: Key) -> bool {
+        let now_ms = self.now_ms();
+        let Some(conn) = self.conns.get(key) else { return false };
         let stall_ms = self.write_stall_ms(conn);
-        if stall_ms > 0 && !conn.ledger.may_lend() {
-            conn.due_ms.min(conn.send_since_ms + stall_ms)
-        } else {
-            conn.due_ms
+        if conn.ledger.may_lend() || conn.stall_check_ms > now_ms || stall_ms == 0 {
+            return false;
         }
+        let acknowledged = self.io.acknowledged(conn.socket);
+        let Some(conn) = self.conns.get_mut(key) else { return false };
+        if conn.acknowledged.is_some() && conn.acknowledged != acknowledged {
+            conn.progress_ms = now_ms;
+        }
+        conn.acknowledged = acknowledged;
+        conn.stall_check_ms = (now_ms + stall_ms.div_ceil(STALL_CHECKS)).min(conn.progress_ms + stall_ms);
+        conn.progress_ms + stall_ms <= now_ms
     }
 
     /// Arms a connection's timer if it has to fire earlier than it would.
@@ -72,7 +87,7 @@ impl<I: Io> Shard<I> {
         if matches!(conn.state, State::Joining(_)) {
             return;
         }
-        let due_ms = self.conn_due_ms(conn);
+        let due_ms = Self::conn_due_ms(conn);
         let Some(conn) = self.conns.get_mut(key) else { return };
         arm(&mut self.wheel, &mut conn.timer, due_ms, TimerOf::Conn(key));
     }
@@ -87,11 +102,11 @@ impl<I: Io> Shard<I> {
 
     fn conn_timer_fired(&mut self, key: Key) {
         let now_ms = self.now_ms();
+        let stalled = self.is_stalled(key);
         let Some(conn) = self.conns.get(key) else { return };
-        if self.conn_due_ms(conn) > now_ms {
+        if !stalled && Self::conn_due_ms(conn) > now_ms {
             return self.follow_conn_timer(key);
         }
-        let stalled = conn.due_ms > now_ms;
         let stream = conn.stream;
         match (&conn.role, conn.state) {
             (_, State::Joining(_)) => {}

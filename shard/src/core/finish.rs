@@ -34,6 +34,8 @@ impl<I: Io> Shard<I> {
         stream.end = Some(end);
         let backend = stream.backend;
         match (stream.answer, end) {
+            // A whole answer of our own is in the log already.
+            _ if stream.produced => {}
             // Nobody is left to be told.
             (_, End::ClientLeft | End::WriteStall) => {}
             (Answer::None, _) => {
@@ -101,6 +103,7 @@ impl<I: Io> Shard<I> {
             stream.close |= !harmless || !stream.request_done;
             let extra = if refusal == Refusal::MethodNotAllowed { "Allow: GET, HEAD, POST\r\n" } else { "" };
             write_error(stream, &fault, &mut self.scratch, self.date.at(unix_time_s), now_us, extra);
+            stream.produced = true;
         }
         self.end_stream(key, End::Refused);
     }

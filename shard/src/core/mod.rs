@@ -108,8 +108,7 @@ impl<I: Io> Shard<I> {
         let clients_max = settings.connections_max + listeners.saturating_sub(1);
         // Each client may hold a backend's connection, while those of its earlier requests or attempts are still being
         // closed; the pool's idle ones come on top.
-        let conns_max =
-            clients_max * 4 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
+        let conns_max = clients_max * 4 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
         let mut shard = Shard {
             io,
             index,

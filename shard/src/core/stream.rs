@@ -333,7 +333,8 @@ pub(crate) fn write_late_error(dialect: Dialect, body: &[u8], out: &mut Vec<u8>)
         out.extend_from_slice(b"event: error\n");
     }
     // JSON text has no line ends but between tokens, where those of several data lines mean the same (WHATWG 9.2.6).
-    let untyped = dialect == Dialect::Responses && !body[1..].trim_start().starts_with("\"type\"");
+    let untyped = matches!(dialect, Dialect::Responses | Dialect::Messages)
+        && !body[1..].trim_start().starts_with("\"type\"");
     for (number, line) in body.lines().enumerate() {
         out.extend_from_slice(b"data: ");
         let line = match line.strip_prefix('{') {
@@ -394,6 +395,9 @@ mod tests {
         out.clear();
         assert!(write_late_error(Dialect::Responses, b"{\"error\":{}}", &mut out));
         assert_eq!(out, b"event: error\ndata: {\"type\":\"error\",\"error\":{}}\n\n");
+        out.clear();
+        assert!(write_late_error(Dialect::Messages, b"{\"error\":{\"type\":\"t\"}}", &mut out));
+        assert_eq!(out, b"event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"t\"}}\n\n");
         for not_one in [&b"<html>"[..], b"", b"{\"error\":", b"{\"detail\":1}", b"\xff"] {
             out.clear();
             assert!(!write_late_error(Dialect::Chat, not_one, &mut out) && out.is_empty());

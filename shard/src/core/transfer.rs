@@ -5,7 +5,7 @@ use super::Shard;
 use super::conn::{Role, State};
 use crate::io::{Close, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
-use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX};
+use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, STALL_CHECKS};
 use protocol::phase::{End, Phase, Step};
 use protocol::slots::Key;
 
@@ -141,7 +141,11 @@ impl<I: Io> Shard<I> {
         };
         conn.ledger.lend(range.len() as u32);
         conn.ops.send = Some(self.io.send(key, conn.socket, range));
-        conn.send_since_ms = self.now_us / 1000;
+        let stall_ms = u64::from(self.settings.routes[stream.route].deadlines.write_stall_ms);
+        conn.progress_ms = self.now_us / 1000;
+        conn.stall_check_ms =
+            if stall_ms == 0 { u64::MAX } else { conn.progress_ms + stall_ms.div_ceil(STALL_CHECKS) };
+        conn.acknowledged = None;
         if client {
             stream.lent_since_us = stream.pending_since_us.take().unwrap_or(self.now_us);
         }

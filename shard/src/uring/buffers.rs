@@ -1,10 +1,13 @@
 //! Receive buffers lent to the kernel as one provided-buffer ring; each comes back by dropping its [`Buffer`].
 //!
-//! Pages are touched only when the kernel first receives into them. Buffers given back during a turn are published to
-//! the kernel together, by one store, before the next submission.
+//! The kernel is shown only a window of the buffers: those that were used last. So an idle or quiet shard touches few pages
+//! and stays within its caches, and one fast sender is given no more than a window in one turn (its receive ends for want
+//! of buffers and is armed again in the next). The window doubles when many connections together find it too small, and
+//! halves when little of it has been needed for long. Buffers given back during a turn are published to the kernel
+//! together, by one store, before the next submission.
 
 use io_uring::types::BufRingEntry;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -62,7 +65,21 @@ pub(super) struct BufferRing {
     published: Cell<u16>,
     /// Buffers held by [`Buffer`]s, `0 <= out <= count`.
     out: Cell<u16>,
+    /// Buffers that nobody has, the last used on top. `shown + spare + out = count`.
+    spare: RefCell<Vec<u16>>,
+    /// Buffers the kernel has, or will have after the next publication.
+    shown: Cell<u16>,
+    /// How many it is shown, `WINDOW_MIN.min(count) <= window <= count`.
+    window: Cell<u16>,
+    /// The most that one turn used since the window was last reconsidered, and turns since then.
+    peak: Cell<u16>,
+    turns: Cell<u16>,
 }
+
+/// Buffers shown at least: a quiet shard's working set, and what one sender may deliver in a turn.
+const WINDOW_MIN: u16 = 64;
+/// Turns with receives after which a window that was too large is halved.
+const WINDOW_TURNS: u16 = 1024;
 
 impl BufferRing {
     /// Memory for `count` buffers of `buffer_bytes`, all of them put into the ring. To be registered by the caller.
@@ -83,10 +100,12 @@ impl BufferRing {
             tail: Cell::new(0),
             published: Cell::new(0),
             out: Cell::new(0),
+            spare: RefCell::new((0..count).rev().collect()),
+            shown: Cell::new(0),
+            window: Cell::new(WINDOW_MIN.min(count)),
+            peak: Cell::new(0),
+            turns: Cell::new(0),
         };
-        for id in 0..count {
-            ring.put(id);
-        }
         ring.publish();
         Ok(Rc::new(ring))
     }
@@ -100,7 +119,7 @@ impl BufferRing {
         self.count
     }
 
-    /// Buffers the kernel has, or will have after the next [`BufferRing::publish`].
+    /// Buffers that hold nothing.
     pub(super) fn free(&self) -> usize {
         usize::from(self.count - self.out.get())
     }
@@ -119,8 +138,32 @@ impl BufferRing {
         self.tail.set(self.tail.get().wrapping_add(1));
     }
 
-    /// Shows the kernel what came back since the last call.
+    /// After a turn that received: `connections` were heard, and `short` says that one found no buffer.
+    pub(super) fn reconsider(&self, connections: usize, short: bool) {
+        let window = self.window.get();
+        let used = window.saturating_sub(self.shown.get());
+        self.peak.set(self.peak.get().max(used));
+        self.turns.set(self.turns.get() + 1);
+        if short && connections * 2 >= usize::from(window) {
+            self.window.set(window.saturating_mul(2).min(self.count));
+        } else if self.turns.get() < WINDOW_TURNS {
+            return;
+        } else if self.peak.get() < window / 4 {
+            self.window.set((window / 2).max(WINDOW_MIN.min(self.count)));
+        }
+        self.peak.set(0);
+        self.turns.set(0);
+    }
+
+    /// Fills the window with what came back since the last call, and shows it to the kernel.
     pub(super) fn publish(&self) {
+        let mut spare = self.spare.borrow_mut();
+        while self.shown.get() < self.window.get()
+            && let Some(id) = spare.pop()
+        {
+            self.put(id);
+            self.shown.set(self.shown.get() + 1);
+        }
         let tail = self.tail.get();
         if tail == self.published.replace(tail) {
             return;
@@ -144,6 +187,7 @@ impl BufferRing {
         assert!(bytes <= self.buffer_bytes, "the kernel filled more than the buffer");
         assert!(self.out.get() < self.count, "more buffers taken than there are");
         self.out.set(self.out.get() + 1);
+        self.shown.set(self.shown.get() - 1);
         Buffer { memory: self.memory(id), ring: Rc::clone(self), id, bytes }
     }
 }
@@ -169,7 +213,7 @@ impl Deref for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         self.ring.out.set(self.ring.out.get() - 1);
-        self.ring.put(self.id);
+        self.ring.spare.borrow_mut().push(self.id);
     }
 }
 
@@ -193,6 +237,30 @@ mod tests {
         assert_eq!((ring.free(), ring.published.get()), (4, 4), "not before the next publication");
         ring.publish();
         assert_eq!(ring.published.get(), 6);
+    }
+
+    #[test]
+    fn the_kernel_is_shown_a_window_of_what_was_used_last() {
+        let ring = BufferRing::new(256, 16).unwrap();
+        assert_eq!((ring.shown.get(), ring.published.get()), (WINDOW_MIN, WINDOW_MIN));
+        // One connection that uses the whole window is given no larger one.
+        let all: Vec<_> = (0..WINDOW_MIN).map(|id| ring.take(id, 1)).collect();
+        ring.reconsider(1, true);
+        drop(all);
+        ring.publish();
+        assert_eq!((ring.shown.get(), ring.free()), (WINDOW_MIN, 256));
+        assert!(ring.spare.borrow().iter().all(|&id| id >= WINDOW_MIN), "the same ones are shown again");
+        // Many that find it too small together get twice as much, up to all there are.
+        for window in [128, 256, 256] {
+            ring.reconsider(200, true);
+            ring.publish();
+            assert_eq!(ring.shown.get(), window);
+        }
+        // And it shrinks when little of it has been needed for long.
+        for _ in 0..2 * WINDOW_TURNS {
+            ring.reconsider(1, false);
+        }
+        assert_eq!(ring.window.get(), WINDOW_MIN);
     }
 
     #[test]

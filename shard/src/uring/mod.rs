@@ -371,6 +371,8 @@ impl UringIo {
         completions.extend(self.carried.take());
         let UringIo { ring, ops, buffers, descriptors, wake_armed, .. } = self;
         let mut queue = ring.completion();
+        // Consecutive receives of one connection count once.
+        let (mut heard, mut last_heard, mut short) = (0, None, false);
         while completions.len() < full {
             let Some(entry) = queue.next() else { break };
             // A cancel that came too late has nothing to tell.
@@ -400,6 +402,10 @@ impl UringIo {
                     completions.push(Completion::Connected { conn, result: outcome.map(|_| ()) });
                 }
                 Owner::Receive(conn) => {
+                    if last_heard.replace(conn) != Some(conn) {
+                        heard += 1;
+                    }
+                    short |= outcome == Err(Errno::NO_BUFFERS);
                     let why = match (outcome, buffer) {
                         (Ok(0), _) => ReceiveEnd::Fin,
                         (Ok(_), Some(buffer)) => {
@@ -432,6 +438,9 @@ impl UringIo {
                     }
                 }
             }
+        }
+        if heard > 0 {
+            buffers.reconsider(heard, short);
         }
         if completions.len() > full {
             // The last entry became two completions.
@@ -589,6 +598,10 @@ impl Io for UringIo {
 
     fn peer(&self, socket: Socket) -> Option<SocketAddr> {
         sockets::peer(socket)
+    }
+
+    fn acknowledged(&self, socket: Socket) -> Option<u64> {
+        sockets::acknowledged(socket)
     }
 
     fn buffers_free(&self) -> usize {

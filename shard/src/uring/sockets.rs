@@ -76,6 +76,24 @@ pub(super) fn peer(socket: Socket) -> Option<SocketAddr> {
     with(socket, |socket| socket.peer_addr()).ok()?.as_socket()
 }
 
+/// `tcpi_bytes_acked` of TCP_INFO (RFC 4898 tcpEStatsAppHCThruOctetsAcked).
+pub(super) fn acknowledged(socket: Socket) -> Option<u64> {
+    let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes into `info`, which is that long and outlives the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.0,
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    // SAFETY: all-zero is a value of this struct of integers, and the kernel has overwritten a prefix of it.
+    (result == 0).then(|| unsafe { info.assume_init() }.tcpi_bytes_acked)
+}
+
 /// Open sockets by descriptor: 0 is not open, `1 + n` is open with n operations in flight, `CLOSING` is on its way out.
 #[derive(Default)]
 pub(super) struct Descriptors {
