@@ -105,12 +105,14 @@ pub enum Completion<S, B> {
         /// Bytes the socket accepted, `0 <= bytes <= lent`; fewer than lent is followed by another send.
         result: Result<u32, Errno>,
     },
-    /// The peer hung up while nothing was being received (final), or the watch was cancelled.
+    /// The peer hung up, or the watch was cancelled. An RST may follow a FIN while the watch is armed.
     Hangup {
         /// The connection.
         conn: Key,
         /// `Err(CANCELED)` when the watch was cancelled.
         result: Result<Hangup, Errno>,
+        /// Whether the watch goes on; if not, this is final.
+        armed: bool,
     },
     /// Somebody rang: the mailbox has something.
     Woken,
@@ -178,7 +180,7 @@ pub trait Io: Sized {
     /// Sends the whole range (MSG_WAITALL). At most one per connection. The range is the kernel's until `Sent`.
     fn send(&mut self, conn: Key, socket: Self::Socket, range: Lent) -> OpId;
 
-    /// Watches for the peer's FIN or RST without receiving, for a connection whose receive is not armed.
+    /// Watches for the peer's FIN and RST without receiving, for a connection whose receive is not armed.
     fn watch_hangup(&mut self, conn: Key, socket: Self::Socket) -> OpId;
 
     /// Asks for an operation to end; its final completion still comes (possibly as a success). A stale id does nothing.

@@ -796,7 +796,7 @@ impl World {
             Kind::Send { done: true, .. } => return,
             Kind::Send { accepted: 0, .. } => Completion::Sent { conn, result: Err(Errno::CANCELED) },
             Kind::Send { accepted, .. } => Completion::Sent { conn, result: Ok(*accepted as u32) },
-            Kind::Hangup => Completion::Hangup { conn, result: Err(Errno::CANCELED) },
+            Kind::Hangup => Completion::Hangup { conn, result: Err(Errno::CANCELED), armed: false },
         };
         self.complete(op, completion);
     }
@@ -835,7 +835,7 @@ impl World {
         } else {
             return;
         };
-        self.complete(op, Completion::Hangup { conn, result: Ok(result) });
+        self.complete(op, Completion::Hangup { conn, result: Ok(result), armed: false });
     }
 
     // ---- the peers' side

@@ -238,7 +238,6 @@ fn a_half_close_can_be_served() {
 }
 
 #[test]
-#[ignore = "not yet: io_uring's POLL_ADD always reports RDHUP, so a plain poll cannot wait for RST behind a FIN"]
 fn a_half_closed_client_that_is_served_is_still_seen_to_go() {
     let backend = Backend::listen();
     let server = Server::before(&backend, &["--half-close", "serve"]);

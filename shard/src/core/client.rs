@@ -352,6 +352,7 @@ impl<I: Io> Shard<I> {
             return self.client_gone(key);
         }
         // The answer is still sent, and those to requests already here.
+        self.watch_served(key);
         self.mark_dirty(key);
     }
 

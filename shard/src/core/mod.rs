@@ -258,7 +258,7 @@ impl<I: Io> Shard<I> {
             },
             Completion::ReceiveEnded { conn, why } => self.receive_ended(conn, why),
             Completion::Sent { conn, result } => self.sent(conn, result),
-            Completion::Hangup { conn, result } => self.hung_up(conn, result),
+            Completion::Hangup { conn, result, armed } => self.hung_up(conn, result, armed),
             Completion::Woken => self.woken = true,
         }
     }

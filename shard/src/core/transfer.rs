@@ -84,9 +84,11 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    pub(super) fn hung_up(&mut self, key: Key, result: Result<Hangup, Errno>) {
+    pub(super) fn hung_up(&mut self, key: Key, result: Result<Hangup, Errno>, armed: bool) {
         let Some(conn) = self.conns.get_mut(key) else { return };
-        conn.ops.hangup = None;
+        if !armed {
+            conn.ops.hangup = None;
+        }
         match conn.state {
             State::Joining(_) => self.follow_join(key),
             State::Lingering => {}
@@ -97,6 +99,16 @@ impl<I: Io> Shard<I> {
                 Ok(Hangup::Fin) if self.fin_means_left(key) => self.client_gone(key),
                 Ok(Hangup::Fin) | Err(_) => {}
             },
+        }
+    }
+
+    /// A client that has sent its FIN and is served all the same can still be seen to leave, by its RST.
+    pub(super) fn watch_served(&mut self, key: Key) {
+        if let Some(conn) = self.conns.get_mut(key)
+            && conn.state == State::Open
+            && conn.ops.hangup.is_none()
+        {
+            conn.ops.hangup = Some(self.io.watch_hangup(key, conn.socket));
         }
     }
 

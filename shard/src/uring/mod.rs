@@ -429,7 +429,7 @@ impl UringIo {
                 Owner::Watch(conn) => {
                     let reset = (libc::POLLERR | libc::POLLHUP) as u32;
                     let result = outcome.map(|e| if e & reset != 0 { Hangup::Reset } else { Hangup::Fin });
-                    completions.push(Completion::Hangup { conn, result });
+                    completions.push(Completion::Hangup { conn, result, armed: more });
                 }
                 Owner::Wake => {
                     *wake_armed = false;
@@ -575,7 +575,9 @@ impl Io for UringIo {
 
     fn watch_hangup(&mut self, conn: Key, socket: Socket) -> OpId {
         let events = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
-        let entry = opcode::PollAdd::new(Fd(socket.fd()), events as u32).build();
+        // Multishot: a poll for RST alone would be ended by a FIN that is known already, since POLL_ADD always waits for
+        // RDHUP too; this one tells the FIN and goes on.
+        let entry = opcode::PollAdd::new(Fd(socket.fd()), events as u32).multi(true).build();
         self.start(Owner::Watch(conn), socket.fd(), Memory::Nothing, entry)
     }
 

@@ -162,7 +162,7 @@ impl Bench {
 
     fn hung_up(&mut self, conn: Key) -> Result<Hangup, Errno> {
         self.until(|completion| match completion {
-            C::Hangup { conn: of, result } if *of == conn => Some(*result),
+            C::Hangup { conn: of, result, .. } if *of == conn => Some(*result),
             _ => None,
         })
     }
@@ -425,10 +425,16 @@ fn a_hangup_is_seen_without_receiving() {
     assert!(bench.seen.is_empty(), "{:?}", bench.seen);
     peer.shutdown(std::net::Shutdown::Write).unwrap();
     assert_eq!(bench.hung_up(conn(1)), Ok(Hangup::Fin));
-    // And at once when it has already happened.
-    bench.io.watch_hangup(conn(1), socket);
-    bench.turn(Wait::Not);
-    assert_eq!(bench.hung_up(conn(1)), Ok(Hangup::Fin));
+    // And at once when it has already happened; and an RST behind it.
+    let (socket, peer) = bench.pair();
+    peer.shutdown(std::net::Shutdown::Write).unwrap();
+    bench.turn_ms(10);
+    bench.io.watch_hangup(conn(3), socket);
+    assert_eq!(bench.hung_up(conn(3)), Ok(Hangup::Fin));
+    bench.seen.clear();
+    SockRefOf(&peer).linger_zero();
+    drop(peer);
+    assert_eq!(bench.hung_up(conn(3)), Ok(Hangup::Reset));
 
     let (socket, peer) = bench.pair();
     bench.io.watch_hangup(conn(2), socket);
@@ -674,7 +680,7 @@ fn an_echo_server_needs_no_kernel_worker_thread() {
     for _ in 0..50 {
         let (socket, mut peer) = bench.pair();
         bench.io.receive(conn(1), socket);
-        bench.io.watch_hangup(conn(1), socket);
+        let watch = bench.io.watch_hangup(conn(1), socket);
         bench.turn(Wait::Not);
         peer.write_all(b"echo").unwrap();
         let heard = bench.received(conn(1));
@@ -683,6 +689,8 @@ fn an_echo_server_needs_no_kernel_worker_thread() {
         bench.io.shutdown(socket, Half::Both);
         assert_eq!(bench.receive_ended(conn(1)), ReceiveEnd::Fin);
         bench.hung_up(conn(1)).unwrap();
+        bench.io.cancel(watch);
+        while bench.hung_up(conn(1)) != Err(Errno::CANCELED) {}
         bench.io.close(socket, Close::Orderly);
         bench.turn(Wait::Not);
         assert_eq!(kernel_workers(), before);
