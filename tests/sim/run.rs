@@ -367,11 +367,7 @@ impl Sim {
             closing |= failed
                 || exchange.request.close
                 || exchange.request.http10
-                // It went on sending behind its own `Connection: close`, and was answered by RST.
-            || client.ended == Some(Ended::Reset)
-                && client.plan.pipelined
-                && (exchange.request.close || exchange.request.http10)
-            || exchange.answer.early_after.is_some()
+                || exchange.answer.early_after.is_some()
                 || messages.get(nth).is_some_and(|message| message.header("connection") == Some("close"));
             outcomes.push(outcome);
         }
@@ -387,6 +383,10 @@ impl Sim {
             || !stays && client.ended != Some(Ended::Reset)
             || client.half_closed && exchange.request.streaming
             || !exchange.request.demo && (!exchange.wire.whole || world.connects_failed > 0)
+                // It went on sending behind its own `Connection: close`, and was answered by RST.
+            || client.ended == Some(Ended::Reset)
+                && client.plan.pipelined
+                && (exchange.request.close || exchange.request.http10)
             || exchange.answer.early_after.is_some()
             || matches!(client.plan.pace, Pace::Stuck { for_us, .. } if for_us >= 20_000_000)
             || exchange.request.body_bytes as u64 + 500 > self.settings.retry_bytes_max
