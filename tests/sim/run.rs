@@ -304,8 +304,13 @@ impl Sim {
                 let noticed_us = exchange
                     .left_socket
                     .map_or(0, |socket| world.sockets[socket].accepted_us.max(world.sockets[socket].told_us));
-                let limit =
-                    left_us.max(noticed_us) + 100_000 + 4 * world.faults.delay_us + world.faults.overshoot_us;
+                // A shard that is given few completions per turn has a queue of them.
+                let queued_us = if world.faults.turn_completions > 0 { 1_000_000 } else { 0 };
+                let limit = left_us.max(noticed_us)
+                    + 100_000
+                    + 4 * world.faults.delay_us
+                    + world.faults.overshoot_us
+                    + queued_us;
                 assert!(
                     ended_us <= limit,
                     "exchange {id}: its client left at {left_us}, its backend's connection was closed at {ended_us}"
@@ -378,6 +383,10 @@ impl Sim {
             || !stays && client.ended != Some(Ended::Reset)
             || client.half_closed && exchange.request.streaming
             || !exchange.request.demo && (!exchange.wire.whole || world.connects_failed > 0)
+                // It went on sending behind its own `Connection: close`, and was answered by RST.
+            || client.ended == Some(Ended::Reset)
+                && client.plan.pipelined
+                && (exchange.request.close || exchange.request.http10)
             || exchange.answer.early_after.is_some()
             || matches!(client.plan.pace, Pace::Stuck { for_us, .. } if for_us >= 20_000_000)
             || exchange.request.body_bytes as u64 + 500 > self.settings.retry_bytes_max
