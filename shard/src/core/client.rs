@@ -412,7 +412,9 @@ impl<I: Io> Shard<I> {
             // For the request that was pipelined in front of it, the FIN means what it means for any.
             return self.client_fin(key);
         }
-        if self.conns.get(key).is_some_and(|conn| conn.held.len() < self.settings.head.head_bytes) {
+        // Unless the request that was just begun is held up by its backend already.
+        let paused = self.stream_of(key).is_some_and(|stream| stream.upload_paused);
+        if !paused && self.conns.get(key).is_some_and(|conn| conn.held.len() < self.settings.head.head_bytes) {
             self.want_receive(key, true);
         }
     }
