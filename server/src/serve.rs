@@ -44,15 +44,27 @@ pub(crate) fn serve(effective: &Effective, machine: &Machine) -> Result<Exit, Fa
 }
 
 fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fatal> {
-    match uring::raise_nofile() {
-        Ok((before, now)) if before < now => log::info!("descriptor limit raised from {before} to {now}"),
-        Ok(_) => {}
-        Err(error) => log::warn!("cannot raise the descriptor limit: {error}"),
-    }
+    let limit = match uring::raise_nofile() {
+        Ok((before, now)) => {
+            if before < now {
+                log::info!("descriptor limit raised from {before} to {now}");
+            }
+            now
+        }
+        Err(error) => {
+            log::warn!("cannot raise the descriptor limit: {error}");
+            1024
+        }
+    };
     let mut seed = [0; 8];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
     let plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
+    let shards = plan.cpus.len() as u64;
+    let descriptors = 128 + shards * (16 + 2 * plan.settings.connections_max as u64);
+    if let Err(error) = uring::reserve_descriptors(descriptors.min(limit)) {
+        log::warn!("cannot reserve {descriptors} descriptors: {error}");
+    }
     let (listening, listeners) = bind(&plan.listen, plan.cpus.len(), &plan.settings)?;
     let admin = admin::bind(&plan.admin)?;
 

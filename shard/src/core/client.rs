@@ -414,7 +414,8 @@ impl<I: Io> Shard<I> {
         }
         // Unless the request that was just begun is held up by its backend already.
         let paused = self.stream_of(key).is_some_and(|stream| stream.upload_paused);
-        if !paused && self.conns.get(key).is_some_and(|conn| conn.held.len() < self.settings.head.head_bytes) {
+        if !paused && self.conns.get(key).is_some_and(|conn| conn.held.len() < self.settings.head.head_bytes)
+        {
             self.want_receive(key, true);
         }
     }

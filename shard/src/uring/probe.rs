@@ -2,6 +2,7 @@
 
 use io_uring::{Probe, opcode};
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Locked memory that glommio's rings need per executor, bytes.
 const MEMLOCK_BYTES_MIN: u64 = 512 * 1024;
@@ -53,6 +54,27 @@ pub fn raise_nofile() -> io::Result<(u64, u64)> {
         }
     }
     Ok((soft, hard))
+}
+
+/// Makes the process's descriptor table large enough for `count` descriptors at once. The kernel grows it by doubling, and
+/// each time waits for an RCU grace period (10 to 30 ms) when the table is shared between threads: a shard would stand still
+/// in an accept or a connect. To be called before the shards are started.
+///
+/// # Errors
+/// When the kernel refuses, as it does above the limit of open files.
+pub fn reserve_descriptors(count: u64) -> io::Result<()> {
+    let Some(last) = i32::try_from(count).ok().and_then(|count| count.checked_sub(1)) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let any = std::fs::File::open("/dev/null")?;
+    // SAFETY: `any` is open; the call makes a new descriptor and touches no memory of ours.
+    let copy = unsafe { libc::fcntl(any.as_raw_fd(), libc::F_DUPFD_CLOEXEC, last) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and ours alone.
+    drop(unsafe { OwnedFd::from_raw_fd(copy) });
+    Ok(())
 }
 
 /// `(soft, hard)`.
@@ -237,5 +259,17 @@ mod tests {
         let (_, now) = raise_nofile().unwrap();
         assert_eq!(limit(libc::RLIMIT_NOFILE).unwrap(), (now, now));
         assert_eq!(raise_nofile().unwrap(), (now, now));
+    }
+
+    #[test]
+    fn descriptors_are_reserved_up_to_the_limit() {
+        let (_, limit) = raise_nofile().unwrap();
+        reserve_descriptors(limit).unwrap();
+        // /proc tells the size of the table.
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap();
+        assert!(size.trim().parse::<u64>().unwrap() >= limit, "{size}");
+        assert!(reserve_descriptors(limit + 1).is_err());
+        assert!(reserve_descriptors(0).is_err());
     }
 }
