@@ -1,7 +1,7 @@
 //! Looks at the first members of a JSON object without parsing it: what one event is, told from a bounded prefix.
 //! Tolerant: where the text is cut or malformed, the walk ends.
 
-use memchr::{memchr2, memmem::Finder};
+use memchr::{memchr, memchr2, memmem::Finder};
 use std::sync::LazyLock;
 
 /// Bytes of one event that are looked at. What tells its kind (`type`, `error`, the first choice's `delta`) stands in
@@ -20,6 +20,15 @@ pub(super) fn members_from_choices(data: &[u8]) -> Option<Members<'_>> {
         Some(_) => None,
         None => Some(Members { rest: &front[at..], at_nested: false }),
     }
+}
+
+/// Whether a block is one data line with an object in it that has no `error` member near its front. (A short cut: another
+/// answer than true says nothing.)
+pub(super) fn is_plain_chunk(raw: &[u8]) -> bool {
+    raw.starts_with(b"data: {")
+        && raw.ends_with(b"}\n\n")
+        && memchr(b'\n', raw) == Some(raw.len() - 2)
+        && ERROR.find(&raw[..raw.len().min(PEEK_BYTES_MAX)]).is_none()
 }
 
 /// The value of one member.

@@ -417,7 +417,10 @@ pub(super) fn relay_event(
     settings: &crate::settings::Settings,
     stats: &mut crate::stats::Stats,
 ) {
-    let meaning = stream.dialect.meaning(block);
+    let meaning = match stream.first_token_us {
+        None => stream.dialect.meaning(block),
+        Some(_) => stream.dialect.meaning_after_first_token(block),
+    };
     if stream.end_mark && !matches!(meaning, Meaning::Preamble | Meaning::Heartbeat) {
         stats.counters.upstream_surplus += 1;
         return;
