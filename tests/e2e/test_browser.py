@@ -67,6 +67,23 @@ def test_fetch_from_a_page_behind_tokenring(open_page, via_uvicorn):
     assert found["events"] == [event.data for event in direct.events]
 
 
+@pytest.mark.relay
+def test_a_fetch_that_lags_is_told_of_a_failure(open_page, via_uvicorn):
+    """The backend fails before the page reads anything: every token that came and the error reach it all the same."""
+    found = open_page(
+        f"{via_uvicorn.url}/pages/stream.html",
+        api="",
+        ask=urlencode({"tokens": 30, "drop_after": 10}),
+        body=json.dumps(body_of("chat")),
+        lag_ms=1500,
+    )
+    assert found["error"] is None and found["unfinished"] == ""
+    *tokens, error = found["events"]
+    assert len(tokens) >= 10 and len(found["text"]) > 10
+    assert json.loads(error)["error"]["code"].startswith("upstream_")
+    assert "[DONE]" not in found["events"]
+
+
 @pytest.mark.parametrize("name", ["demo", "via_slow_llama"])
 def test_fetch_from_a_page_elsewhere(open_page, uvicorn, request, name):
     """The demo model and llama.cpp serve no page of ours, so Chromium is told not to mind the origin."""
