@@ -29,6 +29,9 @@ use tokio::sync::mpsc;
 const RESOLVE_AT_START: Duration = Duration::from_secs(3);
 /// How long a shard's thread may take to end after its shard has left.
 const JOIN_LIMIT: Duration = Duration::from_secs(2);
+/// Descriptors reserved at start at most: a table for a million costs 8 MiB of kernel memory, and is all that fs.nr_open allows
+/// by default.
+const DESCRIPTORS_RESERVED_MAX: u64 = 1 << 20;
 /// How long the last log lines are waited for.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
@@ -62,7 +65,7 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     let plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
     let shards = plan.cpus.len() as u64;
     let descriptors = 128 + shards * (16 + 2 * plan.settings.connections_max as u64);
-    if let Err(error) = uring::reserve_descriptors(descriptors.min(limit)) {
+    if let Err(error) = uring::reserve_descriptors(descriptors.min(limit).min(DESCRIPTORS_RESERVED_MAX)) {
         log::warn!("cannot reserve {descriptors} descriptors: {error}");
     }
     let (listening, listeners) = bind(&plan.listen, plan.cpus.len(), &plan.settings)?;
