@@ -224,7 +224,7 @@ pub struct Deadlines {
     pub between_tokens_ms: u32,
     /// From the complete head to the last byte produced.
     pub total_ms: u32,
-    /// While a send is in flight and nothing of it completes.
+    /// While a send is in flight and its peer acknowledges nothing.
     pub write_stall_ms: u32,
     /// Between two requests on a client connection, and before its first byte.
     pub keep_alive_ms: u32,

@@ -1,7 +1,7 @@
 //! Accepting clients against slot permits, and leaving: drain and stop.
 //!
-//! A permit is a free client slot. While there are more permits than the kernel's backlog can hold, the accept is multishot
-//! and cannot overrun them; with fewer it accepts one at a time; with none it is disarmed and the backlog waits.
+//! A permit is a free client slot. While there are more permits than twice what the kernel's backlogs can hold, the accept is
+//! multishot and cannot overrun them; with fewer it accepts one at a time; with none it is disarmed and the backlog waits.
 
 use super::conn::{Client, Conn, Role, State};
 use super::{Leaving, Shard, TimerOf};
@@ -55,8 +55,6 @@ impl<I: Io> Shard<I> {
             }
             None if permits > 0 => {
                 acceptor.paused = false;
-                // Its queue is not known to be empty before a whole turn has passed.
-                acceptor.accepted_in_turn = true;
                 let kind = if plenty { Multishot::Yes } else { Multishot::No };
                 acceptor.armed = Some((self.io.accept(listener, plenty), kind));
                 // What is queued is brought in the next turn at the earliest: a drain must not take this one for empty.
