@@ -1,7 +1,8 @@
 """Byte sequences for the HTTP edge: what two parsers are known to read differently, generated and by hand.
 
-Each case is (name, bytes, requests): how many requests a backend sees of it; None where it may be refused or passed on. But
-for the random ones, whatever looks like a request inside a body or behind a refused head asks for /smuggled, which no backend may see.
+Each case is (name, bytes, requests): how many requests a backend sees of it; None where it may be refused or passed on.
+Whatever looks like a request inside a body or behind a refused head asks for /smuggled, which no backend may see. (The
+random ones, which change such bytes, are held only to being read alike.)
 """
 
 import itertools

@@ -70,7 +70,7 @@ class Tap:
 
 
 def read_requests(data):
-    """The requests that `data` is to h11 as a server, and why it went no further: (method, target, headers, body, complete)."""
+    """The requests that `data` is to h11 as a server, (method, target, headers, body, complete), and why it went no further."""
     conn = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
     requests = []
     try:
