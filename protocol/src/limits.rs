@@ -20,8 +20,10 @@ pub const EVENT_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Interim (1xx) responses accepted from a backend before its final head; each costs it nothing to send.
 pub const INTERIM_RESPONSES_MAX: u32 = 8;
 
-/// Bytes of the first segment of an event log: an idle stream owns no more than this.
+/// Bytes of the first segment of an event log. Segments have this size times a power of two.
 pub const LOG_SEGMENT_FIRST_BYTES: usize = 512;
+/// Bytes of segments of each size that a shard keeps for later when nobody holds them.
+pub const LOG_SPARE_BYTES_MAX: usize = 256 * 1024;
 /// Bytes to which segments grow, doubling: the most that one send lends to the kernel.
 pub const LOG_SEGMENT_BYTES_MAX: usize = 64 * 1024;
 

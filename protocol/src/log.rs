@@ -60,7 +60,7 @@ struct Segment {
 
 impl Segment {
     fn with_capacity(base: u64, bytes: usize) -> Self {
-        Segment { memory: std::iter::repeat_n(Cell::new(0), bytes).collect(), base, filled: 0 }
+        Segment { memory: spare::take(bytes), base, filled: 0 }
     }
 
     fn end(&self) -> u64 {
@@ -80,10 +80,73 @@ impl Segment {
     }
 }
 
+/// Memory of segments that nobody holds any more, kept for the next ones: a stream that keeps up with its model owns memory
+/// only while its bytes are on the way, and finds the memory of the last one's still in the cache.
+mod spare {
+    use super::{Cell, LOG_SEGMENT_BYTES_MAX, LOG_SEGMENT_FIRST_BYTES, Rc};
+    use crate::limits::LOG_SPARE_BYTES_MAX;
+    use std::cell::RefCell;
+
+    /// One list for each size: the first, its double, and so on.
+    const SIZES: usize = (LOG_SEGMENT_BYTES_MAX / LOG_SEGMENT_FIRST_BYTES).ilog2() as usize + 1;
+    const _: () =
+        assert!(LOG_SEGMENT_FIRST_BYTES.is_power_of_two() && LOG_SEGMENT_BYTES_MAX.is_power_of_two());
+
+    type Spares = [Vec<Rc<[Cell<u8>]>>; SIZES];
+
+    thread_local! {
+        static SPARES: RefCell<Spares> = const { RefCell::new([const { Vec::new() }; SIZES]) };
+    }
+
+    /// Bytes kept.
+    #[cfg(test)]
+    pub(super) fn bytes() -> usize {
+        SPARES.with(|spares| spares.borrow().iter().flatten().map(|memory| memory.len()).sum())
+    }
+
+    fn list_of(bytes: usize) -> Option<usize> {
+        let list = (bytes / LOG_SEGMENT_FIRST_BYTES).checked_ilog2()? as usize;
+        (bytes == LOG_SEGMENT_FIRST_BYTES << list && list < SIZES).then_some(list)
+    }
+
+    /// At least `bytes`, of any content.
+    pub(super) fn take(bytes: usize) -> Rc<[Cell<u8>]> {
+        // Beyond the greatest size: made to measure, and not kept.
+        let bytes = match bytes {
+            0..=LOG_SEGMENT_BYTES_MAX => bytes.next_power_of_two().max(LOG_SEGMENT_FIRST_BYTES),
+            large => large,
+        };
+        list_of(bytes)
+            .and_then(|list| SPARES.try_with(|spares| spares.borrow_mut()[list].pop()).ok()?)
+            .unwrap_or_else(|| std::iter::repeat_n(Cell::new(0), bytes).collect())
+    }
+
+    /// Memory that its log is done with; somebody else may still hold it.
+    pub(super) fn give(memory: Rc<[Cell<u8>]>) {
+        let bytes = memory.len();
+        if let Some(list) = list_of(bytes)
+            && Rc::strong_count(&memory) == 1
+        {
+            // While the thread ends there is nowhere to keep it.
+            SPARES
+                .try_with(|spares| {
+                    let spares = &mut spares.borrow_mut()[list];
+                    if (spares.len() + 1) * bytes <= LOG_SPARE_BYTES_MAX {
+                        spares.push(memory);
+                    }
+                })
+                .ok();
+        }
+    }
+}
+
 /// The log of one stream.
 #[derive(Default)]
 pub struct Log {
-    segments: VecDeque<Segment>,
+    /// The segment that is being filled; none when nothing is held.
+    last: Option<Segment>,
+    /// Those before it, of which something is still owed, oldest first.
+    older: VecDeque<Segment>,
     end: u64,
     last_event_id: u64,
 }
@@ -101,7 +164,7 @@ impl Log {
 
     /// Offset of the oldest byte still held; equals `end` when nothing is held.
     pub fn start(&self) -> u64 {
-        self.segments.front().map_or(self.end, |segment| segment.base)
+        self.older.front().or(self.last.as_ref()).map_or(self.end, |segment| segment.base)
     }
 
     /// Id of the newest event (0: none yet). Ids are dense from 1.
@@ -117,7 +180,7 @@ impl Log {
 
     /// Bytes of memory held in segments, filled or not.
     pub fn memory_bytes(&self) -> usize {
-        self.segments.iter().map(|segment| segment.memory.len()).sum()
+        self.older.iter().chain(&self.last).map(|segment| segment.memory.len()).sum()
     }
 
     /// Appends the concatenation of `parts` as one contiguous range; returns its offset.
@@ -127,10 +190,10 @@ impl Log {
         if bytes == 0 {
             return at;
         }
-        if self.segments.back().is_none_or(|segment| segment.room() < bytes) {
+        if self.last.as_ref().is_none_or(|segment| segment.room() < bytes) {
             self.grow(bytes);
         }
-        if let Some(segment) = self.segments.back_mut() {
+        if let Some(segment) = &mut self.last {
             for part in parts {
                 segment.push(part);
             }
@@ -147,24 +210,28 @@ impl Log {
             let size = segment.memory.len();
             segment.room() >= bytes || (size >= LOG_SEGMENT_BYTES_MAX && segment.room() > size / 2)
         };
-        if !self.segments.back().is_some_and(has_room) {
+        if !self.last.as_ref().is_some_and(has_room) {
             self.grow(bytes);
         }
     }
 
     fn grow(&mut self, bytes: usize) {
-        // A segment that was never filled, or is drained, is of no more use.
-        let last = match self.segments.back() {
+        let last = match self.last.take() {
+            // Never filled: of no more use.
             Some(segment) if segment.filled == 0 => {
-                self.segments.pop_back();
+                spare::give(segment.memory);
                 0
             }
-            Some(segment) => segment.memory.len(),
+            Some(segment) => {
+                let size = segment.memory.len();
+                self.older.push_back(segment);
+                size
+            }
             None => 0,
         };
         let next = (last * 2).clamp(LOG_SEGMENT_FIRST_BYTES, LOG_SEGMENT_BYTES_MAX);
         // An append larger than a segment gets one of its own.
-        self.segments.push_back(Segment::with_capacity(self.end, next.max(bytes)));
+        self.last = Some(Segment::with_capacity(self.end, next.max(bytes)));
     }
 
     /// A contiguous range from `from` (`start <= from < end`) to the end of its segment, at most `bytes_max`; `None` at the end.
@@ -174,37 +241,47 @@ impl Log {
         }
         assert!(from >= self.start(), "the range was released while a subscriber still owed it");
         // Subscribers are near the end, or at the start of a short list: search from the back.
-        let segment = self.segments.iter().rev().find(|segment| segment.base <= from)?;
+        let mut segments = self.last.iter().chain(self.older.iter().rev());
+        let segment = segments.find(|segment| segment.base <= from)?;
         let start = u32::try_from(from - segment.base).unwrap_or(u32::MAX);
         let end = segment.filled.min(start.saturating_add(bytes_max));
         debug_assert!(start < end, "an empty segment below the end");
         Some(Lent { memory: Rc::clone(&segment.memory), start, end })
     }
 
-    /// Gives all memory back if everything below `below` is everything there is: for a log that will hardly grow again.
+    /// Gives all memory back if everything below `below` is everything there is, lent or not.
     pub fn trim(&mut self, below: u64) {
         self.release(below);
         if below >= self.end {
-            self.segments.clear();
+            self.last = None;
         }
     }
 
     /// Releases what lies below `below` (the lowest cursor of all subscribers, or the start of the window), in whole segments.
     pub fn release(&mut self, below: u64) {
-        while self.segments.len() > 1 && self.segments[0].end() <= below {
-            self.segments.pop_front();
-        }
-        if let [only] = self.segments.make_contiguous()
-            && only.end() <= below
-        {
-            // Drained. A small segment that nobody else holds is written again from its start; a large one is given
-            // back, so that a stream at rest owns little; a lent one goes on being filled behind what was lent.
-            if only.memory.len() > 2 * LOG_SEGMENT_FIRST_BYTES {
-                self.segments.clear();
-            } else if Rc::strong_count(&only.memory) == 1 {
-                only.base = self.end;
-                only.filled = 0;
+        while self.older.front().is_some_and(|segment| segment.end() <= below) {
+            if let Some(segment) = self.older.pop_front() {
+                spare::give(segment.memory);
             }
+        }
+        if !self.older.is_empty() || self.last.as_ref().is_none_or(|last| last.end() > below) {
+            return;
+        }
+        // Drained: what a stream at rest owns is nothing. A small segment that is still lent goes on being filled behind
+        // what was lent.
+        if let Some(last) = self.last.take_if(|last| {
+            last.memory.len() > 2 * LOG_SEGMENT_FIRST_BYTES || Rc::strong_count(&last.memory) == 1
+        }) {
+            spare::give(last.memory);
+        }
+        self.older = VecDeque::new();
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        for segment in self.older.drain(..).chain(self.last.take()) {
+            spare::give(segment.memory);
         }
     }
 }
@@ -218,6 +295,7 @@ impl std::fmt::Debug for Log {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::LOG_SPARE_BYTES_MAX;
 
     fn read(log: &Log, mut from: u64) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -272,19 +350,52 @@ mod tests {
     }
 
     #[test]
-    fn a_drained_log_owns_at_most_a_small_segment() {
+    fn a_drained_log_owns_nothing_or_a_small_segment_that_is_lent() {
         let mut log = Log::new();
         for round in 0..1000_u32 {
             for _ in 0..round % 40 {
                 log.append(&[&[1; 180]]);
             }
+            let lent = (log.end() > log.start()).then(|| log.lend(log.end() - 1, 1));
             log.release(log.end());
-            assert!(
-                log.memory_bytes() <= LOG_SEGMENT_FIRST_BYTES * 2,
-                "round {round}: {}",
-                log.memory_bytes()
-            );
+            let held = log.memory_bytes();
+            assert!(held <= LOG_SEGMENT_FIRST_BYTES * 2, "round {round}: {held}");
+            drop(lent);
+            log.release(log.end());
+            assert_eq!((log.memory_bytes(), log.start()), (0, log.end()), "round {round}");
         }
+    }
+
+    #[test]
+    fn memory_is_used_again_but_never_under_somebody_who_holds_it() {
+        let mut first = Log::new();
+        first.append(&[b"first"]);
+        let lent = first.lend(0, u32::MAX).unwrap();
+        let address = lent.cells().as_ptr();
+        drop(first);
+        let mut second = Log::new();
+        second.append(&[b"other"]);
+        assert_eq!(lent.to_vec(), b"first", "still lent when its log was done with it");
+        drop(lent);
+
+        let address_of = |log: &Log| log.lend(log.start(), u32::MAX).map(|lent| lent.cells().as_ptr());
+        let taken = address_of(&second);
+        assert_ne!(taken, Some(address));
+        second.release(second.end());
+        let mut third = Log::new();
+        third.append(&[b"third"]);
+        assert_eq!(address_of(&third), taken, "the memory of the second");
+        assert_eq!(read(&third, 0), b"third");
+    }
+
+    #[test]
+    fn what_is_kept_for_later_is_bounded() {
+        let mut logs: Vec<Log> = (0..5_000).map(|_| Log::new()).collect();
+        for (index, log) in logs.iter_mut().enumerate() {
+            log.append(&[&vec![1; 1 << (index % 18)]]);
+        }
+        logs.clear();
+        assert_eq!(spare::bytes(), 8 * LOG_SPARE_BYTES_MAX, "eight sizes, each full");
     }
 
     #[test]

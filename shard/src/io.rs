@@ -120,6 +120,20 @@ pub enum Completion<S, B> {
     Woken,
 }
 
+impl<S, B> Completion<S, B> {
+    /// The connection it is about.
+    pub fn conn(&self) -> Option<Key> {
+        match self {
+            Completion::Connected { conn, .. }
+            | Completion::Received { conn, .. }
+            | Completion::ReceiveEnded { conn, .. }
+            | Completion::Sent { conn, .. }
+            | Completion::Hangup { conn, .. } => Some(*conn),
+            Completion::Accepted { .. } | Completion::AcceptEnded { .. } | Completion::Woken => None,
+        }
+    }
+}
+
 /// What a hangup watch saw.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Hangup {

@@ -27,6 +27,7 @@ use protocol::phase::Phase;
 use protocol::slots::{Key, Slots};
 use protocol::wheel::{TimerId, Wheel};
 use std::collections::VecDeque;
+use std::hint::black_box;
 use std::sync::Arc;
 use stream::Stream;
 
@@ -165,6 +166,7 @@ impl<I: Io> Shard<I> {
         if completions.len() >= COMPLETIONS_PER_TURN_MAX {
             self.stats.counters.turns_full += 1;
         }
+        self.touch(&completions);
         for completion in completions.drain(..) {
             self.complete(completion);
         }
@@ -180,6 +182,27 @@ impl<I: Io> Shard<I> {
             self.stats.counters.turns_slow += 1;
         }
         result
+    }
+
+    /// Reads a little of every connection and stream that a batch is about, so that the memory of all of them comes into the
+    /// cache at once, not one miss behind the other: between two events of a stream, others have pushed it out.
+    fn touch(&self, completions: &[Completion<I::Socket, I::Buffer>]) {
+        if completions.len() < 2 {
+            return;
+        }
+        for completion in completions {
+            if let Some(conn) = completion.conn().and_then(|key| self.conns.get(key)) {
+                black_box((conn.ledger, conn.due_ms, conn.dirty, conn.timer));
+            }
+        }
+        let streams = completions
+            .iter()
+            .filter_map(|completion| self.conns.get(completion.conn()?)?.stream)
+            .filter_map(|key| self.streams.get(key));
+        for stream in streams {
+            black_box((stream.phase, stream.response.end(), stream.spoke_ms, stream.pending_since_us));
+            black_box((stream.last_token_us, stream.first_token_us, stream.events.is_some(), stream.client));
+        }
     }
 
     fn wait(&self, sleepy: Sleepy) -> Wait {

@@ -264,7 +264,8 @@ impl UringIo {
             || self.deferred_left
             || !self.entries.is_empty()
             || !self.ring.completion().is_empty();
-        if !all || left_over || self.sleep_of(wait) == Some(Duration::ZERO) {
+        let sleep = self.sleep_of(wait);
+        if !all || left_over || sleep == Some(Duration::ZERO) {
             return self.enter_if_needed();
         }
         if self.sleeps_elsewhere || self.spin_us > 0 {
@@ -279,8 +280,9 @@ impl UringIo {
             if self.sleeps_elsewhere {
                 return self.owe_sleep(wait);
             }
+            return self.enter(0, 1, self.sleep_of(wait));
         }
-        self.enter(0, 1, self.sleep_of(wait))
+        self.enter(0, 1, sleep)
     }
 
     /// Turns the event on and looks for the last time. Between sleeps it is off, because the kernel rings it for deferred
