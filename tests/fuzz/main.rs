@@ -72,8 +72,8 @@ targets! {
     body 100000
     dialect 100000
     facts 100000
-    ledger 100000
-    log 50000
+    ledger 20000
+    log 10000
     ops 100000
     request_head 100000
     response_head 100000

@@ -17,7 +17,7 @@ fn found(name: &'static str, run: fn(&[u8]), message: &str) {
     let corpus = corpus(name);
     let words = target(name).expect("one of the targets").words;
     std::panic::set_hook(Box::new(|_| {}));
-    let found = search(&Target { name, run, words }, &corpus, 10_000, 1);
+    let found = search(&Target { name, run, words }, &corpus, 100_000, 1);
     drop(std::panic::take_hook());
     let found = found.unwrap_or_else(|| panic!("a planted bug in {name} is not found"));
     assert!(found.message.contains(message), "found, but as: {}", found.message);

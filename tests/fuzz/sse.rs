@@ -96,6 +96,12 @@ pub fn run_on(cut: Cut, data: &[u8]) {
         assert!(!blank.is_empty() && blank.iter().all(|byte| matches!(byte, b'\r' | b'\n')));
     }
     passes_on_what_was_said(&blocks, &said);
+    // A later block that begins with a byte order mark and has an id of its own may come to stand first, where a client drops
+    // the mark: the one thing that is not passed on as it was said.
+    let marked = |block: &Cutout| block.has_id && block.raw.starts_with(b"\xEF\xBB\xBF");
+    if blocks.iter().any(marked) {
+        return;
+    }
     for dialect in Dialect::ALL {
         keeps_its_events_among_ids(&blocks, &said, dialect, settings & 0x7f);
     }
