@@ -557,6 +557,8 @@ fn a_backend_socket_that_cannot_be_made_is_an_overload() {
     let (outcome, finished) = one(sim, chat(), Answer::events(2));
     assert_eq!(outcome, Outcome::Error(503, "overload".to_owned()));
     assert_end(&finished, End::Overload);
+    let active = finished.sim.shard.snapshot().upstreams[0].active;
+    assert_eq!(active, 0, "a stream that got no connection is none of its backend's");
 }
 
 // ---- leaving

@@ -19,6 +19,7 @@ fn faults(rng: &mut Rng) -> Faults {
         receive_bytes: if tiny { rng.pick(&[8, 64, 300]) } else { rng.pick(&[0, 0, 4096]) },
         receive_rearm: sometimes(rng, 300),
         receive_no_buffer: sometimes(rng, 200),
+        hangup_ends: sometimes(rng, 500),
         send_piecewise: sometimes(rng, 1000),
         send_short: sometimes(rng, 500),
         send_late: sometimes(rng, 500),

@@ -5,7 +5,7 @@ use crate::client::{ClientPlan, Ended, How, Pace};
 use crate::io::SimIo;
 use crate::plan::{Answer, Exchange, Fault, Request};
 use crate::reader::{Message, read_events};
-use crate::world::World;
+use crate::world::{Counts, World};
 use protocol::demo::DemoSettings;
 use protocol::dialect::Dialect;
 use protocol::http::HeadLimits;
@@ -181,9 +181,46 @@ impl Sim {
                 _ => {}
             }
         }
+        self.check_step();
         if self.turns.is_multiple_of(128) {
             self.check_memory();
         }
+    }
+
+    /// The oracle after every turn: what the shard keeps agrees with itself and with the machine.
+    fn check_step(&self) {
+        let world = self.world.borrow();
+        let counters = &self.shard.stats().counters;
+        let counts = Counts {
+            accepts: counters.accepts,
+            client_received_bytes: counters.client_received_bytes,
+            client_sent_bytes: counters.client_sent_bytes,
+            upstream_received_bytes: counters.upstream_received_bytes,
+            upstream_sent_bytes: counters.upstream_sent_bytes,
+            sends: counters.sends,
+            sends_short: counters.sends_short,
+            connects: counters.upstream_connects,
+            connect_errors: counters.upstream_connect_errors,
+        };
+        assert_eq!(counts, world.counts, "what the shard has counted, and what happened");
+        // With thousands of connections not after every turn, or their number would be squared.
+        let (clients, backends, ..) = self.shard.population();
+        if !self.turns.is_multiple_of(1 + (clients + backends) as u64 / 64) {
+            return;
+        }
+        if let Err(what) = self.shard.audit() {
+            panic!("{what}");
+        }
+        let mut held = 0;
+        for (key, socket, holding) in self.shard.holdings() {
+            held += 1;
+            let real = world.holding(socket);
+            assert!(
+                holding == real,
+                "{key:?} on {socket:?}: the shard knows of {holding:?}, the kernel has {real:?}"
+            );
+        }
+        assert_eq!(held, world.sockets_held(), "sockets that the shard has");
     }
 
     fn check_memory(&mut self) {

@@ -16,6 +16,7 @@ pub(crate) struct Faults {
     pub(crate) receive_bytes: usize,
     pub(crate) receive_rearm: u32,
     pub(crate) receive_no_buffer: u32,
+    pub(crate) hangup_ends: u32,
     pub(crate) send_piecewise: u32,
     pub(crate) send_short: u32,
     pub(crate) send_late: u32,

@@ -14,11 +14,26 @@ use crate::io::{SimBuffer, SimSocket};
 use crate::plan::Exchange;
 use crate::rng::Rng;
 use operations::{Op, Submission};
+use shard::core::Holding;
 use shard::io::{Completion, Wait};
 use sockets::{Ending, Listener, Socket};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
+
+/// What the shard was told, to be compared with what it has counted.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub(crate) struct Counts {
+    pub(crate) accepts: u64,
+    pub(crate) client_received_bytes: u64,
+    pub(crate) client_sent_bytes: u64,
+    pub(crate) upstream_received_bytes: u64,
+    pub(crate) upstream_sent_bytes: u64,
+    pub(crate) sends: u64,
+    pub(crate) sends_short: u64,
+    pub(crate) connects: u64,
+    pub(crate) connect_errors: u64,
+}
 
 pub(crate) type Done = Completion<SimSocket, SimBuffer>;
 
@@ -48,6 +63,9 @@ pub(crate) struct World {
     event_seq: u64,
     pub(crate) sockets: Vec<Socket>,
     ops: BTreeMap<u64, Op>,
+    /// The socket of every connection there ever was: a key names one, for ever.
+    owners: BTreeMap<(u32, u32), usize>,
+    pub(crate) counts: Counts,
     next_op: u64,
     submissions: Vec<Submission>,
     endings: Vec<Ending>,
@@ -90,6 +108,8 @@ impl World {
             event_seq: 0,
             sockets: Vec::new(),
             ops: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            counts: Counts::default(),
             next_op: 1,
             submissions: Vec::new(),
             endings: Vec::new(),
@@ -204,9 +224,52 @@ impl World {
             if let Some(((socket, receives), completion)) = self.ready.pop_front() {
                 self.note(7, (socket as u64) << 1 | u64::from(receives));
                 self.say(|| format!("  => s{} {completion:?}", socket as isize));
+                self.tell(socket, &completion);
                 completions.push(completion);
             }
         }
+    }
+
+    /// Notes what the shard is told.
+    fn tell(&mut self, socket: usize, completion: &Done) {
+        let counts = &mut self.counts;
+        let Some(told) = self.sockets.get_mut(socket) else {
+            counts.accepts += u64::from(matches!(completion, Completion::Accepted { .. }));
+            return;
+        };
+        let client = matches!(told.peer, Peer::Client(_));
+        match completion {
+            Completion::Received { buffer, .. } if client => {
+                counts.client_received_bytes += buffer.len() as u64
+            }
+            Completion::Received { buffer, .. } => counts.upstream_received_bytes += buffer.len() as u64,
+            Completion::ReceiveEnded { .. } => told.holding.receive = false,
+            Completion::Connected { result, .. } => {
+                told.holding.connect = false;
+                // Nobody asks how one ended that was given up.
+                counts.connect_errors += u64::from(result.is_err() && !told.shut_read);
+            }
+            Completion::Sent { result, .. } => {
+                let (lent, bytes) = (told.holding.lent_bytes, *result.as_ref().unwrap_or(&0));
+                told.holding.lent_bytes = 0;
+                counts.sends += 1;
+                counts.sends_short += u64::from(bytes < lent);
+                *(if client { &mut counts.client_sent_bytes } else { &mut counts.upstream_sent_bytes }) +=
+                    u64::from(bytes);
+            }
+            Completion::Hangup { armed, .. } => told.holding.hangup &= armed,
+            Completion::Accepted { .. } | Completion::AcceptEnded { .. } | Completion::Woken => {}
+        }
+    }
+
+    /// What the kernel holds of this socket, and has not told the end of.
+    pub(crate) fn holding(&self, socket: SimSocket) -> Holding {
+        self.sockets[socket.0 as usize].holding
+    }
+
+    /// Sockets that the shard has not closed and of which it knows.
+    pub(crate) fn sockets_held(&self) -> usize {
+        self.sockets.iter().filter(|socket| !socket.closed && socket.conn.is_some()).count()
     }
 
     /// Time passes while the shard looks elsewhere.
@@ -228,16 +291,15 @@ impl World {
         for (lane, completion) in std::mem::take(&mut self.ready) {
             lanes.entry(lane).or_default().push_back(completion);
         }
-        while !lanes.is_empty() {
-            let keys: Vec<Lane> = lanes.keys().copied().collect();
-            let lane = self.rng.pick(&keys);
-            let Some(queue) = lanes.get_mut(&lane) else { continue };
-            if let Some(completion) = queue.pop_front() {
-                self.ready.push_back((lane, completion));
-            }
-            if queue.is_empty() {
-                lanes.remove(&lane);
-            }
+        // Each lane has as many places as completions, anywhere.
+        let mut places: Vec<Lane> =
+            lanes.iter().flat_map(|(&lane, queue)| queue.iter().map(move |_| lane)).collect();
+        for last in (1..places.len()).rev() {
+            places.swap(last, self.rng.below(last as u64 + 1) as usize);
+        }
+        for lane in places {
+            let next = lanes.get_mut(&lane).and_then(VecDeque::pop_front);
+            self.ready.extend(next.map(|completion| (lane, completion)));
         }
     }
 

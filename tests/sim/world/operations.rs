@@ -36,6 +36,21 @@ impl World {
     pub(super) fn op(&mut self, kind: Kind, socket: usize, conn: Key) -> u64 {
         let op = self.next_op;
         self.next_op += 1;
+        if let Some(named) = self.sockets.get_mut(socket) {
+            assert!(named.conn.is_none_or(|known| known == conn), "s{socket} changes its connection");
+            named.conn = Some(conn);
+            let owner = *self.owners.entry((conn.slot, conn.generation)).or_insert(socket);
+            assert!(owner == socket, "{conn:?} names s{socket}, and was s{owner}");
+            let holding = &mut named.holding;
+            match &kind {
+                Kind::Accept { .. } => {}
+                Kind::Connect { .. } => holding.connect = true,
+                Kind::Receive => holding.receive = true,
+                Kind::Send { lent, .. } => holding.lent_bytes = lent.len() as u32,
+                Kind::Hangup => holding.hangup = true,
+            }
+            named.hangup_told &= !matches!(kind, Kind::Hangup);
+        }
         self.note(1, op ^ (socket as u64) << 32);
         self.ops.insert(op, Op { kind, socket, conn });
         self.submissions.push(Submission::Op(op));
@@ -52,8 +67,10 @@ impl World {
     }
 
     pub(crate) fn connect(&mut self, conn: Key, target: SocketAddr) -> Result<(usize, u64), Errno> {
+        self.counts.connects += 1;
         if self.rng.chance(self.faults.socket_error) {
             self.connects_failed += 1;
+            self.counts.connect_errors += 1;
             return Err(EMFILE);
         }
         let socket = self.new_socket(Peer::Nobody);
@@ -376,11 +393,16 @@ impl World {
         let Some(conn) = self.ops.get(&op).map(|op| op.conn) else { return };
         let result = if socket.inward_error.is_some() || (socket.shut_read && socket.inward_fin) {
             Hangup::Reset
-        } else if socket.inward_fin || socket.shut_read {
+        } else if (socket.inward_fin || socket.shut_read) && !socket.hangup_told {
             Hangup::Fin
         } else {
             return;
         };
+        if result == Hangup::Fin && !self.rng.chance(self.faults.hangup_ends) {
+            self.sockets[index].hangup_told = true;
+            let told = Completion::Hangup { conn, result: Ok(result), armed: true };
+            return self.ready.push_back(((index, false), told));
+        }
         self.complete(op, Completion::Hangup { conn, result: Ok(result), armed: false });
     }
 }

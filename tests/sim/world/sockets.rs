@@ -2,6 +2,8 @@
 
 use super::World;
 use super::faults::ECONNRESET;
+use protocol::slots::Key;
+use shard::core::Holding;
 use shard::io::{Close, Errno, Half};
 use std::collections::VecDeque;
 
@@ -31,6 +33,8 @@ pub(crate) struct Socket {
     pub(super) send: Option<u64>,
     pub(super) connect: Option<u64>,
     pub(super) hangup: Option<u64>,
+    /// The watch in force has told the FIN.
+    pub(super) hangup_told: bool,
     pub(super) shut_read: bool,
     pub(super) shut_write: bool,
     pub(crate) closed: bool,
@@ -41,6 +45,10 @@ pub(crate) struct Socket {
     pub(crate) told_us: u64,
     pub(super) receive_due: bool,
     pub(super) send_due: bool,
+    /// Whose it is, once an operation has named its connection.
+    pub(super) conn: Option<Key>,
+    /// What was asked for and has not been answered.
+    pub(super) holding: Holding,
 }
 
 #[derive(Debug)]
@@ -88,6 +96,7 @@ impl World {
             send: None,
             connect: None,
             hangup: None,
+            hangup_told: false,
             shut_read: false,
             shut_write: false,
             closed: false,
@@ -96,6 +105,8 @@ impl World {
             told_us: 0,
             receive_due: false,
             send_due: false,
+            conn: None,
+            holding: Holding::default(),
         });
         self.sockets.len() - 1
     }
