@@ -103,8 +103,8 @@ impl Io for SimIo {
         self.0.borrow_mut().close(socket.0 as usize, how);
     }
 
-    fn acknowledged(&self, _socket: SimSocket) -> Option<u64> {
-        None
+    fn acknowledged(&self, socket: SimSocket) -> Option<u64> {
+        Some(self.0.borrow().acknowledged(socket.0 as usize))
     }
 
     fn peer(&self, _socket: SimSocket) -> Option<SocketAddr> {

@@ -8,8 +8,9 @@ mod sockets;
 pub(crate) use faults::{Faults, Planted};
 pub(crate) use sockets::{Peer, PeerRead, Unconnected};
 
-use crate::backend::{BackendConn, BackendHost, BackendStep};
+use crate::backend::{BackendConn, BackendHost, BackendStep, HostStep};
 use crate::client::{Client, ClientStep};
+use crate::control::Control;
 use crate::io::{SimBuffer, SimSocket};
 use crate::plan::Exchange;
 use crate::rng::Rng;
@@ -20,6 +21,17 @@ use sockets::{Ending, Listener, Socket};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
+
+/// How long a client may hear nothing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Silence {
+    /// In a stream.
+    pub(crate) heartbeat_us: u64,
+    /// Before it.
+    pub(crate) commit_us: u64,
+    /// Whatever it asked for.
+    pub(crate) total_us: u64,
+}
 
 /// What the shard was told, to be compared with what it has counted.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
@@ -32,7 +44,6 @@ pub(crate) struct Counts {
     pub(crate) sends: u64,
     pub(crate) sends_short: u64,
     pub(crate) connects: u64,
-    pub(crate) connect_errors: u64,
 }
 
 pub(crate) type Done = Completion<SimSocket, SimBuffer>;
@@ -47,6 +58,12 @@ pub(crate) enum Event {
     Hang(usize),
     Client(usize, ClientStep),
     Backend(usize, BackendStep),
+    /// A backend's machine dies, or is there again.
+    Host(usize, HostStep),
+    /// Some connection breaks.
+    Break,
+    /// The control thread's next order.
+    Order(usize),
 }
 
 /// Completions keep their order within a lane.
@@ -88,7 +105,13 @@ pub(crate) struct World {
     pub(crate) backlog_lost: u32,
     /// Connects that failed, by the world's doing.
     pub(crate) connects_failed: u32,
+    /// Some backend sends more than it said.
+    pub(crate) surplus_sent: bool,
     turns_idle: u32,
+    /// By how much the clock has jumped, all together.
+    pub(crate) jumped_us: u64,
+    pub(crate) control: Control,
+    pub(crate) silence: Silence,
     pub(crate) log: bool,
 }
 
@@ -128,7 +151,11 @@ impl World {
             stuck: false,
             backlog_lost: 0,
             connects_failed: 0,
+            surplus_sent: false,
             turns_idle: 0,
+            jumped_us: 0,
+            control: Control::default(),
+            silence: Silence { heartbeat_us: u64::MAX, commit_us: u64::MAX, total_us: u64::MAX },
             log: false,
         }
     }
@@ -177,6 +204,7 @@ impl World {
         self.note(6, self.ready.len() as u64);
         self.stuck = false;
         self.now += 1 + self.rng.below(self.faults.work_us + 1);
+        self.jump();
         for ending in std::mem::take(&mut self.endings) {
             self.end(ending);
         }
@@ -184,6 +212,9 @@ impl World {
             self.submit(submission);
         }
         self.happen_until(self.now);
+        if std::mem::take(&mut self.control.rung) {
+            self.ready.push_back(((usize::MAX, true), Completion::Woken));
+        }
         // Accepts happen when the ring is entered: no more at once than the queue holds.
         if self.ready.len() < 64 {
             self.match_accepts();
@@ -209,6 +240,9 @@ impl World {
             };
             self.now = self.now.max(until);
             self.happen_until(self.now);
+            if std::mem::take(&mut self.control.rung) {
+                self.ready.push_back(((usize::MAX, true), Completion::Woken));
+            }
             self.match_accepts();
         }
         self.turns_idle = if self.ready.is_empty() { self.turns_idle + 1 } else { 0 };
@@ -244,11 +278,7 @@ impl World {
             }
             Completion::Received { buffer, .. } => counts.upstream_received_bytes += buffer.len() as u64,
             Completion::ReceiveEnded { .. } => told.holding.receive = false,
-            Completion::Connected { result, .. } => {
-                told.holding.connect = false;
-                // Nobody asks how one ended that was given up.
-                counts.connect_errors += u64::from(result.is_err() && !told.shut_read);
-            }
+            Completion::Connected { .. } => told.holding.connect = false,
             Completion::Sent { result, .. } => {
                 let (lent, bytes) = (told.holding.lent_bytes, *result.as_ref().unwrap_or(&0));
                 told.holding.lent_bytes = 0;
@@ -267,9 +297,36 @@ impl World {
         self.sockets[socket.0 as usize].holding
     }
 
+    /// Whether any connection between the shard and a backend was broken by the network.
+    pub(crate) fn has_broken_backends(&self) -> bool {
+        self.sockets.iter().any(|socket| socket.broken && !matches!(socket.peer, Peer::Client(_)))
+    }
+
     /// Sockets that the shard has not closed and of which it knows.
     pub(crate) fn sockets_held(&self) -> usize {
         self.sockets.iter().filter(|socket| !socket.closed && socket.conn.is_some()).count()
+    }
+
+    /// The clock jumps: the shard slept on while the world went on, or everything stood still.
+    fn jump(&mut self) {
+        if self.faults.jump_us == 0 || !self.rng.chance(5) {
+            return;
+        }
+        let by_us = self.rng.skewed(self.faults.jump_us);
+        self.say(|| format!("the clock jumps by {by_us} us"));
+        self.jumped_us += by_us;
+        if self.rng.chance(500) {
+            self.pass(by_us);
+        } else {
+            self.now += by_us;
+        }
+    }
+
+    pub(crate) fn break_later(&mut self) {
+        if self.faults.break_every_us > 0 && self.clients.iter().any(Client::waits) {
+            let delay = self.rng.below(2 * self.faults.break_every_us);
+            self.after(delay, Event::Break);
+        }
     }
 
     /// Time passes while the shard looks elsewhere.
@@ -324,6 +381,12 @@ impl World {
             Event::Hang(socket) => self.hang_happens(socket),
             Event::Client(client, step) => self.client_step(client, step),
             Event::Backend(backend, step) => self.backend_step(backend, step),
+            Event::Host(host, step) => self.host_step(host, step),
+            Event::Break => {
+                self.break_one();
+                self.break_later();
+            }
+            Event::Order(order) => self.gives_order(order),
         }
     }
 

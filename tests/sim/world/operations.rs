@@ -1,6 +1,6 @@
 //! Operations, from the shard's request to their completion: who owns lent memory meanwhile, and what the kernel does.
 
-use super::faults::{ECONNREFUSED, ECONNRESET, EMFILE, EPIPE, Planted};
+use super::faults::{ACCEPT_ERRORS, ECONNABORTED, ECONNREFUSED, ECONNRESET, EMFILE, EPIPE, Planted};
 use super::sockets::Peer;
 use super::{Done, Event, World, hash};
 use crate::io::{SimBuffer, SimSocket};
@@ -70,7 +70,6 @@ impl World {
         self.counts.connects += 1;
         if self.rng.chance(self.faults.socket_error) {
             self.connects_failed += 1;
-            self.counts.connect_errors += 1;
             return Err(EMFILE);
         }
         let socket = self.new_socket(Peer::Nobody);
@@ -137,7 +136,12 @@ impl World {
                     return;
                 }
                 let accepts = matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { .. }, .. }));
-                let late_us = if accepts { 0 } else { self.faults.cancel_late_us };
+                let late_us = match self.faults.cancel_late_us {
+                    _ if accepts => 0,
+                    // What goes on arriving must fit into the bound on memory.
+                    late_us if receives => late_us.min(5_000),
+                    late_us => late_us,
+                };
                 let delay = self.rng.skewed(late_us);
                 self.after(delay, Event::Cancel(op));
             }
@@ -199,7 +203,15 @@ impl World {
                 let multishot =
                     matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { multishot: true, .. }, .. }));
                 if self.rng.chance(self.faults.accept_error) {
-                    self.complete(op, Completion::AcceptEnded { listener: index, error: Some(EMFILE) });
+                    let error = self.rng.pick(&ACCEPT_ERRORS);
+                    self.complete(op, Completion::AcceptEnded { listener: index, error: Some(error) });
+                    continue;
+                }
+                if self.rng.chance(self.faults.accept_aborts) {
+                    self.listeners[index].backlog.pop_front();
+                    self.abort(socket);
+                    let error = Some(ECONNABORTED);
+                    self.complete(op, Completion::AcceptEnded { listener: index, error });
                     continue;
                 }
                 self.listeners[index].backlog.pop_front();
@@ -289,6 +301,8 @@ impl World {
         let piecewise = self.rng.chance(self.faults.send_piecewise);
         let short = self.rng.chance(self.faults.send_short);
         let late = if self.rng.chance(self.faults.send_late) { self.rng.skewed(20_000) } else { 0 };
+        let nothing = self.rng.chance(self.faults.send_nothing);
+        let fails = self.rng.chance(self.faults.send_fails);
         let part = self.rng.next();
         let Some(Op { kind: Kind::Send { lent, accepted, done, .. }, conn, .. }) = self.ops.get_mut(&op)
         else {
@@ -298,6 +312,13 @@ impl World {
             return;
         }
         let conn = *conn;
+        if nothing && *accepted == 0 {
+            return self.complete(op, Completion::Sent { conn, result: Ok(0) });
+        }
+        if fails && self.sockets[index].inward_error.is_none() {
+            self.break_socket(index);
+            return self.send_progress(index);
+        }
         let socket = &mut self.sockets[index];
         if socket.shut_write || socket.inward_error.is_some() {
             let error = if socket.shut_write { EPIPE } else { socket.inward_error.unwrap_or(ECONNRESET) };

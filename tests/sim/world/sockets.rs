@@ -1,7 +1,7 @@
 //! Sockets as pairs of bounded byte pipes, listeners with their queues, how both end, and what peers do with them.
 
 use super::World;
-use super::faults::ECONNRESET;
+use super::faults::{BREAKS, ECONNRESET};
 use protocol::slots::Key;
 use shard::core::Holding;
 use shard::io::{Close, Errno, Half};
@@ -43,6 +43,10 @@ pub(crate) struct Socket {
     pub(crate) accepted_us: u64,
     /// When the shard was told that its peer has gone.
     pub(crate) told_us: u64,
+    /// The network broke it.
+    pub(crate) broken: bool,
+    /// Bytes that its peer has taken out.
+    pub(super) read_bytes: u64,
     pub(super) receive_due: bool,
     pub(super) send_due: bool,
     /// Whose it is, once an operation has named its connection.
@@ -103,6 +107,8 @@ impl World {
             ended_us: None,
             accepted_us: 0,
             told_us: 0,
+            broken: false,
+            read_bytes: 0,
             receive_due: false,
             send_due: false,
             conn: None,
@@ -243,6 +249,7 @@ impl World {
         let socket = &mut self.sockets[index];
         if !socket.outward.is_empty() {
             let take = bytes_max.min(socket.outward.len());
+            socket.read_bytes += take as u64;
             let bytes = socket.outward.drain(..take).collect();
             self.send_soon(index);
             return PeerRead::Data(bytes);
@@ -283,5 +290,53 @@ impl World {
         self.receive_soon(index);
         self.send_soon(index);
         self.hang_soon(index);
+    }
+
+    /// The network takes a connection away from both of its ends.
+    pub(crate) fn break_socket(&mut self, index: usize) {
+        let error = self.rng.pick(&BREAKS);
+        let keep = self.rng.next();
+        self.say(|| format!("s{index} breaks: {error}"));
+        let socket = &mut self.sockets[index];
+        socket.broken = true;
+        socket.peer_closed = true;
+        socket.outward_reset = true;
+        let keep = (keep % (socket.outward.len() as u64 + 1)) as usize;
+        socket.outward.truncate(keep);
+        socket.inward.clear();
+        socket.inward_error = Some(error);
+        self.receive_soon(index);
+        self.send_soon(index);
+        self.hang_soon(index);
+        self.peer_readable(index);
+    }
+
+    /// Breaks some connection that has a peer.
+    pub(super) fn break_one(&mut self) {
+        let open = |socket: &Socket| {
+            !socket.closed && !socket.peer_closed && socket.conn.is_some() && socket.peer != Peer::Nobody
+        };
+        let standing: Vec<usize> =
+            (0..self.sockets.len()).filter(|&index| open(&self.sockets[index])).collect();
+        if !standing.is_empty() {
+            let index = self.rng.pick(&standing);
+            self.break_socket(index);
+        }
+    }
+
+    /// A connection that was never accepted is reset.
+    pub(super) fn abort(&mut self, index: usize) {
+        self.say(|| format!("s{index} is aborted in the queue"));
+        let socket = &mut self.sockets[index];
+        socket.closed = true;
+        socket.broken = true;
+        socket.outward_reset = true;
+        self.peer_readable(index);
+    }
+
+    /// What the peer's kernel has confirmed: what was read, and what waits in its half of the pipe.
+    pub(crate) fn acknowledged(&self, index: usize) -> u64 {
+        let socket = &self.sockets[index];
+        socket.read_bytes + socket.outward.len().min(socket.outward_max / 2) as u64
     }
 }
