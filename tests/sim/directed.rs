@@ -1,9 +1,11 @@
 //! One scenario per promise of the relay, on a calm machine: what the client is told, what is counted, and when.
 
 use crate::backend::BackendHost;
-use crate::client::{ClientPlan, How, Pace, When};
+use crate::client::{ClientPlan, Ended, How, Pace, When};
+use crate::control::Order;
 use crate::plan::{Answer, Fault, Framed, Method, Request};
 use crate::run::{Finished, Outcome, Sim, settings};
+use crate::script::{Ask, ClientScript, Script, With};
 use protocol::dialect::Dialect;
 use protocol::phase::{Deadlines, End};
 use shard::settings::{HalfClose, Settings};
@@ -295,6 +297,33 @@ fn idle_clients_are_closed_by_the_keep_alive_deadline() {
     assert!(ended_us(&finished, 1) < 1_000_000 + 4_200_000);
 }
 
+#[test]
+fn deadlines_that_pass_in_one_turn_do_not_trip_over_one_another() {
+    // The client's stalled send, the silent backend, the stream as a whole: each may end what the others belong to.
+    for (write_stall_ms, between_tokens_ms, total_ms) in
+        [(3_000, 3_000, 3_000), (3_000, 0, 3_001), (3_002, 3_001, 0)]
+    {
+        let mut sim = deadlines(|deadlines| {
+            deadlines.write_stall_ms = write_stall_ms;
+            deadlines.between_tokens_ms = between_tokens_ms;
+            deadlines.total_ms = total_ms;
+        });
+        sim.lenience.impatient = true;
+        for _ in 0..4 {
+            let fault = Fault::Stall(900);
+            let id = sim.exchange(chat(), Answer { fault, bytes: 1000, ..Answer::events(200) });
+            let pace = Pace::Stuck { after_bytes: 1000, for_us: 100_000_000 };
+            sim.client(ClientPlan { pace, ..ClientPlan::new(&[id]) });
+        }
+        sim.run_ms(500);
+        // The shard does not get to run for ten seconds.
+        sim.skip(10_000_000);
+        assert_eq!(sim.shard.population().2, 0, "all are over in that one turn");
+        let finished = sim.finish();
+        assert_eq!(finished.sim.records.len(), 4);
+    }
+}
+
 // ---- heartbeats and the early commit
 
 #[test]
@@ -431,6 +460,72 @@ fn kept_alive_backends_are_reused_and_their_time_is_limited() {
     assert_eq!((counters.upstream_connects, counters.upstream_reuses, counters.pool_evictions), (1, 4, 1));
 }
 
+#[test]
+fn connections_that_are_still_closing_leave_room_for_the_next() {
+    let mut sim = sim_with(|settings| (settings.connections_max, settings.pool_idle_max) = (1, 0));
+    sim.world().faults.cancel_late_us = 5_000;
+    for _ in 0..20 {
+        let ids: Vec<usize> =
+            (0..3).map(|_| sim.exchange(chat(), Answer { head_delay_us: 0, ..Answer::events(1) })).collect();
+        sim.client(ClientPlan::new(&ids));
+    }
+    let finished = sim.finish();
+    assert!(finished.outcomes.iter().flatten().all(|outcome| *outcome == Outcome::Complete));
+}
+
+#[test]
+fn a_backend_whose_name_is_gone_is_made_up_for_by_another() {
+    let mut retries = 0;
+    for at_us in (1_000..60_000).step_by(300) {
+        let ask = Ask {
+            request: plain("GET"),
+            answer: Answer { head_delay_us: 0, ..Answer::body(100, Framed::Length) },
+        };
+        let host = |upstream| BackendHost { upstream, idle_us: 1, ..BackendHost::default() };
+        let mut script = Script {
+            hosts: vec![host(0), host(1)],
+            clients: vec![ClientScript { asks: vec![ask; 20], ..ClientScript::default() }],
+            orders: vec![(at_us, Order::Hosts(vec![0])), (at_us + 1_000, Order::Hosts(vec![1]))],
+            ..Script::default()
+        };
+        script.faults.delay_us = 2_000;
+        let finished = script.run(With::NoBug);
+        assert_eq!(finished.outcomes[0], vec![Outcome::Complete; 20], "{at_us}");
+        retries += finished.sim.shard.stats().counters.upstream_retries;
+    }
+    assert!(retries > 100, "{retries}");
+}
+
+#[test]
+fn reports_that_find_no_room_are_dropped_and_counted() {
+    let ask = Ask { request: plain("GET"), answer: Answer::body(100, Framed::Length) };
+    let script = Script {
+        clients: vec![ClientScript { asks: vec![ask; 10], ..ClientScript::default() }],
+        orders: vec![
+            (0, Order::Deaf { for_us: 3_600_000_000 }),
+            (0, Order::Snapshots(8)),
+            (1, Order::Drain { deadline_ms: 60_000 }),
+        ],
+        commands_max: 4,
+        reports_max: 3,
+        ..Script::default()
+    };
+    let finished = script.run(With::NoBug);
+    assert!(finished.sim.world().control.refused >= 4, "the mailbox was full");
+    assert!(finished.sim.shard.stats().counters.records_dropped >= 2);
+    assert_eq!(finished.sim.forced, Some(0), "that it left is said all the same");
+}
+
+#[test]
+fn a_slow_reader_that_goes_on_acknowledging_is_not_stalled() {
+    let mut sim = deadlines(|deadlines| deadlines.write_stall_ms = 2_000);
+    let id = sim.exchange(plain("GET"), Answer::body(300_000, Framed::Length));
+    let pace = Pace::Slow { bytes: 2_000, every_us: 400_000 };
+    sim.client(ClientPlan { pace, ..ClientPlan::new(&[id]) });
+    let finished = sim.finish();
+    assert_eq!(finished.outcomes[0][0], Outcome::Complete, "one send takes far longer than the deadline");
+}
+
 // ---- clients that leave
 
 #[test]
@@ -531,6 +626,29 @@ fn lag_pauses_and_resumes_the_backend() {
 // ---- slots, accepts
 
 #[test]
+fn a_watch_that_ended_with_a_fin_is_armed_again() {
+    let mut sim = calm();
+    // Each watch that tells a FIN is over with it, half of the time.
+    sim.world().faults.hangup_ends = 500;
+    sim.world().hosts[0].never_reads = true;
+    let request = Request { body_bytes: 400_000, ..plain("PUT") };
+    let id = sim.exchange(request, Answer::body(1, Framed::Length));
+    let client = sim.client(ClientPlan::new(&[id]));
+    sim.run_ms(2_000);
+    let socket = sim.world().clients[client].socket.unwrap();
+    assert!(sim.shard.stats().counters.upload_pauses > 0, "it is not read any more");
+    for _ in 0..20 {
+        // FINs do not repeat on the wire; the watch tells this one whenever it is armed.
+        sim.world().peer_fin(socket);
+        sim.run_ms(10);
+    }
+    sim.world().peer_reset(socket);
+    sim.run_ms(100);
+    assert_eq!(sim.shard.population(), (0, 0, 0, 0), "its RST was seen, and its backend is let go");
+    assert_eq!(sim.finish().ends(End::ClientLeft), 1);
+}
+
+#[test]
 fn slots_bound_the_clients_and_the_queue_waits() {
     for listeners in [1, 2] {
         let mut settings = settings();
@@ -619,6 +737,29 @@ fn a_stop_ends_streams_at_once_in_band() {
     assert!(matches!(&finished.outcomes[0][0], Outcome::EventsThenError(_, code) if code == "stopped"));
     assert_end(&finished, End::Stopped);
     assert!(ended_us(&finished, 0) - begun_us < 300_000);
+}
+
+#[test]
+fn a_stop_during_a_drain_is_told_in_band_too() {
+    let mut sim = draining(Answer { fault: Fault::Stall(500), ..Answer::events(30) });
+    sim.drain(600_000);
+    sim.run_ms(3_000);
+    sim.stop();
+    let finished = leave(sim);
+    assert!(matches!(&finished.outcomes[0][0], Outcome::EventsThenError(_, code) if code == "stopped"));
+}
+
+#[test]
+fn a_body_that_only_fin_ends_is_not_ended_by_fin_when_the_shard_stops() {
+    let mut sim = calm();
+    sim.lenience.impatient = true;
+    let answer = Answer { piece_bytes: 1_000, gap_us: 100_000, ..Answer::body(100_000, Framed::Close) };
+    sim.ask(Request { http10: true, ..plain("GET") }, answer);
+    sim.run_ms(500);
+    sim.stop();
+    let finished = leave(sim);
+    assert!(matches!(finished.outcomes[0][0], Outcome::BodyCut(_)), "{:?}", finished.outcomes);
+    assert_eq!(finished.sim.world().clients[0].ended, Some(Ended::Reset));
 }
 
 #[test]

@@ -7,10 +7,11 @@ use crate::control::Order;
 use crate::minimise::{failure, report};
 use crate::plan::{Answer, Fault, Framed, Method, Request};
 use crate::rng::Rng;
-use crate::run::Finished;
+use crate::run::{Finished, Outcome};
 use crate::script::{Ask, ClientScript, Script, Times, Tuning, With};
 use crate::world::Faults;
 use protocol::dialect::Dialect;
+use serde_json::Value;
 
 /// A probability, per mille: none at all in half of all runs, rare in some, up to `high` in the rest.
 fn swarm(rng: &mut Rng, high: u32) -> u32 {
@@ -253,11 +254,17 @@ pub(crate) fn draw(seed: u64) -> Script {
     let mut rng = Rng::new(seed);
     let mut tuning = tuning(&mut rng);
     let upstreams = rng.range(1, 3);
+    // Connections of backends that die just as they are used again.
+    let churn = rng.chance(200);
     let hosts: Vec<BackendHost> = (0..rng.range(upstreams, 4) as u16)
         .map(|nth| {
             let mut host = BackendHost::default();
             host.upstream = usize::from(nth) % upstreams as usize;
-            host.idle_us = if rng.chance(300) { rng.skewed(10_000_000) } else { 0 };
+            host.idle_us = match rng.below(10) {
+                _ if churn => rng.skewed(20_000) + 1,
+                0..=2 => rng.skewed(10_000_000),
+                _ => 0,
+            };
             host.read_bytes = rng.pick(&[1 << 20, 4096, 500]);
             host.read_gap_us = rng.pick(&[0, 0, 1_000]);
             if rng.chance(100) {
@@ -279,10 +286,11 @@ pub(crate) fn draw(seed: u64) -> Script {
     }
     let clients = (0..rng.skewed(30) + 1)
         .map(|_| {
-            let asks: Vec<Ask> = (0..rng.skewed(5) + 1)
+            let asks: Vec<Ask> = (0..rng.skewed(if churn { 20 } else { 5 }) + 1)
                 .map(|_| {
                     let request = request(&mut rng);
-                    let answer = answer(&mut rng, &request, faulty);
+                    let mut answer = answer(&mut rng, &request, faulty);
+                    answer.closes_silently |= churn && rng.chance(300);
                     Ask { request, answer }
                 })
                 .collect();
@@ -302,6 +310,53 @@ pub(crate) fn draw(seed: u64) -> Script {
         commands_max: rng.pick(&[1, 4, 256]),
         reports_max: rng.pick(&[1, 10, 8192]),
     }
+}
+
+/// Thousands of streams at once.
+fn draw_many(seed: u64, clients: u64) -> Script {
+    let mut rng = Rng::new(seed);
+    let mut script = draw(seed);
+    script.hosts = vec![BackendHost::default(); 2];
+    script.pipe_bytes = 16_000;
+    script.orders.clear();
+    script.tuning = Tuning { connections_max: 5_000, backlog: 2_000, buffers: 512, ..Tuning::default() };
+    script.faults.delay_us = script.faults.delay_us.min(2_000);
+    script.faults.break_every_us = 10_000;
+    script.faults.jump_us = 0;
+    script.faults.turn_completions = 0;
+    script.faults.receive_bytes = 0;
+    // A silent backend is the same in thousands of streams: it costs only time.
+    script.faults.connect_hangs = 0;
+    script.clients = (0..clients)
+        .map(|_| {
+            let request = Request::new(rng.pick(&Dialect::ALL), true);
+            let fault = match rng.below(20) {
+                0 => Fault::Cut(rng.below(1000) as u32),
+                1 => Fault::Reset(rng.below(1000) as u32),
+                2 => Fault::NoLastChunk,
+                _ => Fault::None,
+            };
+            let fault = if request.dialect.has_end_mark() { fault } else { Fault::None };
+            let answer = Answer {
+                fault,
+                head_delay_us: 3_000_000,
+                piece_bytes: 300,
+                gap_us: 50_000,
+                ..Answer::events(rng.skewed(16) as u32)
+            };
+            let mut plan = ClientPlan { start_us: rng.below(2_000_000), ..ClientPlan::default() };
+            plan.pace = match rng.below(10) {
+                0 => Pace::Slow { bytes: 500, every_us: 20_000 },
+                1 => Pace::Stuck { after_bytes: rng.below(500) as usize, for_us: 5_000_000 },
+                _ => Pace::Eager,
+            };
+            if rng.chance(100) {
+                plan.leave = Some((When::AtUs(rng.below(6_000_000)), rng.pick(&[How::Close, How::Reset])));
+            }
+            ClientScript { plan, asks: vec![Ask { request, answer }] }
+        })
+        .collect();
+    script
 }
 
 /// Runs a seed; one that fails is made as small as it can be, and told.
@@ -363,6 +418,43 @@ fn a_seed_replays_bit_for_bit() {
         let traces = [0, 1].map(|_| run_seed(seed).sim.world().trace);
         assert_eq!(traces[0], traces[1], "seed {seed}");
     }
+}
+
+#[test]
+fn thousands_of_streams_at_once() {
+    for seed in [1, 2] {
+        let script = draw_many(seed, 4_500);
+        let finished = match failure(&script, With::NoBug) {
+            Ok(finished) => finished,
+            Err(failure) => panic!("seed {seed}: {}", report(&script, With::NoBug, &failure)),
+        };
+        let most = finished.sim.streams_max;
+        assert!(most >= 4_000, "seed {seed}: {most} streams at once");
+        let complete = finished.outcomes.iter().filter(|outcomes| outcomes[0] == Outcome::Complete).count();
+        assert!(complete >= 3_000, "seed {seed}: {complete} were served whole");
+    }
+}
+
+/// What once failed, or shows a planted bug, one file each: see `CONTRIBUTING.md`.
+#[test]
+fn committed_scripts_pass() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("sim/scripts");
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let value: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        let script = Script::of_value(&value).unwrap_or_else(|| panic!("{path:?} is no script"));
+        if let Err(failure) = failure(&script, With::NoBug) {
+            panic!("{path:?}: {} at {}", failure.what, failure.place);
+        }
+        if let Some(bug) = value.get("finds").and_then(Value::as_str) {
+            let with = With::all().find(|with| format!("{with:?}").contains(&format!("({bug})")));
+            let with = with.unwrap_or_else(|| panic!("{path:?} finds {bug}, which is no bug"));
+            assert!(failure(&script, with).is_err(), "{path:?} does not find {bug}");
+        }
+        count += 1;
+    }
+    assert!(count >= 3, "the scripts are not where they were");
 }
 
 /// What is committed of a script is the script.

@@ -106,6 +106,7 @@ pub(crate) struct Sim {
     /// The most bytes that one response log held unconfirmed.
     pub(crate) lag_max: u64,
     pub(crate) log_bytes_max: u64,
+    pub(crate) streams_max: usize,
 }
 
 /// What became of one exchange, as its client saw it.
@@ -160,6 +161,7 @@ impl Sim {
             turns: 0,
             lag_max: 0,
             log_bytes_max: 0,
+            streams_max: 0,
         }
     }
 
@@ -197,6 +199,7 @@ impl Sim {
         assert!(self.turns < TURNS_MAX, "the run does not end");
         assert!(self.shard.turn(sleepy).is_ok(), "a simulated ring does not fail");
         self.check_step();
+        self.streams_max = self.streams_max.max(self.shard.population().2);
         if self.shard.take_woken() {
             loop {
                 let next = self.world().next_command();
@@ -336,7 +339,7 @@ impl Sim {
     }
 
     /// Lets time pass for a shard that has left.
-    fn skip(&mut self, us: u64) {
+    pub(crate) fn skip(&mut self, us: u64) {
         self.world().pass(us);
         self.turn(Sleepy::No);
     }

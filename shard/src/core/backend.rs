@@ -399,7 +399,13 @@ impl<I: Io> Shard<I> {
         if repeat {
             self.stats.counters.upstream_retries += 1;
             self.disengage(key, Close::Orderly);
-            return self.engage(stream_key, upstream);
+            // Its name may have lost its addresses meanwhile.
+            let addresses = self.upstreams.upstreams.get(upstream).map_or(0, |known| known.addresses.len());
+            return if addresses > 0 {
+                self.engage(stream_key, upstream)
+            } else {
+                self.engage_another(stream_key, upstream)
+            };
         }
         self.backend_broke(stream_key, end);
     }

@@ -177,7 +177,9 @@ impl<I: Io> Shard<I> {
     }
 
     fn wait(&self, sleepy: Sleepy) -> Wait {
-        if sleepy == Sleepy::No || !self.reports.is_empty() || self.left || self.is_closing_listeners() {
+        // What a command has put into a log waits for no completion either.
+        let work = !self.reports.is_empty() || !self.dirty.is_empty();
+        if sleepy == Sleepy::No || work || self.left || self.is_closing_listeners() {
             return Wait::Not;
         }
         let timer_us = self.wheel.next_ms().map(|ms| ms * 1000);
