@@ -476,7 +476,7 @@ fn connections_that_are_still_closing_leave_room_for_the_next() {
 #[test]
 fn a_backend_whose_name_is_gone_is_made_up_for_by_another() {
     let mut retries = 0;
-    for at_us in (1_000..60_000).step_by(300) {
+    for at_us in (0..20_000).step_by(500) {
         let ask = Ask {
             request: plain("GET"),
             answer: Answer { head_delay_us: 0, ..Answer::body(100, Framed::Length) },
@@ -485,7 +485,8 @@ fn a_backend_whose_name_is_gone_is_made_up_for_by_another() {
         let mut script = Script {
             hosts: vec![host(0), host(1)],
             clients: vec![ClientScript { asks: vec![ask; 20], ..ClientScript::default() }],
-            orders: vec![(at_us, Order::Hosts(vec![0])), (at_us + 1_000, Order::Hosts(vec![1]))],
+            // First the one has an address, then the other: often just when a connection turns out to be dead.
+            orders: (0..100).map(|nth| (at_us + nth as u64 * 700, Order::Hosts(vec![nth % 2]))).collect(),
             ..Script::default()
         };
         script.faults.delay_us = 2_000;
@@ -493,7 +494,7 @@ fn a_backend_whose_name_is_gone_is_made_up_for_by_another() {
         assert_eq!(finished.outcomes[0], vec![Outcome::Complete; 20], "{at_us}");
         retries += finished.sim.shard.stats().counters.upstream_retries;
     }
-    assert!(retries > 100, "{retries}");
+    assert!(retries > 10, "{retries}");
 }
 
 #[test]
@@ -633,7 +634,8 @@ fn a_watch_that_ended_with_a_fin_is_armed_again() {
     sim.world().hosts[0].never_reads = true;
     let request = Request { body_bytes: 400_000, ..plain("PUT") };
     let id = sim.exchange(request, Answer::body(1, Framed::Length));
-    let client = sim.client(ClientPlan::new(&[id]));
+    let (raw, _) = sim.world().exchanges[id].request.clone().wire(id, &mut crate::rng::Rng::new(1));
+    let client = sim.client(ClientPlan { raw: Some(raw), ..ClientPlan::new(&[]) });
     sim.run_ms(2_000);
     let socket = sim.world().clients[client].socket.unwrap();
     assert!(sim.shard.stats().counters.upload_pauses > 0, "it is not read any more");

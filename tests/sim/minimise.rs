@@ -10,7 +10,7 @@ use std::sync::Once;
 
 /// Runs spent on one script at most, and turns of all of them together. They get shorter as it does.
 const RUNS_MAX: u32 = 4_000;
-const TURNS_MAX: u64 = 400_000;
+const TURNS_MAX: u64 = 1_000_000;
 /// Chances tried for a script that lost something: with fewer peers the same seed draws other faults.
 const SEEDS_TRIED: u64 = 4;
 

@@ -291,6 +291,10 @@ pub(crate) fn draw(seed: u64) -> Script {
                     let request = request(&mut rng);
                     let mut answer = answer(&mut rng, &request, faulty);
                     answer.closes_silently |= churn && rng.chance(300);
+                    if churn && answer.events.is_some() && answer.fault == Fault::None && rng.chance(150) {
+                        answer.fault = Fault::Reset(rng.below(1000) as u32);
+                        answer.piece_bytes = answer.piece_bytes.min(answer.bytes.max(100));
+                    }
                     Ask { request, answer }
                 })
                 .collect();

@@ -499,9 +499,12 @@ impl Sim {
             || world.control.unresolved
             || world.surplus_sent
             || reset && world.has_broken_backends();
+        // Connections that are long in closing hold their slots, of which there are four per client.
+        let closing = code == "overload" && self.has_few_slots(world);
         self.lenience.impatient
             || client.jumped_us >= JUMP_US_MIN
             || broken
+            || closing
             || leaving && (forced || left_out)
             || !stays && client.ended != Some(Ended::Reset)
             || client.half_closed && exchange.request.streaming
@@ -515,6 +518,10 @@ impl Sim {
             || exchange.request.body_bytes as u64 + 500 > self.settings.retry_bytes_max
                 && world.hosts.iter().any(|host| host.idle_us > 0)
             || client.plan.leave.is_some_and(|(_, how)| how == How::HalfClose) && exchange.request.streaming
+    }
+
+    fn has_few_slots(&self, world: &World) -> bool {
+        world.faults.cancel_late_us > 0 && self.settings.connections_max <= 20
     }
 
     /// Whether an error of this code may have been told.
@@ -546,7 +553,9 @@ impl Sim {
         let status =
             code == "upstream_status" && (exchange.answer.status != 200 || exchange.answer.events.is_none());
         let interim = exchange.answer.interim > INTERIM_RESPONSES_MAX && code == "upstream_malformed";
+        let closing = code == "overload" && self.has_few_slots(world);
         by_fault.contains(&code)
+            || closing
             || interim
             || leaving
             || connects

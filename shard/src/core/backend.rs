@@ -151,7 +151,6 @@ impl<I: Io> Shard<I> {
         let Some(&target) = addresses.get(address) else {
             return self.end_stream(key, End::NoUpstream);
         };
-        self.stats.counters.upstream_connects += 1;
         let backend = Backend {
             upstream,
             address,
@@ -167,6 +166,7 @@ impl<I: Io> Shard<I> {
         let Some(conn_key) = self.conns.next_key() else {
             return self.end_stream(key, End::Overload);
         };
+        self.stats.counters.upstream_connects += 1;
         match self.io.connect(conn_key, target) {
             Ok((socket, op)) => {
                 let mut conn = Conn::new(socket, Role::Backend(backend));
