@@ -155,7 +155,7 @@ fn request(rng: &mut Rng) -> Request {
 }
 
 fn client_plan(rng: &mut Rng, asks: &[Ask]) -> ClientPlan {
-    let mut plan = ClientPlan::default();
+    let mut plan = ClientPlan::new(&[]);
     plan.start_us = rng.skewed(3_000_000);
     plan.pipelined = rng.chance(200);
     let large = asks.iter().any(|ask| ask.request.body_bytes > 3_000);
@@ -258,7 +258,7 @@ pub(crate) fn draw(seed: u64) -> Script {
     let churn = rng.chance(200);
     let hosts: Vec<BackendHost> = (0..rng.range(upstreams, 4) as u16)
         .map(|nth| {
-            let mut host = BackendHost::default();
+            let mut host = BackendHost::new(0);
             host.upstream = usize::from(nth) % upstreams as usize;
             host.idle_us = match rng.below(10) {
                 _ if churn => rng.skewed(20_000) + 1,
