@@ -140,10 +140,15 @@ impl Log {
         at
     }
 
-    /// Makes room for about `bytes` in one segment, so that what is appended next goes out as one send.
+    /// Makes room for about `bytes` in one segment, so that what is appended next goes out as one send. Less of it may come:
+    /// a segment of full size is left behind only half full or fuller, or little that is owed would hold much memory.
     pub fn reserve(&mut self, bytes: usize) {
         let bytes = bytes.min(LOG_SEGMENT_BYTES_MAX);
-        if self.segments.back().is_none_or(|segment| segment.room() < bytes) {
+        let has_room = |segment: &Segment| {
+            let size = segment.memory.len();
+            segment.room() >= bytes || (size >= LOG_SEGMENT_BYTES_MAX && segment.room() > size / 2)
+        };
+        if !self.segments.back().is_some_and(has_room) {
             self.grow(bytes);
         }
     }
@@ -284,6 +289,17 @@ mod tests {
                 log.memory_bytes()
             );
         }
+    }
+
+    #[test]
+    fn reserving_more_than_is_appended_costs_no_more_than_twice_what_is_held() {
+        let mut log = Log::new();
+        for _ in 0..2000 {
+            log.reserve(LOG_SEGMENT_BYTES_MAX);
+            log.append(&[&[1; 30]]);
+        }
+        let bound = 2 * log.end() as usize + 3 * LOG_SEGMENT_BYTES_MAX;
+        assert!(log.memory_bytes() <= bound, "{} for {}", log.memory_bytes(), log.end());
     }
 
     #[test]

@@ -217,6 +217,16 @@ class UvicornBackend(Process):
         return answer.json() if answer.status_code == 200 else None
 
 
+class EchoBackend(Process):
+    """tests/upstreams/echo_backend.py"""
+
+    def __init__(self, log_folder):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        super().__init__("echo", [sys.executable, UPSTREAMS / "echo_backend.py", self.port], log_folder)
+        self.wait_ready(f"{self.url}/.read?from=0", 20)
+
+
 class LlamaServer(Process):
     """llama.cpp's own server on a random-weight model, which is made once and kept under .cache/models."""
 

@@ -7,7 +7,7 @@ use crate::script::{Script, With, render};
 use protocol::planted::Bug;
 
 /// Seeds within which each bug has to be found.
-const SEEDS: u64 = 150;
+const SEEDS: u64 = 500;
 
 /// Runs until one fails; each bug of the machine strikes once per run, if the run comes that far, those of the core always.
 fn find(with: With) -> Option<(u64, Script, Failure)> {

@@ -386,7 +386,9 @@ fn an_ordinary_body_that_breaks_off_is_visibly_cut() {
                 if framed == Framed::Close && fault == Fault::Cut(500) {
                     continue;
                 }
-                let answer = Answer { fault, ..Answer::body(50_000, framed) };
+                // In pieces: a reset takes the last of them along.
+                let answer =
+                    Answer { fault, piece_bytes: 5_000, gap_us: 5_000, ..Answer::body(50_000, framed) };
                 let (outcome, _) = one(calm(), Request { http10, ..plain("GET") }, answer);
                 assert!(matches!(outcome, Outcome::BodyCut(_)), "{framed:?} {http10} {fault:?}: {outcome:?}");
             }

@@ -169,6 +169,16 @@ fn our_id_wins_over_the_backends_own() {
 }
 
 #[test]
+fn a_block_without_data_neither_names_nor_numbers_the_next_event() {
+    let backend = Backend::listen();
+    let server = Server::before(&backend, &[]);
+    let (mut client, mut upstream) = streaming(&server, &backend, &stream_request("/events"));
+    upstream.send(chunk("event: unnamed\nid: 77\n: note\n\ndata: x\n\n"));
+    let event = client.event();
+    assert_eq!((event.name(), event.text()), (None, ": note\nid: 1\ndata: x\n\n"));
+}
+
+#[test]
 fn an_end_mark_inside_content_is_no_end() {
     let backend = Backend::listen();
     let server = Server::before(&backend, &[]);

@@ -358,6 +358,9 @@ mod tests {
                 r#"data: {"id":"c","choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null}}]}"#,
                 Preamble,
             ),
+            // Nested members of that name are something else.
+            (r#"data: {"usage":{"choices":[]},"choices":[{"delta":{"content":"x"}}]}"#, Token),
+            (r#"data: {"kind":"choices","error":{"message":"x"}}"#, Error),
             (
                 r#"data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": null}}]}"#,
                 Preamble,

@@ -11,14 +11,17 @@ const PEEK_BYTES_MAX: usize = 1024;
 static CHOICES: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"choices\""));
 static ERROR: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"error\""));
 
-/// The members from `choices` on, where no `error` comes before: a short cut past what every chunk begins with, for it
-/// is taken for each token. Neither name can match inside a string, where its quotes would be escaped.
+/// The members from `choices` on, where no `error` and nothing nested comes before: a short cut past what every chunk begins
+/// with, for it is taken for each token. Neither name can match inside a string, where its quotes would be escaped; as a
+/// whole string it has no colon behind it.
 pub(super) fn members_from_choices(data: &[u8]) -> Option<Members<'_>> {
     let front = &data[..data.len().min(PEEK_BYTES_MAX)];
-    let at = CHOICES.find(front)?;
-    match ERROR.find(&front[..at]) {
-        Some(_) => None,
-        None => Some(Members { rest: &front[at..], at_nested: false }),
+    let (before, from) = front.split_at(CHOICES.find(front)?);
+    let is_member = after_space(&from[CHOICES.needle().len()..]).starts_with(b":");
+    let is_outermost = memchr2(b'{', b'[', before.strip_prefix(b"{")?).is_none();
+    match ERROR.find(before) {
+        None if is_member && is_outermost => Some(Members { rest: from, at_nested: false }),
+        _ => None,
     }
 }
 
@@ -193,6 +196,21 @@ mod tests {
         }
         for text in [&b"[1]"[..], b"", b"x", b"{]", b"{\"a\"}", b"{\"a\":", b"{\"a\\", b"{\"a\":]"] {
             assert!(Members::of(text).is_none_or(|members| members.count() <= 1));
+        }
+    }
+
+    #[test]
+    fn the_short_cut_finds_the_outermost_member_of_that_name_or_none() {
+        for (data, found) in [
+            (&br#"{"id":"c","choices" : [1]}"#[..], true),
+            (br#"{"object":"choices","choices":[1]}"#, false),
+            (br#"{"a":{"choices":[]},"choices":[1]}"#, false),
+            (br#"{"a":[{"choices":[]}]}"#, false),
+            (br#"{"error":null,"choices":[1]}"#, false),
+            (br#"["choices"]"#, false),
+            (br#"{"choices"#, false),
+        ] {
+            assert_eq!(members_from_choices(data).is_some(), found, "{}", data.escape_ascii());
         }
     }
 

@@ -39,6 +39,33 @@ impl<'a> Block<'a> {
         values.next() == Some(whole) && values.next().is_none()
     }
 
+    /// The block with an id line put in, in parts: in front, or last where it has an id of its own, because the last one counts
+    /// (WHATWG, "process the field"). No other byte is touched.
+    pub fn with_id<'p>(&self, id_line: &'p [u8]) -> [&'p [u8]; 3]
+    where
+        'a: 'p,
+    {
+        if self.has_id {
+            let (body, blank) = self.without_blank_line();
+            [body, id_line, blank]
+        } else {
+            [b"", id_line, self.raw]
+        }
+    }
+
+    /// Of a block that dispatches nothing, the lines that may open the next one instead of being a block of their own:
+    /// comments and `retry`. Of the others `event` would name that one, `id` would stand where only ours may, and nobody
+    /// knows the rest. Each with its terminator.
+    pub fn lines_for_the_next(&self) -> impl Iterator<Item = &'a [u8]> {
+        let body = self.without_blank_line().0;
+        let mut start = 0;
+        lines(body).filter_map(move |line| {
+            let from = start;
+            start += line.len() + if body[start + line.len()..].starts_with(b"\r\n") { 2 } else { 1 };
+            (line.starts_with(b":") || line.starts_with(b"retry:")).then_some(&body[from..start])
+        })
+    }
+
     /// `raw` before the blank line, and the blank line's own terminator: a line written between the two is the
     /// block's last line.
     pub fn without_blank_line(&self) -> (&'a [u8], &'a [u8]) {
@@ -65,7 +92,8 @@ impl std::fmt::Display for SseError {
 
 impl std::error::Error for SseError {}
 
-/// Cuts a byte stream into blocks, whatever the splits between receives. A stray blank line is swallowed.
+/// Cuts a byte stream into blocks, whatever the splits between receives. A stray blank line is swallowed, and so is every
+/// byte order mark before the first line.
 ///
 /// A block is complete the instant its last byte is here: at the LF of a blank line; at a blank line's CR, unless the
 /// line before ended in CRLF, since then an LF is still to come ([`Decoder::finish`] ends that wait).
@@ -79,7 +107,7 @@ pub struct Decoder {
     /// Where in `held` its unfinished line begins: `0 <= line_start <= held.len()`.
     line_start: usize,
     seen: Seen,
-    /// Bytes of the byte order mark that have matched; 3: no longer looked for.
+    /// Bytes of a byte order mark that have matched; 3: no longer looked for.
     bom_matched: u8,
     returned: bool,
     failed: bool,
@@ -195,15 +223,20 @@ impl Decoder {
         }
     }
 
+    /// What comes before the first line says nothing: byte order marks (the standard knows one) and blank lines. None of it
+    /// may be left in front of the first block, where a client would drop it.
     fn skip_bom(&mut self, input: &mut &[u8]) {
-        while let (Some(expected), Some(&byte)) = (BOM.get(usize::from(self.bom_matched)), input.first()) {
-            if byte == *expected {
-                self.bom_matched += 1;
-                *input = &input[1..];
-            } else {
+        while self.bom_matched < 3
+            && let [byte, rest @ ..] = *input
+        {
+            if *byte == BOM[usize::from(self.bom_matched)] {
+                self.bom_matched = (self.bom_matched + 1) % 3;
+            } else if self.bom_matched > 0 || !matches!(byte, b'\r' | b'\n') {
                 self.held.extend_from_slice(&BOM[..usize::from(self.bom_matched)]);
                 self.bom_matched = 3;
+                return;
             }
+            *input = rest;
         }
     }
 
@@ -421,9 +454,11 @@ mod tests {
     }
 
     #[test]
-    fn one_byte_order_mark_is_stripped_and_only_at_the_start() {
+    fn byte_order_marks_are_stripped_before_the_first_line_only() {
         assert_eq!(raws(b"\xEF\xBB\xBFdata: a\n\n\xEF\xBB\xBFdata: b\n\n").len(), 2);
         assert_eq!(raws(b"\xEF\xBB\xBFdata: a\n\n")[0], b"data: a\n\n");
+        assert_eq!(raws(b"\n\xEF\xBB\xBF\r\n\xEF\xBB\xBFdata: a\n\n")[0], b"data: a\n\n");
+        assert_eq!(raws(b"\xEF\xBB\xBF\xEF\xBBdata: a\n\n")[0], b"\xEF\xBBdata: a\n\n");
         assert_eq!(raws(b"\xEF\xBBdata: a\n\n")[0], b"\xEF\xBBdata: a\n\n");
         assert!(!one(b"\xEF\xBBdata: a\n\n").dispatches);
         let (_, decoder, _) = decode_pieces([&b"\xEF\xBB"[..]], 100);
@@ -460,6 +495,23 @@ mod tests {
     }
 
     #[test]
+    fn a_block_without_data_neither_names_nor_numbers_the_next_event() {
+        for (stream, kept) in [
+            (&b"event: a\n\n"[..], &[][..]),
+            (b": c\r\nevent: a\r\nretry: 1\r\nid: 7\r\n\r\n", &[&b": c\r\n"[..], b"retry: 1\r\n"]),
+            (b": c\revent\r: d\r\r", &[b": c\r", b": d\r"]),
+            (b"eventual: a\n\n", &[]),
+        ] {
+            assert_eq!(
+                one(stream).lines_for_the_next().collect::<Vec<_>>(),
+                kept,
+                "{}",
+                stream.escape_ascii()
+            );
+        }
+    }
+
+    #[test]
     fn a_block_longer_than_the_limit_fails_at_any_split() {
         let stream = b"data: 0123\n\ndata: 012345\n\n";
         for split in 0..=stream.len() {
@@ -472,8 +524,12 @@ mod tests {
 
     /// A model of the standard that holds the whole stream: counts events with data, by lines.
     fn dispatched_by_the_book(stream: &[u8]) -> Vec<Vec<u8>> {
-        let text = stream.strip_prefix(&BOM).unwrap_or(stream);
-        let mut rest = text;
+        let mut rest = stream;
+        while let Some(after) =
+            rest.strip_prefix(&BOM).or(rest.strip_prefix(b"\n")).or(rest.strip_prefix(b"\r"))
+        {
+            rest = after;
+        }
         let (mut events, mut data, mut dispatches) = (Vec::new(), Vec::new(), false);
         while let Some(at) = rest.iter().position(|byte| matches!(byte, b'\n' | b'\r')) {
             let line = &rest[..at];

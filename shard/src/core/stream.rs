@@ -228,8 +228,7 @@ impl Stream {
         self.spoke(now_us);
     }
 
-    /// Appends one event, with its id when ids are on. The payload's bytes are not touched; the id line goes first, or last
-    /// where the event has an id line of its own, because the last one counts (WHATWG, "process the field").
+    /// Appends one event, with its id when ids are on. The payload's bytes are not touched.
     pub(crate) fn append_event(&mut self, block: &Block<'_>, ids: bool, now_us: u64) {
         if !ids {
             return self.append_block(block.raw, now_us);
@@ -237,16 +236,10 @@ impl Stream {
         if !block.dispatches {
             // Comments and retry lines open the next event: behind an id, a blank line of their own would make some
             // clients (OpenAI's for Python) take them for an empty event.
-            return self.append_block(block.without_blank_line().0, now_us);
+            return block.lines_for_the_next().for_each(|line| self.append_block(line, now_us));
         }
         let id = IdLine::new(self.response.next_event_id());
-        let id = id.as_bytes();
-        let (before, between, after): (&[u8], &[u8], &[u8]) = if block.has_id {
-            let (body, blank) = block.without_blank_line();
-            (body, id, blank)
-        } else {
-            (b"", id, block.raw)
-        };
+        let [before, between, after] = block.with_id(id.as_bytes());
         if self.events_chunked() {
             let head = ChunkHead::new(before.len() + between.len() + after.len());
             self.response.append(&[head.as_bytes(), before, between, after, CHUNK_END]);

@@ -87,6 +87,8 @@ pub(crate) struct World {
     submissions: Vec<Submission>,
     endings: Vec<Ending>,
     ready: VecDeque<(Lane, Done)>,
+    /// Sends that have ended, and whose end is told by the next turn that returns for another reason.
+    deferred: Vec<u64>,
     pub(crate) listeners: Vec<Listener>,
     pub(crate) clients: Vec<Client>,
     pub(crate) hosts: Vec<BackendHost>,
@@ -137,6 +139,7 @@ impl World {
             submissions: Vec::new(),
             endings: Vec::new(),
             ready: VecDeque::new(),
+            deferred: Vec::new(),
             listeners: (0..listeners).map(|_| Listener::default()).collect(),
             clients: Vec::new(),
             hosts: Vec::new(),
@@ -245,6 +248,12 @@ impl World {
             }
             self.match_accepts();
         }
+        // They had ended before anything came that answers them.
+        let behind = std::mem::take(&mut self.ready);
+        for op in std::mem::take(&mut self.deferred) {
+            self.send_done(op);
+        }
+        self.ready.extend(behind);
         self.turns_idle = if self.ready.is_empty() { self.turns_idle + 1 } else { 0 };
         assert!(self.turns_idle < 20_000, "the shard spins: turn after turn without a completion ({wait:?})");
         let limit = match self.faults.turn_completions {

@@ -15,7 +15,7 @@ pub(super) enum Kind {
     Accept { listener: usize, multishot: bool },
     Connect { target: SocketAddr },
     Receive,
-    Send { lent: Lent, hash: u64, accepted: usize, done: bool },
+    Send { lent: Lent, hash: u64, accepted: usize, done: bool, deferred: bool },
     Hangup,
 }
 
@@ -87,12 +87,12 @@ impl World {
         op
     }
 
-    pub(crate) fn send(&mut self, conn: Key, socket: usize, lent: Lent) -> u64 {
+    pub(crate) fn send(&mut self, conn: Key, socket: usize, lent: Lent, deferred: bool) -> u64 {
         let open = self.open_socket(socket);
         assert!(open.send.is_none(), "two sends on s{socket}");
         assert!(open.connect.is_none(), "a send on a socket that is being connected");
         let hash = hash(lent.cells().iter().map(Cell::get));
-        let op = self.op(Kind::Send { lent, hash, accepted: 0, done: false }, socket, conn);
+        let op = self.op(Kind::Send { lent, hash, accepted: 0, done: false, deferred }, socket, conn);
         self.note(2, hash);
         self.sockets[socket].send = Some(op);
         op
@@ -304,7 +304,8 @@ impl World {
         let nothing = self.rng.chance(self.faults.send_nothing);
         let fails = self.rng.chance(self.faults.send_fails);
         let part = self.rng.next();
-        let Some(Op { kind: Kind::Send { lent, accepted, done, .. }, conn, .. }) = self.ops.get_mut(&op)
+        let Some(Op { kind: Kind::Send { lent, accepted, done, deferred, .. }, conn, .. }) =
+            self.ops.get_mut(&op)
         else {
             return;
         };
@@ -346,7 +347,10 @@ impl World {
         );
         *accepted += take;
         let all = *accepted == lent.len();
-        if all || short {
+        if all && from == 0 && late == 0 && *deferred {
+            *done = true;
+            self.deferred.push(op);
+        } else if all || short {
             *done = true;
             self.after(late, Event::SendDone(op));
         } else if socket.outward.len() < socket.outward_max {
