@@ -1,6 +1,8 @@
 //! Completion accounting of one subscriber: what the kernel has confirmed, and what it holds of ours.
 //! `0 <= sent <= sent + in_flight <= end of the log`; `in_flight` rises when a range is lent and falls only by its completion.
 
+use crate::planted::{Bug, is_planted};
+
 /// A subscriber's cursors into a [`crate::log::Log`], in bytes of the log.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub struct Ledger {
@@ -45,6 +47,9 @@ impl Ledger {
     pub fn complete(&mut self, bytes: u32) {
         assert!(bytes <= self.in_flight, "a completion confirms no more than was lent");
         self.sent += u64::from(bytes);
+        if is_planted(Bug::DoubleCompletion) {
+            self.sent += u64::from(bytes);
+        }
         self.in_flight = 0;
     }
 }

@@ -12,6 +12,7 @@ pub mod ledger;
 pub mod limits;
 pub mod log;
 pub mod phase;
+pub mod planted;
 pub mod slots;
 pub mod sse;
 pub mod wheel;

@@ -14,6 +14,7 @@
 //! lent range needs no unsafe code. Filled bytes are never written again while somebody else holds the segment.
 
 use crate::limits::{LOG_SEGMENT_BYTES_MAX, LOG_SEGMENT_FIRST_BYTES};
+use crate::planted::{Bug, is_planted};
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -259,7 +260,12 @@ impl Log {
 
     /// Releases what lies below `below` (the lowest cursor of all subscribers, or the start of the window), in whole segments.
     pub fn release(&mut self, below: u64) {
-        while self.older.front().is_some_and(|segment| segment.end() <= below) {
+        let early = is_planted(Bug::WindowEdge);
+        while self
+            .older
+            .front()
+            .is_some_and(|segment| segment.end() <= below || early && segment.base < below)
+        {
             if let Some(segment) = self.older.pop_front() {
                 spare::give(segment.memory);
             }

@@ -1,6 +1,7 @@
 //! A slab whose keys carry a generation: a key that outlived its entry finds nothing instead of somebody else's entry.
 //! The generation counts up over all slots of a slab, so that no two uses of a slot within 2^32 insertions share a key.
 
+use crate::planted::{Bug, is_planted};
 use slab::Slab;
 
 /// Names one use of one slot.
@@ -47,7 +48,7 @@ impl<T> Slots<T> {
         if self.free() == 0 {
             return Err(value);
         }
-        self.generation = self.generation.wrapping_add(1);
+        self.generation = self.next_generation();
         let slot = self.entries.insert((self.generation, value));
         Ok(Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), generation: self.generation })
     }
@@ -56,7 +57,11 @@ impl<T> Slots<T> {
     /// when full.
     pub fn next_key(&self) -> Option<Key> {
         let slot = u32::try_from(self.entries.vacant_key()).unwrap_or(u32::MAX);
-        (self.free() > 0).then(|| Key { slot, generation: self.generation.wrapping_add(1) })
+        (self.free() > 0).then(|| Key { slot, generation: self.next_generation() })
+    }
+
+    fn next_generation(&self) -> u32 {
+        if is_planted(Bug::SlotReuse) { 1 } else { self.generation.wrapping_add(1) }
     }
 
     /// The entry, unless this use of the slot is over.

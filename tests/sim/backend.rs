@@ -1,14 +1,21 @@
 //! Scripted backends: each connection reads requests at its own pace, checks their bytes, and gives the answer that the
 //! request's exchange has planned, faults included.
 
+use crate::control::{authority, base_path};
 use crate::plan::{Attempt, Then};
 use crate::reader::Reader;
 use crate::world::{Event, Peer, PeerRead, World};
+use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct BackendHost {
+    /// Given by its place among the hosts.
+    #[serde(skip, default = "nowhere")]
     pub(crate) address: SocketAddr,
+    /// Which of the backends it serves.
+    pub(crate) upstream: usize,
     pub(crate) refuses: bool,
     pub(crate) hangs: bool,
     /// Idle connections are closed after at most so long; 0: never.
@@ -16,18 +23,34 @@ pub(crate) struct BackendHost {
     pub(crate) read_bytes: usize,
     pub(crate) read_gap_us: u64,
     pub(crate) never_reads: bool,
+    /// Its connections are reset then, and no new one is accepted before it is back; 0: it lives.
+    pub(crate) dies_us: u64,
+    pub(crate) dead_us: u64,
+}
+
+fn nowhere() -> SocketAddr {
+    SocketAddr::from(([10, 0, 0, 1], 8000))
+}
+
+impl Default for BackendHost {
+    fn default() -> Self {
+        BackendHost::new(0)
+    }
 }
 
 impl BackendHost {
     pub(crate) fn new(nth: u16) -> Self {
         BackendHost {
             address: SocketAddr::from(([10, 0, 0, 1], 8000 + nth)),
+            upstream: 0,
             refuses: false,
             hangs: false,
             idle_us: 0,
             read_bytes: 1 << 20,
             read_gap_us: 0,
             never_reads: false,
+            dies_us: 0,
+            dead_us: 0,
         }
     }
 }
@@ -55,6 +78,12 @@ pub(crate) struct BackendConn {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum HostStep {
+    Die,
+    Return,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum BackendStep {
     Read,
     Write,
@@ -63,6 +92,29 @@ pub(crate) enum BackendStep {
 }
 
 impl World {
+    /// Puts the deaths of the hosts on the calendar.
+    pub(crate) fn hosts_live(&mut self) {
+        for host in 0..self.hosts.len() {
+            let BackendHost { dies_us, dead_us, .. } = self.hosts[host];
+            if dies_us > 0 {
+                self.after(dies_us, Event::Host(host, HostStep::Die));
+                self.after(dies_us + dead_us, Event::Host(host, HostStep::Return));
+            }
+        }
+    }
+
+    pub(crate) fn host_step(&mut self, host: usize, step: HostStep) {
+        self.say(|| format!("host {host}: {step:?}"));
+        self.hosts[host].refuses = step == HostStep::Die;
+        if step == HostStep::Die {
+            for index in 0..self.backends.len() {
+                if self.backends[index].host == host && !self.backends[index].closed {
+                    self.break_socket(self.backends[index].socket);
+                }
+            }
+        }
+    }
+
     pub(crate) fn backend_accepts(&mut self, host: usize, socket: usize) {
         let backend = self.backends.len();
         self.say(|| format!("b{backend} accepts s{socket}"));
@@ -157,6 +209,11 @@ impl World {
             None => {
                 let id = message.header("x-sim").and_then(|id| id.parse().ok());
                 let Some(id): Option<usize> = id else { panic!("a request without its mark: {message:?}") };
+                let upstream = self.hosts[backend.host].upstream;
+                let target = format!("{}{}", base_path(upstream), self.exchanges[id].request.path());
+                let asked = message.start_line.split(' ').nth(1).unwrap_or_default();
+                assert!(asked == target, "b{index} was asked for {asked}, which is {target} there");
+                assert_eq!(message.header("host"), Some(authority(upstream).as_str()), "b{index} has a name");
                 let attempts = &mut self.exchanges[id].attempts;
                 attempts.push(Attempt {
                     socket: backend.socket,

@@ -1,10 +1,12 @@
 //! Scripted clients: they write requests split anywhere, read at their own pace or not at all, and leave when they like.
 
+use crate::plan::Method;
 use crate::reader::Reader;
 use crate::world::{Event, Peer, PeerRead, Unconnected, World};
+use serde::{Deserialize, Serialize};
 
 /// How a client reads.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum Pace {
     Eager,
     Slow {
@@ -18,7 +20,7 @@ pub(crate) enum Pace {
     },
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum How {
     /// `close(2)`: FIN, or RST when something is unread.
     Close,
@@ -27,7 +29,7 @@ pub(crate) enum How {
     HalfClose,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum When {
     AtUs(u64),
     /// When so many bytes of answers were read.
@@ -36,9 +38,11 @@ pub(crate) enum When {
     Written,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct ClientPlan {
     pub(crate) start_us: u64,
+    #[serde(skip)]
     pub(crate) exchanges: Vec<usize>,
     pub(crate) pipelined: bool,
     pub(crate) write_bytes: usize,
@@ -49,6 +53,12 @@ pub(crate) struct ClientPlan {
     pub(crate) idle_us: u64,
     /// Writes these bytes as they are instead of requests.
     pub(crate) raw: Option<Vec<u8>>,
+}
+
+impl Default for ClientPlan {
+    fn default() -> Self {
+        ClientPlan::new(&[])
+    }
 }
 
 impl ClientPlan {
@@ -96,6 +106,10 @@ pub(crate) struct Client {
     pub(crate) ended: Option<Ended>,
     pub(crate) ended_us: u64,
     pub(crate) half_closed: bool,
+    /// When it last heard something, or asked; and by how much the clock had jumped by then.
+    heard: (u64, u64),
+    /// By how much the clock jumped while it was connected.
+    pub(crate) jumped_us: u64,
     stuck_until: Option<u64>,
     write_due: bool,
     read_due: bool,
@@ -125,6 +139,8 @@ impl Client {
             ended: None,
             ended_us: 0,
             half_closed: false,
+            heard: (0, 0),
+            jumped_us: 0,
             stuck_until: None,
             write_due: false,
             read_due: false,
@@ -167,8 +183,10 @@ impl World {
 
     fn client_ends(&mut self, index: usize, ended: Ended) {
         self.say(|| format!("c{index} ended: {ended:?}"));
-        let now = self.now;
+        self.client_hears(index);
+        let (now, jumped_us) = (self.now, self.jumped_us);
         let client = &mut self.clients[index];
+        client.jumped_us = jumped_us - client.jumped_us;
         client.ended = Some(ended);
         client.ended_us = now;
     }
@@ -181,9 +199,10 @@ impl World {
             Err(Unconnected::Full) => return self.after(200_000, Event::Client(index, ClientStep::Start)),
         };
         self.say(|| format!("c{index} connects as s{socket}"));
-        let now = self.now;
+        let (now, jumped_us) = (self.now, self.jumped_us);
         let client = &mut self.clients[index];
         client.socket = Some(socket);
+        client.jumped_us = jumped_us;
         if let Some((When::AtUs(delay), _)) = client.plan.leave {
             self.at(now + delay, Event::Client(index, ClientStep::Leave));
         }
@@ -206,7 +225,7 @@ impl World {
                 client.holds.push((client.outgoing.len() + head_bytes, interim));
             }
             client.outgoing.extend_from_slice(&wire);
-            client.reader.head_only.push(request.method == "HEAD");
+            client.reader.head_only.push(request.method == Method::Head);
             client.begun += 1;
             if !client.plan.pipelined {
                 break;
@@ -228,6 +247,7 @@ impl World {
     fn client_writes(&mut self, index: usize) {
         let piece_max = self.clients[index].plan.write_bytes as u64;
         let piece = self.rng.skewed(piece_max) as usize + 1;
+        let (now, jumped_us) = (self.now, self.jumped_us);
         let client = &mut self.clients[index];
         client.write_due = false;
         let Some(socket) = client.socket else { return };
@@ -248,6 +268,9 @@ impl World {
                 let client = &mut self.clients[index];
                 client.sent += taken;
                 let all = client.sent == client.outgoing.len();
+                if all {
+                    client.heard = (now, jumped_us);
+                }
                 if all && matches!(client.plan.leave, Some((When::Written, _))) {
                     self.after(0, Event::Client(index, ClientStep::Leave));
                 } else if !all {
@@ -294,6 +317,7 @@ impl World {
         match self.peer_read(socket, most) {
             PeerRead::Nothing => {}
             PeerRead::Data(bytes) => {
+                self.client_hears(index);
                 let client = &mut self.clients[index];
                 client.received += bytes.len();
                 let before = client.reader.complete();
@@ -328,6 +352,52 @@ impl World {
                 self.client_ends(index, Ended::Reset);
             }
         }
+    }
+
+    /// A client that has asked and reads is not left in silence for longer than its route allows.
+    fn client_hears(&mut self, index: usize) {
+        let (now, jumped_us) = (self.now, self.jumped_us);
+        let client = &mut self.clients[index];
+        let since = std::mem::replace(&mut client.heard, (now, jumped_us));
+        let Some(socket) = client.socket else { return };
+        let waiting = client.reader.complete() < client.begun && client.sent == client.outgoing.len();
+        if !waiting || client.plan.pace != Pace::Eager || client.plan.raw.is_some() || client.half_closed {
+            return;
+        }
+        let exchange = &self.exchanges[client.plan.exchanges[client.reader.complete()]];
+        let message = client.reader.messages.get(client.reader.complete());
+        let events = message
+            .and_then(|message| message.header("content-type"))
+            .is_some_and(|kind| kind.starts_with("text/event-stream"))
+            && message.is_some_and(|message| message.status() == 200);
+        let streams =
+            message.is_none() && exchange.request.streaming && exchange.request.dialect.is_model_endpoint();
+        let accepted_us = self.sockets[socket].accepted_us;
+        if accepted_us == 0 {
+            // It waits in the queue, or was aborted there.
+            return;
+        }
+        // The first of pipelined requests only: the others' time begins when they are looked at.
+        let since_us = since.0.max(accepted_us);
+        let silence_us = (now - since_us).saturating_sub(jumped_us - since.1);
+        let bound_us = if events {
+            self.silence.heartbeat_us
+        } else if exchange.request.body_bytes > 3_000 {
+            // The body may have been on its way for long.
+            u64::MAX
+        } else if streams {
+            self.silence.commit_us
+        } else {
+            self.silence.total_us
+        };
+        // A shard that is given few completions per turn has a queue of them.
+        let queued_us = if self.faults.turn_completions > 0 { 10_000_000 } else { 0 };
+        let slack_us = 2_000_000 + queued_us + 20 * self.faults.delay_us + 100 * self.faults.overshoot_us;
+        assert!(
+            silence_us <= bound_us.saturating_add(slack_us),
+            "c{index} heard nothing for {silence_us} us, {bound_us} are allowed: {:?}",
+            client.plan
+        );
     }
 
     fn client_leaves(&mut self, index: usize) {

@@ -1,9 +1,11 @@
 //! One scenario per promise of the relay, on a calm machine: what the client is told, what is counted, and when.
 
 use crate::backend::BackendHost;
-use crate::client::{ClientPlan, How, Pace, When};
-use crate::plan::{Answer, Fault, Framed, Request};
+use crate::client::{ClientPlan, Ended, How, Pace, When};
+use crate::control::Order;
+use crate::plan::{Answer, Fault, Framed, Method, Request};
 use crate::run::{Finished, Outcome, Sim, settings};
+use crate::script::{Ask, ClientScript, Script, With};
 use protocol::dialect::Dialect;
 use protocol::phase::{Deadlines, End};
 use shard::settings::{HalfClose, Settings};
@@ -12,7 +14,9 @@ fn chat() -> Request {
     Request::new(Dialect::Chat, true)
 }
 
-fn plain(method: &'static str) -> Request {
+fn plain(name: &str) -> Request {
+    let methods = [Method::Get, Method::Head, Method::Post, Method::Put];
+    let method = methods.into_iter().find(|method| method.name() == name).unwrap();
     Request { method, ..Request::new(Dialect::Plain, false) }
 }
 
@@ -110,7 +114,7 @@ fn a_client_that_expects_100_continue_is_told_to() {
 fn interim_responses_are_swallowed_up_to_a_limit() {
     let (outcome, _) = one(calm(), chat(), Answer { interim: 8, ..Answer::events(3) });
     assert_eq!(outcome, Outcome::Complete);
-    let answer = Answer { interim: 9, fault: Fault::BadHead, ..Answer::events(3) };
+    let answer = Answer { interim: 9, ..Answer::events(3) };
     let (outcome, finished) = one(calm(), chat(), answer);
     assert_eq!(outcome, Outcome::Error(502, "upstream_malformed".to_owned()));
     assert_end(&finished, End::UpstreamMalformed);
@@ -228,7 +232,7 @@ fn between_tokens_deadline() {
 #[test]
 fn total_deadline() {
     let mut sim = deadlines(|deadlines| deadlines.total_ms = 3_000);
-    sim.lenience.any_answer_may_fail = true;
+    sim.lenience.impatient = true;
     let answer = Answer { piece_bytes: 10, gap_us: 400_000, ..Answer::events(200) };
     let (outcome, finished) = one(sim, chat(), answer);
     assert!(matches!(outcome, Outcome::EventsThenError(_, code) if code == "total_timeout"));
@@ -272,7 +276,7 @@ fn a_backend_that_does_not_take_the_request_in_time() {
         deadlines.body_ms = 0;
     });
     sim.world().hosts[0].never_reads = true;
-    sim.lenience.any_answer_may_fail = true;
+    sim.lenience.impatient = true;
     let (outcome, finished) =
         one(sim, Request { body_bytes: 500_000, ..plain("PUT") }, Answer::body(1, Framed::Length));
     assert_eq!(outcome, Outcome::Error(504, "upstream_stalled".to_owned()));
@@ -291,6 +295,33 @@ fn idle_clients_are_closed_by_the_keep_alive_deadline() {
     assert_eq!(finished.sim.shard.stats().counters.keep_alive_closes, 2);
     assert!(ended_us(&finished, 0) < 1_000_000 + 4_200_000);
     assert!(ended_us(&finished, 1) < 1_000_000 + 4_200_000);
+}
+
+#[test]
+fn deadlines_that_pass_in_one_turn_do_not_trip_over_one_another() {
+    // The client's stalled send, the silent backend, the stream as a whole: each may end what the others belong to.
+    for (write_stall_ms, between_tokens_ms, total_ms) in
+        [(3_000, 3_000, 3_000), (3_000, 0, 3_001), (3_002, 3_001, 0)]
+    {
+        let mut sim = deadlines(|deadlines| {
+            deadlines.write_stall_ms = write_stall_ms;
+            deadlines.between_tokens_ms = between_tokens_ms;
+            deadlines.total_ms = total_ms;
+        });
+        sim.lenience.impatient = true;
+        for _ in 0..4 {
+            let fault = Fault::Stall(900);
+            let id = sim.exchange(chat(), Answer { fault, bytes: 1000, ..Answer::events(200) });
+            let pace = Pace::Stuck { after_bytes: 1000, for_us: 100_000_000 };
+            sim.client(ClientPlan { pace, ..ClientPlan::new(&[id]) });
+        }
+        sim.run_ms(500);
+        // The shard does not get to run for ten seconds.
+        sim.skip(10_000_000);
+        assert_eq!(sim.shard.population().2, 0, "all are over in that one turn");
+        let finished = sim.finish();
+        assert_eq!(finished.sim.records.len(), 4);
+    }
 }
 
 // ---- heartbeats and the early commit
@@ -320,7 +351,7 @@ fn a_long_prefill_is_committed_early_and_its_late_error_is_told_in_band() {
 
     let answer = Answer { head_delay_us: 40_000_000, status: 500, ..Answer::body(100, Framed::Length) };
     let mut sim = calm();
-    sim.lenience.any_answer_may_fail = true;
+    sim.lenience.impatient = true;
     sim.ask(chat(), answer);
     let finished = sim.finish();
     assert!(matches!(finished.outcomes[0][0], Outcome::EventsThenError(0, _)));
@@ -355,7 +386,9 @@ fn an_ordinary_body_that_breaks_off_is_visibly_cut() {
                 if framed == Framed::Close && fault == Fault::Cut(500) {
                     continue;
                 }
-                let answer = Answer { fault, ..Answer::body(50_000, framed) };
+                // In pieces: a reset takes the last of them along.
+                let answer =
+                    Answer { fault, piece_bytes: 5_000, gap_us: 5_000, ..Answer::body(50_000, framed) };
                 let (outcome, _) = one(calm(), Request { http10, ..plain("GET") }, answer);
                 assert!(matches!(outcome, Outcome::BodyCut(_)), "{framed:?} {http10} {fault:?}: {outcome:?}");
             }
@@ -365,12 +398,22 @@ fn an_ordinary_body_that_breaks_off_is_visibly_cut() {
 
 #[test]
 fn an_end_mark_without_the_last_chunk_is_an_end() {
-    for fault in [Fault::NoLastChunk, Fault::Reset(999), Fault::Stall(999)] {
+    for fault in [Fault::NoLastChunk, Fault::Stall(999)] {
         let (_, finished) = one(calm(), chat(), Answer { fault, ..Answer::events(5) });
         assert_end(&finished, End::Done);
         assert_eq!(finished.sim.shard.stats().counters.unclean_ends, 1, "{fault:?}");
         assert_eq!(finished.sim.world().clients[0].reader.complete(), 1);
     }
+    // A reset may take what was sent before it along.
+    let ends = (0..10).map(|seed| {
+        let sim = Sim::new(seed, settings(), vec![BackendHost::new(0)]);
+        let (_, finished) = one(sim, chat(), Answer { fault: Fault::Reset(999), ..Answer::events(5) });
+        let done = finished.ends(End::Done);
+        assert_eq!(finished.sim.shard.stats().counters.unclean_ends, done);
+        assert_eq!(finished.ends(End::UpstreamReset), 1 - done);
+        done
+    });
+    assert!((1..10).contains(&ends.sum::<u64>()));
 }
 
 #[test]
@@ -417,6 +460,73 @@ fn kept_alive_backends_are_reused_and_their_time_is_limited() {
     let finished = sim.finish();
     let counters = &finished.sim.shard.stats().counters;
     assert_eq!((counters.upstream_connects, counters.upstream_reuses, counters.pool_evictions), (1, 4, 1));
+}
+
+#[test]
+fn connections_that_are_still_closing_leave_room_for_the_next() {
+    let mut sim = sim_with(|settings| (settings.connections_max, settings.pool_idle_max) = (1, 0));
+    sim.world().faults.cancel_late_us = 5_000;
+    for _ in 0..20 {
+        let ids: Vec<usize> =
+            (0..3).map(|_| sim.exchange(chat(), Answer { head_delay_us: 0, ..Answer::events(1) })).collect();
+        sim.client(ClientPlan::new(&ids));
+    }
+    let finished = sim.finish();
+    assert!(finished.outcomes.iter().flatten().all(|outcome| *outcome == Outcome::Complete));
+}
+
+#[test]
+fn a_backend_whose_name_is_gone_is_made_up_for_by_another() {
+    let mut retries = 0;
+    for at_us in (0..20_000).step_by(500) {
+        let ask = Ask {
+            request: plain("GET"),
+            answer: Answer { head_delay_us: 0, ..Answer::body(100, Framed::Length) },
+        };
+        let host = |upstream| BackendHost { upstream, idle_us: 1, ..BackendHost::default() };
+        let mut script = Script {
+            hosts: vec![host(0), host(1)],
+            clients: vec![ClientScript { asks: vec![ask; 20], ..ClientScript::default() }],
+            // First the one has an address, then the other: often just when a connection turns out to be dead.
+            orders: (0..100).map(|nth| (at_us + nth as u64 * 700, Order::Hosts(vec![nth % 2]))).collect(),
+            ..Script::default()
+        };
+        script.faults.delay_us = 2_000;
+        let finished = script.run(With::NoBug);
+        assert_eq!(finished.outcomes[0], vec![Outcome::Complete; 20], "{at_us}");
+        retries += finished.sim.shard.stats().counters.upstream_retries;
+    }
+    assert!(retries > 10, "{retries}");
+}
+
+#[test]
+fn reports_that_find_no_room_are_dropped_and_counted() {
+    let ask = Ask { request: plain("GET"), answer: Answer::body(100, Framed::Length) };
+    let script = Script {
+        clients: vec![ClientScript { asks: vec![ask; 10], ..ClientScript::default() }],
+        orders: vec![
+            (0, Order::Deaf { for_us: 3_600_000_000 }),
+            (0, Order::Snapshots(8)),
+            (1, Order::Drain { deadline_ms: 60_000 }),
+        ],
+        commands_max: 4,
+        reports_max: 3,
+        ..Script::default()
+    };
+    let finished = script.run(With::NoBug);
+    assert!(finished.sim.world().control.refused >= 4, "the mailbox was full");
+    assert!(finished.sim.shard.stats().counters.records_dropped >= 2);
+    assert_eq!(finished.sim.forced, Some(0), "that it left is said all the same");
+}
+
+#[test]
+fn a_slow_reader_that_goes_on_acknowledging_is_not_stalled() {
+    let mut sim = deadlines(|deadlines| deadlines.write_stall_ms = 2_000);
+    let id = sim.exchange(plain("GET"), Answer::body(300_000, Framed::Length));
+    let pace = Pace::Slow { bytes: 2_000, every_us: 400_000 };
+    sim.client(ClientPlan { pace, ..ClientPlan::new(&[id]) });
+    let finished = sim.finish();
+    assert_eq!(finished.outcomes[0][0], Outcome::Complete, "one send takes far longer than the deadline");
 }
 
 // ---- clients that leave
@@ -519,6 +629,30 @@ fn lag_pauses_and_resumes_the_backend() {
 // ---- slots, accepts
 
 #[test]
+fn a_watch_that_ended_with_a_fin_is_armed_again() {
+    let mut sim = calm();
+    // Each watch that tells a FIN is over with it, half of the time.
+    sim.world().faults.hangup_ends = 500;
+    sim.world().hosts[0].never_reads = true;
+    let request = Request { body_bytes: 400_000, ..plain("PUT") };
+    let id = sim.exchange(request, Answer::body(1, Framed::Length));
+    let (raw, _) = sim.world().exchanges[id].request.clone().wire(id, &mut crate::rng::Rng::new(1));
+    let client = sim.client(ClientPlan { raw: Some(raw), ..ClientPlan::new(&[]) });
+    sim.run_ms(2_000);
+    let socket = sim.world().clients[client].socket.unwrap();
+    assert!(sim.shard.stats().counters.upload_pauses > 0, "it is not read any more");
+    for _ in 0..20 {
+        // FINs do not repeat on the wire; the watch tells this one whenever it is armed.
+        sim.world().peer_fin(socket);
+        sim.run_ms(10);
+    }
+    sim.world().peer_reset(socket);
+    sim.run_ms(100);
+    assert_eq!(sim.shard.population(), (0, 0, 0, 0), "its RST was seen, and its backend is let go");
+    assert_eq!(sim.finish().ends(End::ClientLeft), 1);
+}
+
+#[test]
 fn slots_bound_the_clients_and_the_queue_waits() {
     for listeners in [1, 2] {
         let mut settings = settings();
@@ -557,13 +691,15 @@ fn a_backend_socket_that_cannot_be_made_is_an_overload() {
     let (outcome, finished) = one(sim, chat(), Answer::events(2));
     assert_eq!(outcome, Outcome::Error(503, "overload".to_owned()));
     assert_end(&finished, End::Overload);
+    let active = finished.sim.shard.snapshot().upstreams[0].active;
+    assert_eq!(active, 0, "a stream that got no connection is none of its backend's");
 }
 
 // ---- leaving
 
 fn draining(answer: Answer) -> Sim {
     let mut sim = calm();
-    sim.lenience.any_answer_may_fail = true;
+    sim.lenience.impatient = true;
     sim.ask(chat(), answer);
     sim.run_ms(500);
     sim
@@ -605,6 +741,29 @@ fn a_stop_ends_streams_at_once_in_band() {
     assert!(matches!(&finished.outcomes[0][0], Outcome::EventsThenError(_, code) if code == "stopped"));
     assert_end(&finished, End::Stopped);
     assert!(ended_us(&finished, 0) - begun_us < 300_000);
+}
+
+#[test]
+fn a_stop_during_a_drain_is_told_in_band_too() {
+    let mut sim = draining(Answer { fault: Fault::Stall(500), ..Answer::events(30) });
+    sim.drain(600_000);
+    sim.run_ms(3_000);
+    sim.stop();
+    let finished = leave(sim);
+    assert!(matches!(&finished.outcomes[0][0], Outcome::EventsThenError(_, code) if code == "stopped"));
+}
+
+#[test]
+fn a_body_that_only_fin_ends_is_not_ended_by_fin_when_the_shard_stops() {
+    let mut sim = calm();
+    sim.lenience.impatient = true;
+    let answer = Answer { piece_bytes: 1_000, gap_us: 100_000, ..Answer::body(100_000, Framed::Close) };
+    sim.ask(Request { http10: true, ..plain("GET") }, answer);
+    sim.run_ms(500);
+    sim.stop();
+    let finished = leave(sim);
+    assert!(matches!(finished.outcomes[0][0], Outcome::BodyCut(_)), "{:?}", finished.outcomes);
+    assert_eq!(finished.sim.world().clients[0].ended, Some(Ended::Reset));
 }
 
 #[test]

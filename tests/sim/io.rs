@@ -83,8 +83,8 @@ impl Io for SimIo {
         OpId(self.0.borrow_mut().receive(conn, socket.0 as usize))
     }
 
-    fn send(&mut self, conn: Key, socket: SimSocket, range: Lent, _confirm: Confirm) -> OpId {
-        OpId(self.0.borrow_mut().send(conn, socket.0 as usize, range))
+    fn send(&mut self, conn: Key, socket: SimSocket, range: Lent, confirm: Confirm) -> OpId {
+        OpId(self.0.borrow_mut().send(conn, socket.0 as usize, range, confirm == Confirm::Deferred))
     }
 
     fn watch_hangup(&mut self, conn: Key, socket: SimSocket) -> OpId {
@@ -103,8 +103,8 @@ impl Io for SimIo {
         self.0.borrow_mut().close(socket.0 as usize, how);
     }
 
-    fn acknowledged(&self, _socket: SimSocket) -> Option<u64> {
-        None
+    fn acknowledged(&self, socket: SimSocket) -> Option<u64> {
+        Some(self.0.borrow().acknowledged(socket.0 as usize))
     }
 
     fn peer(&self, _socket: SimSocket) -> Option<SocketAddr> {

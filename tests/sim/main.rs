@@ -5,11 +5,14 @@
 mod backend;
 mod canary;
 mod client;
+mod control;
 mod directed;
 mod io;
+mod minimise;
 mod plan;
 mod random;
 mod reader;
 mod rng;
 mod run;
+mod script;
 mod world;

@@ -3,12 +3,51 @@
 use crate::client::How;
 use crate::rng::Rng;
 use protocol::dialect::Dialect;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) enum Method {
+    Get,
+    Head,
+    Post,
+    Put,
+}
+
+impl Method {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Method::Get => "GET",
+            Method::Head => "HEAD",
+            Method::Post => "POST",
+            Method::Put => "PUT",
+        }
+    }
+}
+
+/// Dialects by their names.
+mod by_name {
+    use protocol::dialect::Dialect;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+    pub(super) fn serialize<S: Serializer>(dialect: &Dialect, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(dialect.name())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Dialect, D::Error> {
+        let name = String::deserialize(from)?;
+        let known = Dialect::ALL.into_iter().find(|dialect| dialect.name() == name);
+        known.ok_or_else(|| D::Error::custom(format!("no dialect is called {name}")))
+    }
+}
 
 /// A request as its client means it.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct Request {
+    #[serde(with = "by_name")]
     pub(crate) dialect: Dialect,
-    pub(crate) method: &'static str,
+    pub(crate) method: Method,
     /// Asks for an event stream.
     pub(crate) streaming: bool,
     pub(crate) body_bytes: usize,
@@ -22,11 +61,17 @@ pub(crate) struct Request {
     pub(crate) demo: bool,
 }
 
+impl Default for Request {
+    fn default() -> Self {
+        Request::new(Dialect::Chat, true)
+    }
+}
+
 impl Request {
     pub(crate) fn new(dialect: Dialect, streaming: bool) -> Self {
         Request {
             dialect,
-            method: "POST",
+            method: Method::Post,
             streaming,
             body_bytes: 80,
             chunked: false,
@@ -38,10 +83,10 @@ impl Request {
     }
 
     fn has_body(&self) -> bool {
-        matches!(self.method, "POST" | "PUT")
+        matches!(self.method, Method::Post | Method::Put)
     }
 
-    fn path(&self) -> String {
+    pub(crate) fn path(&self) -> String {
         let path = match self.dialect {
             Dialect::Chat => "/v1/chat/completions",
             Dialect::Completions => "/v1/completions",
@@ -75,7 +120,7 @@ impl Request {
     pub(crate) fn wire(&self, id: usize, rng: &mut Rng) -> (Vec<u8>, usize) {
         let version = if self.http10 { "1.0" } else { "1.1" };
         let mut head =
-            format!("{} {} HTTP/{version}\r\nHost: sim\r\nX-Sim: {id}\r\n", self.method, self.path());
+            format!("{} {} HTTP/{version}\r\nHost: sim\r\nX-Sim: {id}\r\n", self.method.name(), self.path());
         let has_body = self.has_body();
         let body = if has_body { self.body(id) } else { Vec::new() };
         if self.chunked && has_body {
@@ -113,7 +158,7 @@ impl Request {
 }
 
 /// How a backend frames its body.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum Framed {
     Length,
     Chunked,
@@ -121,7 +166,7 @@ pub(crate) enum Framed {
 }
 
 /// What a backend does wrong. Places are in thousandths of the body's bytes on the wire.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) enum Fault {
     None,
     /// Closes before the answer's end.
@@ -140,12 +185,19 @@ pub(crate) enum Fault {
     InBandError,
     /// Takes the request and closes without a byte.
     NoAnswer,
-    /// Answers with bytes that are no head.
-    BadHead,
+    /// Answers with bytes that are no head, of several kinds.
+    BadHead(u32),
+    /// Says more bytes (or a larger chunk) than it sends, and closes.
+    LongLength,
+    /// Says fewer bytes than it sends: the rest is an answer to nothing.
+    ShortLength(u32),
+    /// An event that does not end.
+    EndlessEvent(u32),
 }
 
 /// What a backend answers.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) interim: u32,
@@ -167,6 +219,12 @@ pub(crate) struct Answer {
     pub(crate) early_after: Option<usize>,
     pub(crate) crlf: bool,
     pub(crate) comments: bool,
+}
+
+impl Default for Answer {
+    fn default() -> Self {
+        Answer::events(3)
+    }
 }
 
 impl Answer {
@@ -331,10 +389,29 @@ impl Exchange {
     }
 }
 
+/// Bytes of an event that does not end: more than a shard takes.
+const ENDLESS_BYTES: usize = 300 << 10;
+
+fn bad_head(kind: u32) -> Vec<u8> {
+    let head: &[u8] = match kind % 6 {
+        0 => b"SSH-2.0-OpenSSH\r\n",
+        1 => b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+        2 => b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
+        3 => b"HTTP/1.1 99 Low\r\n\r\n",
+        4 => b"HTTP/1.1 200 OK\r\nX: \x00\r\n\r\n",
+        _ => return [b"HTTP/1.1 200 OK\r\nX: ".to_vec(), vec![b'x'; 100_000]].concat(),
+    };
+    head.to_vec()
+}
+
 fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire {
     let line = if answer.crlf { "\r\n" } else { "\n" };
     let mut body = Vec::new();
     let mut events = Vec::new();
+    let endless = match answer.fault {
+        Fault::EndlessEvent(at) => answer.events.unwrap_or(0) * at / 1000,
+        _ => u32::MAX,
+    };
     if let Some(count) = answer.events {
         let mut put = |body: &mut Vec<u8>, (name, data): (String, String)| {
             if !name.is_empty() {
@@ -344,16 +421,25 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
             // The CR of a blank line ends it, if nothing else comes.
             events.push(Owed { name, data, wire_end: body.len() - usize::from(answer.crlf) });
         };
-        for nth in 0..count {
+        for nth in 0..count.min(endless) {
             if answer.comments && rng.chance(100) {
                 body.extend_from_slice(format!(": backend comment{line}{line}").as_bytes());
+                // What no rule knows is nothing to a reader of event streams.
+                body.extend_from_slice(
+                    format!("\u{1}nonsense: \\x{line}:{line}again{line}{line}").as_bytes(),
+                );
             }
             put(&mut body, event(request.dialect, id, nth, answer.bytes));
         }
         match (answer.fault, end_mark(request.dialect)) {
             (Fault::InBandError, _) => put(&mut body, error_event(request.dialect)),
             (Fault::NoEndMark, _) | (_, None) => {}
+            (Fault::EndlessEvent(_), _) => {}
             (_, Some(mark)) => put(&mut body, mark),
+        }
+        if endless < u32::MAX {
+            body.extend_from_slice(b"data: ");
+            body.resize(body.len() + ENDLESS_BYTES, b'x');
         }
     } else if answer.status != 204 {
         body = (0..answer.bytes).map(|at| ((at * 31 + at / 251 + id) % 256) as u8).collect();
@@ -369,10 +455,15 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
     }
     let kind = if answer.events.is_some() { "text/event-stream" } else { "application/octet-stream" };
     head += &format!("HTTP/1.1 {} Whatever\r\nContent-Type: {kind}\r\nX-Sim-Answer: {id}\r\n", answer.status);
-    let bodiless = request.method == "HEAD" || answer.status == 204;
+    let bodiless = request.method == Method::Head || answer.status == 204;
+    let said = match answer.fault {
+        Fault::LongLength => body.len() + 1000,
+        Fault::ShortLength(at) => body.len() * at as usize / 1000,
+        _ => body.len(),
+    };
     match answer.framed {
         _ if answer.status == 204 => {}
-        Framed::Length => head += &format!("Content-Length: {}\r\n", body.len()),
+        Framed::Length => head += &format!("Content-Length: {said}\r\n"),
         Framed::Chunked => head += "Transfer-Encoding: chunked\r\n",
         Framed::Close => head += "Connection: close\r\n",
     }
@@ -405,6 +496,11 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
         }
         if answer.fault == Fault::NoLastChunk {
             then = Then::Close;
+        } else if answer.fault == Fault::LongLength {
+            let less = b"less than was said";
+            bytes.extend_from_slice(b"fff\r\n");
+            bytes.extend_from_slice(less);
+            body.extend_from_slice(less);
         } else {
             bytes.extend_from_slice(b"0\r\n\r\n");
         }
@@ -441,12 +537,20 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
             bytes.clear();
             (then, whole) = (Then::Close, false);
         }
-        Fault::BadHead => {
-            bytes = b"SSH-2.0-OpenSSH\r\n".to_vec();
+        Fault::BadHead(kind) => {
+            bytes = bad_head(kind);
             (then, whole) = (Then::Stall, false);
         }
+        Fault::LongLength => (then, whole) = (Then::Close, false),
+        Fault::ShortLength(_) => {
+            body.truncate(said);
+            then = Then::Close;
+        }
+        Fault::EndlessEvent(_) => (then, whole) = (Then::Stall, false),
         Fault::NoLastChunk | Fault::None => {}
     }
+    // No more than so many are put up with.
+    whole &= answer.interim <= protocol::limits::INTERIM_RESPONSES_MAX;
     let marked = !whole
         && request.dialect.has_end_mark()
         && answer.fault != Fault::NoEndMark

@@ -9,6 +9,7 @@ use crate::io::{Close, Errno, Io, OpId};
 use crate::mesh::Report;
 use protocol::limits::{ACCEPT_RETRY_MS, DRAIN_FRESH_MS, STOP_FLUSH_MS};
 use protocol::phase::End;
+use protocol::planted::{Bug, is_planted};
 
 /// The accept of one listener.
 #[derive(Default, Debug)]
@@ -24,6 +25,17 @@ pub(super) struct Acceptor {
     closed: bool,
     /// Draining: its accept has been cancelled, because a whole turn brought no client.
     closing: bool,
+}
+
+impl Acceptor {
+    pub(super) fn is_resting(&self) -> bool {
+        self.resting
+    }
+
+    /// Accepts, or has a reason not to that is not the number of clients.
+    pub(super) fn is_at_work(&self) -> bool {
+        self.armed.is_some() || self.resting || self.closed || self.closing
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -137,7 +149,9 @@ impl<I: Io> Shard<I> {
     pub(super) fn client_freed(&mut self) {
         self.clients -= 1;
         self.stats.counters.closes += 1;
-        self.follow_accepts();
+        if !is_planted(Bug::ForgottenAccept) {
+            self.follow_accepts();
+        }
     }
 
     /// Takes what the kernel has queued, then no more; idle clients go, streams finish.

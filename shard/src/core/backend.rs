@@ -11,6 +11,7 @@ use protocol::ledger::Ledger;
 use protocol::limits::{CONNECT_ATTEMPTS_MAX, UPSTREAM_BACKOFF_MS};
 use protocol::log::Log;
 use protocol::phase::{End, Phase, Step};
+use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
 use std::collections::VecDeque;
 
@@ -45,7 +46,9 @@ impl Pool {
 impl Stream {
     /// Whether the request is still whole in its log and may be sent again.
     pub(super) fn may_repeat(&self, retry_bytes_max: u64) -> bool {
-        self.answer == Answer::None && self.request.start() == 0 && self.request.end() <= retry_bytes_max
+        (self.answer == Answer::None || is_planted(Bug::RetryTooLate))
+            && self.request.start() == 0
+            && self.request.end() <= retry_bytes_max
     }
 }
 
@@ -88,7 +91,6 @@ impl<I: Io> Shard<I> {
     fn engage(&mut self, key: Key, upstream: usize) {
         let Some(stream) = self.streams.get_mut(key) else { return };
         stream.upstream = Some(upstream);
-        self.pool.upstreams[upstream].active += 1;
         if !stream.retried
             && let Some(conn_key) = self.take_idle(upstream)
         {
@@ -124,6 +126,7 @@ impl<I: Io> Shard<I> {
             conn.ledger = Ledger::default();
             conn.due_ms = u64::MAX;
             if let Some(backend) = conn.backend() {
+                self.pool.upstreams[backend.upstream].active += 1;
                 backend.answered = false;
                 backend.interim = 0;
                 backend.body = None;
@@ -148,7 +151,6 @@ impl<I: Io> Shard<I> {
         let Some(&target) = addresses.get(address) else {
             return self.end_stream(key, End::NoUpstream);
         };
-        self.stats.counters.upstream_connects += 1;
         let backend = Backend {
             upstream,
             address,
@@ -164,6 +166,7 @@ impl<I: Io> Shard<I> {
         let Some(conn_key) = self.conns.next_key() else {
             return self.end_stream(key, End::Overload);
         };
+        self.stats.counters.upstream_connects += 1;
         match self.io.connect(conn_key, target) {
             Ok((socket, op)) => {
                 let mut conn = Conn::new(socket, Role::Backend(backend));
@@ -303,7 +306,9 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get_mut(key) else { return };
         let Some(stream) = conn.stream.take() else { return };
         let Some(backend) = conn.backend() else { return };
-        self.pool.upstreams[backend.upstream].active -= 1;
+        if !is_planted(Bug::PermitLost) {
+            self.pool.upstreams[backend.upstream].active -= 1;
+        }
         if let Some(stream) = self.streams.get_mut(stream) {
             stream.backend = None;
         }
@@ -379,7 +384,12 @@ impl<I: Io> Shard<I> {
         let retry_bytes_max = self.settings.retry_bytes_max;
         let Some(stream_key) = stream_key else { return self.join(key, Close::Orderly) };
         let repeat = self.streams.get_mut(stream_key).is_some_and(|stream| {
-            let repeat = reused && !answered && !stream.retried && stream.may_repeat(retry_bytes_max);
+            let too_late = is_planted(Bug::RetryTooLate) && stream.has_events_answer() && !stream.end_mark;
+            let repeat =
+                reused && (!answered || too_late) && !stream.retried && stream.may_repeat(retry_bytes_max);
+            if repeat && too_late {
+                stream.phase = Phase::Connect;
+            }
             if repeat {
                 stream.retried = true;
                 stream.step(Step::Retry);
@@ -389,7 +399,13 @@ impl<I: Io> Shard<I> {
         if repeat {
             self.stats.counters.upstream_retries += 1;
             self.disengage(key, Close::Orderly);
-            return self.engage(stream_key, upstream);
+            // Its name may have lost its addresses meanwhile.
+            let addresses = self.upstreams.upstreams.get(upstream).map_or(0, |known| known.addresses.len());
+            return if addresses > 0 {
+                self.engage(stream_key, upstream)
+            } else {
+                self.engage_another(stream_key, upstream)
+            };
         }
         self.backend_broke(stream_key, end);
     }

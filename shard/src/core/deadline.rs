@@ -58,7 +58,7 @@ impl<I: Io> Shard<I> {
         route.map_or(0, |route| u64::from(self.route(route).deadlines.write_stall_ms))
     }
 
-    fn conn_due_ms(conn: &Conn<I::Socket>) -> u64 {
+    pub(super) fn conn_due_ms(conn: &Conn<I::Socket>) -> u64 {
         if conn.ledger.may_lend() { conn.due_ms } else { conn.due_ms.min(conn.stall_check_ms) }
     }
 
@@ -228,7 +228,7 @@ fn demo_due_ms(stream: &Stream) -> u64 {
 }
 
 /// The earliest deadline of a stream; none once all is produced (what is left is its client's reading).
-fn stream_due_ms(stream: &Stream, route: &Route) -> u64 {
+pub(super) fn stream_due_ms(stream: &Stream, route: &Route) -> u64 {
     if stream.produced {
         return u64::MAX;
     }

@@ -11,6 +11,7 @@ use protocol::fault::{Culprit, Fault};
 use protocol::http::{Framing, Refusal, write_own_response_head};
 use protocol::limits::RECORDS_PER_TURN_MAX;
 use protocol::phase::{End, Phase, Step};
+use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
 
 impl<I: Io> Shard<I> {
@@ -45,7 +46,7 @@ impl<I: Io> Shard<I> {
             // (fetch in browsers and Node) throw away what they have not read when a body breaks off.
             (Answer::Events { .. }, End::Done) => stream.append_last_chunk(now_us),
             (Answer::Events { .. }, _) => {
-                if end != End::UpstreamError {
+                if end != End::UpstreamError && !is_planted(Bug::SilentEnd) {
                     self.scratch.clear();
                     let late = stream.late_error.take().unwrap_or_default();
                     let own_words = end == End::UpstreamStatus
@@ -144,7 +145,9 @@ impl<I: Io> Shard<I> {
         if end == End::Done {
             self.stats.histograms.stream_us.saturating_record(duration_us);
         }
-        if let Some((timer, _)) = stream.timer.take() {
+        if let Some((timer, _)) = stream.timer.take()
+            && !is_planted(Bug::TimerLeft)
+        {
             self.wheel.remove(timer);
         }
         let mut sent_bytes = 0;

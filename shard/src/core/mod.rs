@@ -4,6 +4,7 @@
 //! One turn: all completions out of the ring, each to its connection, due timers, then the sends that have become possible.
 
 mod accept;
+mod audit;
 mod backend;
 mod client;
 mod conn;
@@ -19,6 +20,7 @@ use crate::mesh::{Command, Report};
 use crate::settings::{Route, Settings, UpstreamSet};
 use crate::stats::{SlowConnection, Snapshot, Stats, UpstreamSnapshot};
 use accept::Acceptor;
+pub use audit::Holding;
 use backend::Pool;
 use conn::{Conn, Role};
 use protocol::http::DateLine;

@@ -11,6 +11,7 @@ use protocol::http::{
 };
 use protocol::limits::{INTERIM_RESPONSES_MAX, LATE_ERROR_BYTES_MAX};
 use protocol::phase::{End, Phase, Step};
+use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
 use protocol::sse::{Block, Decoder};
 
@@ -137,7 +138,9 @@ impl<I: Io> Shard<I> {
         stream.client_head = None;
         // Nothing of the request will be sent again.
         let sent = self.conns.get(key).map_or(0, |conn| conn.ledger.sent());
-        stream.request.trim(sent);
+        if !is_planted(Bug::RetryTooLate) {
+            stream.request.trim(sent);
+        }
         if !events && matches!(stream.answer, Answer::Events { .. }) {
             // Committed early: what it says now can only be told in-band, in its own words if they are an error's.
             if head.status < 400 {
@@ -453,6 +456,9 @@ pub(super) fn relay_event(
     stats.counters.events += u64::from(block.dispatches);
     stream.events_sent += u64::from(block.dispatches);
     stream.append_event(block, ids, now_us);
+    if is_planted(Bug::EventTwice) && stream.retried && stream.events_sent == 1 {
+        stream.append_event(block, ids, now_us);
+    }
     if stream.end_mark && !ended {
         stream.end_mark_at = stream.response.end();
     }

@@ -7,6 +7,7 @@ use crate::io::{Close, Confirm, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
 use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, STALL_CHECKS};
 use protocol::phase::{End, Phase, Step};
+use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
 
 impl<I: Io> Shard<I> {
@@ -52,6 +53,7 @@ impl<I: Io> Shard<I> {
             return self.follow_join(key);
         }
         match why {
+            ReceiveEnd::Rearm if is_planted(Bug::ForgottenReceive) => {}
             ReceiveEnd::Rearm | ReceiveEnd::Error(Errno::CANCELED) => self.follow_receive(key),
             ReceiveEnd::Error(Errno::NO_BUFFERS) => {
                 self.stats.counters.buffer_shortages += 1;
@@ -89,6 +91,7 @@ impl<I: Io> Shard<I> {
         if !armed {
             conn.ops.hangup = None;
         }
+        let peer_fin = conn.peer_fin;
         match conn.state {
             State::Joining(_) => self.follow_join(key),
             State::Lingering => {}
@@ -97,6 +100,9 @@ impl<I: Io> Shard<I> {
             State::Open => match result {
                 Ok(Hangup::Reset) => self.client_gone(key),
                 Ok(Hangup::Fin) if self.fin_means_left(key) => self.client_gone(key),
+                // It stays, and may still reset.
+                Ok(Hangup::Fin) if !armed && peer_fin => self.watch_served(key),
+                Ok(Hangup::Fin) if !armed => self.follow_receive(key),
                 Ok(Hangup::Fin) | Err(_) => {}
             },
         }
@@ -220,6 +226,9 @@ impl<I: Io> Shard<I> {
             stream.request.release(sent);
         }
         self.follow_marks(stream_key);
+        if is_planted(Bug::LostWakeUp) {
+            return;
+        }
         // Not at once: what arrives later in this turn goes out with it.
         self.mark_dirty(key);
     }
@@ -248,6 +257,7 @@ impl<I: Io> Shard<I> {
             // The model was kept waiting: its own clock starts anew.
             stream.last_token_us = self.now_us;
             match stream.backend {
+                Some(_) if is_planted(Bug::ForgottenResume) => {}
                 Some(backend) => self.want_receive(backend, true),
                 None => self.resume_demo(key),
             }

@@ -1,0 +1,74 @@
+//! Bugs put into the core on purpose: a simulation that does not find each of them proves nothing. They exist only with the
+//! feature `planted-bugs`, which the tests' package alone switches on, and do nothing until one is planted.
+
+/// One bug of those that this design could have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Bug {
+    /// A completed send does not make its connection look for the rest of what it owes.
+    LostWakeUp,
+    /// A completion moves the cursor twice.
+    DoubleCompletion,
+    /// The generation stands still: two uses of a slot share a key.
+    SlotReuse,
+    /// A segment of a log is released as soon as its first byte is confirmed.
+    WindowEdge,
+    /// A receive that the kernel ended is not armed again.
+    ForgottenReceive,
+    /// A paused backend is not read again when its client has caught up.
+    ForgottenResume,
+    /// A client slot that is free again does not arm the accept.
+    ForgottenAccept,
+    /// The timer of a stream that is over stays in the wheel.
+    TimerLeft,
+    /// A backend's connection that is let go goes on counting as one of its streams.
+    PermitLost,
+    /// The first event behind a retry is relayed twice.
+    EventTwice,
+    /// A pooled connection that died is used again, although part of its answer was relayed.
+    RetryTooLate,
+    /// The error of a stream that broke is not told.
+    SilentEnd,
+}
+
+impl Bug {
+    /// Every bug.
+    pub const ALL: &'static [Bug] = &[
+        Bug::LostWakeUp,
+        Bug::DoubleCompletion,
+        Bug::SlotReuse,
+        Bug::WindowEdge,
+        Bug::ForgottenReceive,
+        Bug::ForgottenResume,
+        Bug::ForgottenAccept,
+        Bug::TimerLeft,
+        Bug::PermitLost,
+        Bug::EventTwice,
+        Bug::RetryTooLate,
+        Bug::SilentEnd,
+    ];
+}
+
+#[cfg(feature = "planted-bugs")]
+thread_local! {
+    static PLANTED: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+}
+
+/// Plants a bug in everything that runs on this thread, or takes it out again.
+#[cfg(feature = "planted-bugs")]
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.set(bug);
+}
+
+/// Whether this bug is planted on this thread.
+#[cfg(feature = "planted-bugs")]
+#[inline]
+pub fn is_planted(bug: Bug) -> bool {
+    PLANTED.get() == Some(bug)
+}
+
+/// Never.
+#[cfg(not(feature = "planted-bugs"))]
+#[inline]
+pub const fn is_planted(_: Bug) -> bool {
+    false
+}

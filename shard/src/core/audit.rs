@@ -1,0 +1,166 @@
+//! The shard examined between two turns, for simulations: what the kernel holds of each connection, and whether what the
+//! shard keeps agrees with itself. Nothing here runs in a serving process.
+
+use super::conn::{Conn, Role, State};
+use super::{Leaving, Shard};
+use crate::io::Io;
+use protocol::slots::Key;
+
+/// What the kernel holds of one connection.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Holding {
+    /// A receive is armed, or its end has not been heard of.
+    pub receive: bool,
+    /// Bytes of the send in flight; none is in flight at 0.
+    pub lent_bytes: u32,
+    /// A connect is under way.
+    pub connect: bool,
+    /// A hangup watch is armed.
+    pub hangup: bool,
+}
+
+/// Returns from an audit with what is wrong.
+macro_rules! demand {
+    ($holds:expr, $($what:tt)+) => {
+        if !$holds {
+            return Err(format!($($what)+));
+        }
+    };
+}
+
+impl<I: Io> Shard<I> {
+    /// What the kernel holds of each connection, as the shard believes.
+    pub fn holdings(&self) -> impl Iterator<Item = (Key, I::Socket, Holding)> {
+        self.conns.iter().map(|(key, conn)| {
+            let holding = Holding {
+                receive: conn.ops.receive.is_some(),
+                lent_bytes: conn.ledger.in_flight(),
+                connect: conn.ops.connect.is_some(),
+                hangup: conn.ops.hangup.is_some(),
+            };
+            (key, conn.socket, holding)
+        })
+    }
+
+    /// Whether everything that could go on does, and everything that is owned has one owner. To be asked right after a turn.
+    ///
+    /// # Errors
+    /// The first thing that is not as it should be.
+    pub fn audit(&self) -> Result<(), String> {
+        demand!(self.dirty.is_empty() && self.starved.is_empty(), "a turn left work undone");
+        let mut timers = usize::from(self.leaving_timer.is_some());
+        let mut clients = 0;
+        let mut active = vec![0; self.pool.upstreams.len()];
+        let mut idle = 0;
+        for (key, conn) in self.conns.iter() {
+            timers += usize::from(conn.timer.is_some());
+            clients += usize::from(conn.is_client());
+            if let (Role::Backend(backend), Some(_)) = (&conn.role, conn.stream) {
+                active[backend.upstream] += 1;
+            }
+            if let Role::Backend(backend) = &conn.role
+                && backend.idle
+                && conn.state == State::Open
+            {
+                idle += 1;
+                let pooled = self.pool.upstreams[backend.upstream].idle.contains(&key);
+                demand!(pooled && conn.stream.is_none(), "an idle connection out of the pool: {conn:?}");
+            }
+            self.audit_conn(key, conn)?;
+        }
+        for (key, stream) in self.streams.iter() {
+            timers += usize::from(stream.timer.is_some());
+            self.audit_stream(key)?;
+        }
+        demand!(clients == self.clients, "{clients} clients hold {} slots", self.clients);
+        for (upstream, (state, active)) in self.pool.upstreams.iter().zip(active).enumerate() {
+            let counted = state.active;
+            demand!(counted == active, "backend {upstream} has {active} streams, counted are {counted}");
+            idle -= state.idle.len();
+        }
+        demand!(idle == 0, "the pool and its connections disagree");
+        for (listener, acceptor) in self.acceptors.iter().enumerate() {
+            timers += usize::from(acceptor.is_resting());
+            let may = self.clients < self.settings.connections_max;
+            demand!(!may || acceptor.is_at_work(), "listener {listener} does not accept: {acceptor:?}");
+        }
+        demand!(timers == self.wheel.len(), "{timers} timers have an owner, {} are armed", self.wheel.len());
+        Ok(())
+    }
+
+    fn audit_conn(&self, key: Key, conn: &Conn<I::Socket>) -> Result<(), String> {
+        let sending = conn.ops.send.is_some();
+        demand!(sending == (conn.ledger.in_flight() > 0), "lent without a send, or sent without: {conn:?}");
+        demand!(!conn.dirty, "marked and not looked at: {conn:?}");
+        if let State::Joining(_) = conn.state {
+            demand!(!conn.ops.none(), "nothing holds it, and it is not freed: {conn:?}");
+            demand!(
+                conn.timer.is_none() && conn.stream.is_none(),
+                "it has ended, and keeps things: {conn:?}"
+            );
+            return Ok(());
+        }
+        let deaf = conn.receive_wanted && !conn.peer_fin && conn.ops.connect.is_none();
+        demand!(!deaf || conn.ops.receive.is_some(), "it is to be read, and is not: {conn:?}");
+        let unwatched = conn.is_client() && !conn.peer_fin && conn.ops.receive.is_none();
+        demand!(!unwatched || conn.ops.hangup.is_some(), "nobody would see it leave: {conn:?}");
+        let due_ms = Self::conn_due_ms(conn);
+        let armed = due_ms == u64::MAX || conn.timer.is_some_and(|(_, armed_ms)| armed_ms <= due_ms);
+        demand!(armed, "due at {due_ms} without a timer: {conn:?}");
+        let Some(stream_key) = conn.stream else {
+            let kept = match &conn.role {
+                Role::Client(_) => true,
+                Role::Backend(backend) => backend.idle,
+            };
+            demand!(kept || conn.state != State::Open, "a backend's connection serves nothing: {conn:?}");
+            return Ok(());
+        };
+        let Some(stream) = self.streams.get(stream_key) else {
+            return Err(format!("it serves a stream that is over: {conn:?}"));
+        };
+        let (log, link) = match conn.role {
+            Role::Client(_) => (&stream.response, stream.client),
+            Role::Backend(_) => (&stream.request, stream.backend),
+        };
+        demand!(link == Some(key), "its stream knows another: {conn:?}");
+        let cursor = conn.ledger.sent() + u64::from(conn.ledger.in_flight());
+        demand!(cursor <= log.end(), "more was sent than the log has: {conn:?} {log:?}");
+        // A backend's send may have failed, and its receive is to tell why.
+        let idle = conn.state == State::Open && conn.is_client() && conn.ledger.may_lend();
+        demand!(!idle || conn.ledger.lag(log.end()) == 0, "it owes bytes, and sends none: {conn:?} {log:?}");
+        Ok(())
+    }
+
+    fn audit_stream(&self, key: Key) -> Result<(), String> {
+        let Some(stream) = self.streams.get(key) else { return Ok(()) };
+        let who = || format!("{:?} {:?} {:?}", stream.phase, stream.answer, stream.end);
+        for conn in [stream.client, stream.backend].into_iter().flatten() {
+            let linked = self.conns.get(conn).is_some_and(|conn| conn.stream == Some(key));
+            demand!(linked, "a stream keeps a connection that is not its own: {}", who());
+        }
+        demand!(stream.client.is_some(), "a stream without a client: {}", who());
+        demand!(stream.end.is_some() == stream.produced, "an end that is none: {}", who());
+        demand!(!stream.produced || stream.backend.is_none(), "it is over, and keeps its backend: {}", who());
+        let due_ms = super::deadline::stream_due_ms(stream, self.route(stream.route));
+        let armed = due_ms == u64::MAX || stream.timer.is_some_and(|(_, armed_ms)| armed_ms <= due_ms);
+        demand!(armed, "due at {due_ms} without a timer: {}", who());
+        let sent = stream.client.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
+        let lag = stream.response.end() - sent;
+        if stream.paused {
+            demand!(lag >= self.settings.lag_low_bytes, "paused for nothing, lag {lag}: {}", who());
+        } else if !stream.produced {
+            demand!(lag <= self.settings.lag_high_bytes, "not paused, lag {lag}: {}", who());
+        }
+        if let Some(backend) = stream.backend.and_then(|key| self.conns.get(key)) {
+            demand!(backend.receive_wanted != stream.paused, "its backend is not read: {}", who());
+        } else if !stream.produced && stream.demo.is_none() {
+            return Err(format!("nobody works for a stream: {}", who()));
+        }
+        Ok(())
+    }
+
+    /// Whether it has begun to leave.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving != Leaving::No
+    }
+}

@@ -1,0 +1,426 @@
+//! The simulated machine under a shard: virtual clock, sockets as pairs of bounded byte pipes, operations that own the
+//! memory lent to them, and the faults a seed draws. Peers (`client`, `backend`) live in it and act by its events.
+
+mod faults;
+mod operations;
+mod sockets;
+
+pub(crate) use faults::{Faults, Planted};
+pub(crate) use sockets::{Peer, PeerRead, Unconnected};
+
+use crate::backend::{BackendConn, BackendHost, BackendStep, HostStep};
+use crate::client::{Client, ClientStep};
+use crate::control::Control;
+use crate::io::{SimBuffer, SimSocket};
+use crate::plan::Exchange;
+use crate::rng::Rng;
+use operations::{Op, Submission};
+use shard::core::Holding;
+use shard::io::{Completion, Wait};
+use sockets::{Ending, Listener, Socket};
+use std::cell::Cell;
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+
+/// How long a client may hear nothing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Silence {
+    /// In a stream.
+    pub(crate) heartbeat_us: u64,
+    /// Before it.
+    pub(crate) commit_us: u64,
+    /// Whatever it asked for.
+    pub(crate) total_us: u64,
+}
+
+/// What the shard was told, to be compared with what it has counted.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub(crate) struct Counts {
+    pub(crate) accepts: u64,
+    pub(crate) client_received_bytes: u64,
+    pub(crate) client_sent_bytes: u64,
+    pub(crate) upstream_received_bytes: u64,
+    pub(crate) upstream_sent_bytes: u64,
+    pub(crate) sends: u64,
+    pub(crate) sends_short: u64,
+    pub(crate) connects: u64,
+}
+
+pub(crate) type Done = Completion<SimSocket, SimBuffer>;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Event {
+    Receive(usize),
+    Send(usize),
+    SendDone(u64),
+    Cancel(u64),
+    Connect(u64),
+    Hang(usize),
+    Client(usize, ClientStep),
+    Backend(usize, BackendStep),
+    /// A backend's machine dies, or is there again.
+    Host(usize, HostStep),
+    /// Some connection breaks.
+    Break,
+    /// The control thread's next order.
+    Order(usize),
+}
+
+/// Completions keep their order within a lane.
+type Lane = (usize, bool);
+
+pub(crate) struct World {
+    pub(crate) now: u64,
+    pub(crate) rng: Rng,
+    pub(crate) faults: Faults,
+    pub(crate) planted: Option<Planted>,
+    /// Places passed at which a planted bug could strike.
+    planted_passed: u32,
+    events: BTreeMap<(u64, u64), Event>,
+    event_seq: u64,
+    pub(crate) sockets: Vec<Socket>,
+    ops: BTreeMap<u64, Op>,
+    /// The socket of every connection there ever was: a key names one, for ever.
+    owners: BTreeMap<(u32, u32), usize>,
+    pub(crate) counts: Counts,
+    next_op: u64,
+    submissions: Vec<Submission>,
+    endings: Vec<Ending>,
+    ready: VecDeque<(Lane, Done)>,
+    /// Sends that have ended, and whose end is told by the next turn that returns for another reason.
+    deferred: Vec<u64>,
+    pub(crate) listeners: Vec<Listener>,
+    pub(crate) clients: Vec<Client>,
+    pub(crate) hosts: Vec<BackendHost>,
+    pub(crate) backends: Vec<BackendConn>,
+    pub(crate) exchanges: Vec<Exchange>,
+    pub(crate) buffers: usize,
+    pub(crate) buffer_bytes: usize,
+    pub(crate) buffers_used: Rc<Cell<usize>>,
+    pub(crate) pipe_bytes: usize,
+    pub(crate) backlog_max: usize,
+    /// FNV of everything asked and answered, with its time: two runs of a seed agree.
+    pub(crate) trace: u64,
+    /// The shard would sleep forever and nothing will ever happen.
+    pub(crate) stuck: bool,
+    /// Connections that were queued when their listener was closed.
+    pub(crate) backlog_lost: u32,
+    /// Connects that failed, by the world's doing.
+    pub(crate) connects_failed: u32,
+    /// Some backend sends more than it said.
+    pub(crate) surplus_sent: bool,
+    turns_idle: u32,
+    /// By how much the clock has jumped, all together.
+    pub(crate) jumped_us: u64,
+    pub(crate) control: Control,
+    pub(crate) silence: Silence,
+    pub(crate) log: bool,
+}
+
+fn hash(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3))
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, listeners: usize) -> Self {
+        World {
+            now: 1_000_000,
+            rng: Rng::new(seed),
+            faults: Faults::default(),
+            planted: None,
+            planted_passed: 0,
+            events: BTreeMap::new(),
+            event_seq: 0,
+            sockets: Vec::new(),
+            ops: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            counts: Counts::default(),
+            next_op: 1,
+            submissions: Vec::new(),
+            endings: Vec::new(),
+            ready: VecDeque::new(),
+            deferred: Vec::new(),
+            listeners: (0..listeners).map(|_| Listener::default()).collect(),
+            clients: Vec::new(),
+            hosts: Vec::new(),
+            backends: Vec::new(),
+            exchanges: Vec::new(),
+            buffers: 64,
+            buffer_bytes: 4096,
+            buffers_used: Rc::new(Cell::new(0)),
+            pipe_bytes: 64 * 1024,
+            backlog_max: 128,
+            trace: 0,
+            stuck: false,
+            backlog_lost: 0,
+            connects_failed: 0,
+            surplus_sent: false,
+            turns_idle: 0,
+            jumped_us: 0,
+            control: Control::default(),
+            silence: Silence { heartbeat_us: u64::MAX, commit_us: u64::MAX, total_us: u64::MAX },
+            log: false,
+        }
+    }
+
+    pub(crate) fn note(&mut self, what: u64, value: u64) {
+        for part in [self.now, what, value] {
+            self.trace = (self.trace ^ part).wrapping_mul(0x100_0000_01B3).rotate_left(5);
+        }
+    }
+
+    pub(crate) fn say(&self, what: impl FnOnce() -> String) {
+        if self.log {
+            println!("{:>12} {}", self.now, what());
+        }
+    }
+
+    pub(crate) fn at(&mut self, time: u64, event: Event) {
+        self.event_seq += 1;
+        self.events.insert((time.max(self.now), self.event_seq), event);
+    }
+
+    pub(crate) fn after(&mut self, delay_us: u64, event: Event) {
+        self.at(self.now + delay_us, event);
+    }
+
+    /// Mostly none, else up to the run's bound.
+    pub(crate) fn delay(&mut self) -> u64 {
+        if self.rng.chance(500) { 0 } else { self.rng.skewed(self.faults.delay_us) }
+    }
+
+    fn strike(&mut self, planted: Planted) -> bool {
+        if self.planted != Some(planted) {
+            return false;
+        }
+        self.planted_passed += 1;
+        self.planted_passed == if planted == Planted::LostCancel { 1 } else { 20 }
+    }
+
+    pub(crate) fn buffers_free(&self) -> usize {
+        self.buffers - self.buffers_used.get()
+    }
+
+    // ---- the turn
+
+    pub(crate) fn turn(&mut self, wait: Wait, completions: &mut Vec<Done>) {
+        self.note(6, self.ready.len() as u64);
+        self.stuck = false;
+        self.now += 1 + self.rng.below(self.faults.work_us + 1);
+        self.jump();
+        for ending in std::mem::take(&mut self.endings) {
+            self.end(ending);
+        }
+        for submission in std::mem::take(&mut self.submissions) {
+            self.submit(submission);
+        }
+        self.happen_until(self.now);
+        if std::mem::take(&mut self.control.rung) {
+            self.ready.push_back(((usize::MAX, true), Completion::Woken));
+        }
+        // Accepts happen when the ring is entered: no more at once than the queue holds.
+        if self.ready.len() < 64 {
+            self.match_accepts();
+        }
+        while self.ready.is_empty() {
+            let next = self.events.keys().next().map(|&(time, _)| time);
+            let until = match (wait, next) {
+                (Wait::Not, _) => break,
+                (Wait::Until(deadline), Some(next)) if next <= deadline => next,
+                (Wait::Until(deadline), _) => {
+                    if deadline > self.now {
+                        let overshoot = self.rng.skewed(self.faults.overshoot_us);
+                        self.now = deadline + overshoot;
+                        self.happen_until(self.now);
+                    }
+                    break;
+                }
+                (Wait::Forever, Some(next)) => next,
+                (Wait::Forever, None) => {
+                    self.stuck = true;
+                    return;
+                }
+            };
+            self.now = self.now.max(until);
+            self.happen_until(self.now);
+            if std::mem::take(&mut self.control.rung) {
+                self.ready.push_back(((usize::MAX, true), Completion::Woken));
+            }
+            self.match_accepts();
+        }
+        // They had ended before anything came that answers them.
+        let behind = std::mem::take(&mut self.ready);
+        for op in std::mem::take(&mut self.deferred) {
+            self.send_done(op);
+        }
+        self.ready.extend(behind);
+        self.turns_idle = if self.ready.is_empty() { self.turns_idle + 1 } else { 0 };
+        assert!(self.turns_idle < 20_000, "the shard spins: turn after turn without a completion ({wait:?})");
+        let limit = match self.faults.turn_completions {
+            0 => protocol::limits::COMPLETIONS_PER_TURN_MAX,
+            limit => limit,
+        };
+        if self.rng.chance(self.faults.reorder) {
+            self.reorder();
+        }
+        for _ in 0..limit.min(self.ready.len()) {
+            if let Some(((socket, receives), completion)) = self.ready.pop_front() {
+                self.note(7, (socket as u64) << 1 | u64::from(receives));
+                self.say(|| format!("  => s{} {completion:?}", socket as isize));
+                self.tell(socket, &completion);
+                completions.push(completion);
+            }
+        }
+    }
+
+    /// Notes what the shard is told.
+    fn tell(&mut self, socket: usize, completion: &Done) {
+        let counts = &mut self.counts;
+        let Some(told) = self.sockets.get_mut(socket) else {
+            counts.accepts += u64::from(matches!(completion, Completion::Accepted { .. }));
+            return;
+        };
+        let client = matches!(told.peer, Peer::Client(_));
+        match completion {
+            Completion::Received { buffer, .. } if client => {
+                counts.client_received_bytes += buffer.len() as u64
+            }
+            Completion::Received { buffer, .. } => counts.upstream_received_bytes += buffer.len() as u64,
+            Completion::ReceiveEnded { .. } => told.holding.receive = false,
+            Completion::Connected { .. } => told.holding.connect = false,
+            Completion::Sent { result, .. } => {
+                let (lent, bytes) = (told.holding.lent_bytes, *result.as_ref().unwrap_or(&0));
+                told.holding.lent_bytes = 0;
+                counts.sends += 1;
+                counts.sends_short += u64::from(bytes < lent);
+                *(if client { &mut counts.client_sent_bytes } else { &mut counts.upstream_sent_bytes }) +=
+                    u64::from(bytes);
+            }
+            Completion::Hangup { armed, .. } => told.holding.hangup &= armed,
+            Completion::Accepted { .. } | Completion::AcceptEnded { .. } | Completion::Woken => {}
+        }
+    }
+
+    /// What the kernel holds of this socket, and has not told the end of.
+    pub(crate) fn holding(&self, socket: SimSocket) -> Holding {
+        self.sockets[socket.0 as usize].holding
+    }
+
+    /// Whether any connection between the shard and a backend was broken by the network.
+    pub(crate) fn has_broken_backends(&self) -> bool {
+        self.sockets.iter().any(|socket| socket.broken && !matches!(socket.peer, Peer::Client(_)))
+    }
+
+    /// Sockets that the shard has not closed and of which it knows.
+    pub(crate) fn sockets_held(&self) -> usize {
+        self.sockets.iter().filter(|socket| !socket.closed && socket.conn.is_some()).count()
+    }
+
+    /// The clock jumps: the shard slept on while the world went on, or everything stood still.
+    fn jump(&mut self) {
+        if self.faults.jump_us == 0 || !self.rng.chance(5) {
+            return;
+        }
+        let by_us = self.rng.skewed(self.faults.jump_us);
+        self.say(|| format!("the clock jumps by {by_us} us"));
+        self.jumped_us += by_us;
+        if self.rng.chance(500) {
+            self.pass(by_us);
+        } else {
+            self.now += by_us;
+        }
+    }
+
+    pub(crate) fn break_later(&mut self) {
+        if self.faults.break_every_us > 0 && self.clients.iter().any(Client::waits) {
+            let delay = self.rng.below(2 * self.faults.break_every_us);
+            self.after(delay, Event::Break);
+        }
+    }
+
+    /// Time passes while the shard looks elsewhere.
+    pub(crate) fn pass(&mut self, us: u64) {
+        let until = self.now + us;
+        while let Some(&(time, _)) = self.events.keys().next()
+            && time <= until
+        {
+            self.now = self.now.max(time);
+            self.happen_until(self.now);
+        }
+        self.now = self.now.max(until);
+        self.turns_idle = 0;
+    }
+
+    /// Mixes the lanes, and keeps the order within each.
+    fn reorder(&mut self) {
+        let mut lanes: BTreeMap<Lane, VecDeque<Done>> = BTreeMap::new();
+        for (lane, completion) in std::mem::take(&mut self.ready) {
+            lanes.entry(lane).or_default().push_back(completion);
+        }
+        // Each lane has as many places as completions, anywhere.
+        let mut places: Vec<Lane> =
+            lanes.iter().flat_map(|(&lane, queue)| queue.iter().map(move |_| lane)).collect();
+        for last in (1..places.len()).rev() {
+            places.swap(last, self.rng.below(last as u64 + 1) as usize);
+        }
+        for lane in places {
+            let next = lanes.get_mut(&lane).and_then(VecDeque::pop_front);
+            self.ready.extend(next.map(|completion| (lane, completion)));
+        }
+    }
+
+    fn happen_until(&mut self, time: u64) {
+        loop {
+            let Some((&key, &event)) = self.events.iter().next() else { return };
+            if key.0 > time {
+                return;
+            }
+            self.events.remove(&key);
+            self.happen(event);
+        }
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Receive(socket) => self.receive_progress(socket),
+            Event::Send(socket) => self.send_progress(socket),
+            Event::SendDone(op) => self.send_done(op),
+            Event::Cancel(op) => self.cancel_happens(op),
+            Event::Connect(op) => self.connect_happens(op),
+            Event::Hang(socket) => self.hang_happens(socket),
+            Event::Client(client, step) => self.client_step(client, step),
+            Event::Backend(backend, step) => self.backend_step(backend, step),
+            Event::Host(host, step) => self.host_step(host, step),
+            Event::Break => {
+                self.break_one();
+                self.break_later();
+            }
+            Event::Order(order) => self.gives_order(order),
+        }
+    }
+
+    /// What is not as it was before the first client: operations, sockets, buffers.
+    pub(crate) fn leftovers(&self) -> Vec<String> {
+        let mut left = Vec::new();
+        for (op, Op { kind, socket, .. }) in &self.ops {
+            left.push(format!("op {op} on s{socket}: {kind:?}"));
+        }
+        for (index, socket) in self.sockets.iter().enumerate() {
+            if !socket.closed {
+                left.push(format!(
+                    "s{index} of {:?} is open: {} bytes for the shard, {} for its peer, receive {:?}, send {:?}, watch {:?}",
+                    socket.peer,
+                    socket.inward.len(),
+                    socket.outward.len(),
+                    socket.receive,
+                    socket.send,
+                    socket.hangup,
+                ));
+            }
+        }
+        if self.buffers_used.get() > 0 {
+            left.push(format!("{} receive buffers are out", self.buffers_used.get()));
+        }
+        left
+    }
+}
