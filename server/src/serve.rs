@@ -63,6 +63,14 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
     let plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
+    let worst = plan.worst_case().total();
+    if worst > machine.memory {
+        log::info!(
+            "hostile clients and backends could make it use {} MiB, and there are {} MiB: `tokenring check` shows what for",
+            worst >> 20,
+            machine.memory >> 20
+        );
+    }
     let shards = plan.cpus.len() as u64;
     let descriptors = 128 + shards * (16 + 2 * plan.settings.connections_max as u64);
     if let Err(error) = uring::reserve_descriptors(descriptors.min(limit).min(DESCRIPTORS_RESERVED_MAX)) {

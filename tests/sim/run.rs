@@ -51,6 +51,7 @@ pub(crate) fn settings() -> Settings {
         lag_high_bytes: 64 << 10,
         lag_low_bytes: 16 << 10,
         retry_bytes_max: 64 << 10,
+        overdraft_bytes_max: 64 << 20,
         pool_idle_max: 8,
         pool_idle_ms: 30_000,
         pool_age_ms: 0,

@@ -216,6 +216,7 @@ impl<I: Io> Shard<I> {
         let flow = loop {
             match body.next(&mut input) {
                 Ok(Piece::Data(piece)) => {
+                    self.stats.counters.pieces += 1;
                     if stream.events.is_some() {
                         if let Some(end) =
                             relay_events(stream, piece, self.now_us, &self.settings, &mut self.stats)
@@ -417,6 +418,7 @@ pub(super) fn relay_event(
     settings: &crate::settings::Settings,
     stats: &mut crate::stats::Stats,
 ) {
+    stats.counters.pieces += 1;
     let meaning = match stream.first_token_us {
         None => stream.dialect.meaning(block),
         Some(_) => stream.dialect.meaning_after_first_token(block),

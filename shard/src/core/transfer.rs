@@ -16,11 +16,12 @@ impl<I: Io> Shard<I> {
         if matches!(conn.state, State::Joining(_)) || conn.ops.connect.is_some() {
             return;
         }
+        let wanted = conn.receive_wanted && conn.waiting == 0;
         match conn.ops.receive {
-            None if conn.receive_wanted && !conn.peer_fin => {
+            None if wanted && !conn.peer_fin => {
                 conn.ops.receive = Some(self.io.receive(key, conn.socket));
             }
-            Some(op) if !conn.receive_wanted && !conn.receive_cancelled => {
+            Some(op) if !wanted && !conn.receive_cancelled => {
                 conn.receive_cancelled = true;
                 self.io.cancel(op);
             }
@@ -226,6 +227,7 @@ impl<I: Io> Shard<I> {
 
     /// Pauses or resumes the producers on both sides, as the lag of the consumers says.
     pub(super) fn follow_marks(&mut self, key: Key) {
+        self.follow_overdraft(key);
         let (high, low) = (self.settings.lag_high_bytes, self.settings.lag_low_bytes);
         let Some(stream) = self.streams.get_mut(key) else { return };
         let sent =
@@ -282,10 +284,11 @@ impl<I: Io> Shard<I> {
             return self.join(key, Close::Orderly);
         }
         conn.state = State::Lingering;
-        conn.held = Vec::new();
+        conn.drop_held();
         conn.due_ms = now_ms + LINGER_MS;
         conn.receive_wanted = true;
         self.io.shutdown(conn.socket, Half::Write);
+        self.follow_held(key);
         self.follow_receive(key);
         self.follow_conn_timer(key);
     }
@@ -298,10 +301,11 @@ impl<I: Io> Shard<I> {
         }
         conn.state = State::Joining(how);
         conn.stream = None;
-        conn.held = Vec::new();
+        conn.drop_held();
         if let Some((timer, _)) = conn.timer.take() {
             self.wheel.remove(timer);
         }
+        self.overdraft_bytes -= std::mem::take(&mut conn.drawn);
         if !conn.ops.none() {
             if how == Close::Orderly {
                 self.io.shutdown(conn.socket, Half::Both);
@@ -322,6 +326,9 @@ impl<I: Io> Shard<I> {
         }
         assert!(conn.ledger.in_flight() == 0, "memory of a freed connection is lent");
         let client = conn.is_client();
+        if matches!(&conn.role, Role::Client(client) if client.requests == 0) {
+            self.stats.counters.closes_unused += 1;
+        }
         self.io.close(conn.socket, how);
         self.conns.remove(key);
         if client {

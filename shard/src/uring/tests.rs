@@ -31,6 +31,7 @@ pub(crate) fn settings() -> Settings {
         lag_high_bytes: 64 * 1024,
         lag_low_bytes: 16 * 1024,
         retry_bytes_max: 64 * 1024,
+        overdraft_bytes_max: 64 << 20,
         pool_idle_max: 8,
         pool_idle_ms: 1000,
         pool_age_ms: 0,
