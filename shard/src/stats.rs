@@ -58,6 +58,8 @@ counters! {
     upstream_received_bytes => "tokenring_upstream_received_bytes_total",
     /// Bytes confirmed sent to backends.
     upstream_sent_bytes => "tokenring_upstream_sent_bytes_total",
+    /// Connections found reset though their receive had not been told.
+    resets_unheard => "tokenring_resets_unheard_total",
     /// Sends completed.
     sends => "tokenring_sends_total",
     /// Sends that completed short of what was lent.

@@ -24,6 +24,10 @@ impl<I: Io> Shard<I> {
             debug_assert!(false, "a completion for a freed connection");
             return;
         };
+        if conn.look_ms == u64::MAX {
+            self.look_later(key);
+        }
+        let Some(conn) = self.conns.get(key) else { return };
         if conn.waiting > 0 || (conn.excess.0 == turn && conn.excess.1 >= PIECES_EXCESS_PER_TURN_MAX) {
             self.stats.counters.receives_deferred += 1;
             return self.make_wait(key, Completion::Received { conn: key, buffer });

@@ -5,7 +5,7 @@ use super::Shard;
 use super::conn::{Role, State};
 use crate::io::{Close, Confirm, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
-use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, STALL_CHECKS};
+use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, RESET_LOOK_MS, STALL_CHECKS};
 use protocol::phase::{End, Phase, Step};
 use protocol::slots::Key;
 
@@ -76,6 +76,40 @@ impl<I: Io> Shard<I> {
                 }
             }
         }
+    }
+
+    /// A multishot receive may not be told of an RST that comes right behind the last bytes: where both wake it before it
+    /// runs, Linux (to 6.19 at least) takes them for one event, and there will be no further one. So what is received is
+    /// followed by one look at the socket, a while later.
+    pub(super) fn look_later(&mut self, key: Key) {
+        let now_ms = self.now_ms();
+        if let Some(conn) = self.conns.get_mut(key) {
+            conn.look_ms = now_ms + RESET_LOOK_MS;
+            self.follow_conn_timer(key);
+        }
+    }
+
+    /// Looks, if it is time to; true when the connection turned out to be reset, and was dealt with.
+    pub(super) fn was_reset_unheard(&mut self, key: Key) -> bool {
+        let now_ms = self.now_ms();
+        let Some(conn) = self.conns.get_mut(key) else { return false };
+        if conn.look_ms > now_ms {
+            return false;
+        }
+        conn.look_ms = u64::MAX;
+        // What waits was received before it, and its end is among what waits.
+        let listens = conn.state == State::Open && conn.waiting == 0;
+        let armed = conn.ops.receive.is_some() && !conn.receive_cancelled;
+        if !listens || !armed || !self.io.is_reset(conn.socket) {
+            return false;
+        }
+        self.stats.counters.resets_unheard += 1;
+        conn.peer_fin = true;
+        match conn.role {
+            Role::Client(_) => self.client_gone(key),
+            Role::Backend(_) => self.backend_lost(key, End::UpstreamReset),
+        }
+        true
     }
 
     /// At the end of a turn every buffer of its completions is back: receives that found none are armed again.

@@ -694,6 +694,10 @@ impl Io for UringIo {
         sockets::acknowledged(socket)
     }
 
+    fn is_reset(&self, socket: Socket) -> bool {
+        sockets::is_reset(socket)
+    }
+
     fn buffers_free(&self) -> usize {
         self.buffers.free()
     }
