@@ -304,10 +304,13 @@ fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
     if shards.saturating_mul(connections).saturating_mul(DESCRIPTORS_PER_CLIENT) > left {
         problems.push(Problem::new(format!(
             "conns_max ({connections}, {}) × {shards} shards × {DESCRIPTORS_PER_CLIENT} descriptors exceeds what the limit of {} \
-             descriptors leaves ({left}): raise the limit (ulimit -Hn, LimitNOFILE=), or lower conns_max to {} or shards",
+             descriptors leaves ({left}): raise the limit (ulimit -Hn, LimitNOFILE=){}",
             values.source(&table::CONNS_MAX),
             machine.descriptors,
-            left / (DESCRIPTORS_PER_CLIENT * shards),
+            match left / (DESCRIPTORS_PER_CLIENT * shards) {
+                0 => String::new(),
+                fewer => format!(", or lower conns_max to {fewer} or shards"),
+            },
         )));
     }
 }

@@ -17,7 +17,7 @@ pub use bell::Bell;
 pub use buffers::Buffer;
 pub use error::RingError;
 pub(crate) use eventfd::EventFd;
-pub use probe::{ProbeItem, probe, raise_nofile, reserve_descriptors};
+pub use probe::{DESCRIPTORS_ITEM, ProbeItem, probe, raise_nofile, reserve_descriptors};
 pub use sockets::{Socket, listen};
 
 use crate::io::{Close, Completion, Confirm, Errno, Half, Hangup, Io, OpId, ReceiveEnd, Wait};
