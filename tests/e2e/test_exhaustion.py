@@ -16,7 +16,6 @@ from harness import EXIT_CANNOT_BIND, EXIT_CONFIG, EXIT_OK, EXIT_USAGE, find_bin
 pytestmark = pytest.mark.relay
 
 CHAT = b'{"model":"m","stream":true,"messages":[]}'
-REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(CHAT) + CHAT
 
 
 def start(*arguments, confine=None, command="serve", seconds=15):
@@ -198,7 +197,7 @@ def test_no_descriptors_for_clients(start_tokenring, uvicorn):
         assert count(admin, "tokenring_accepts_total") == 2, "the one that was armed before"
         # No descriptor for a backend either: the answer says so in the API's own form, and the connection lives.
         for _ in range(2):
-            seated.sendall(REQUEST)
+            seated.sendall(b"GET /v1/chat/completions HTTP/1.1\r\nHost: a\r\n\r\n")
             answer = seated.recv(65536)
             assert answer.startswith(b"HTTP/1.1 503 "), answer
             assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == "overload"
