@@ -276,6 +276,7 @@ impl Sim {
         assert!(leftovers.is_empty(), "at rest there are left: {leftovers:#?}");
         population.3 = 0;
         assert_eq!(population, (0, 0, 0, 0), "clients, backends' connections and streams at rest");
+        assert_eq!(self.shard.snapshot().overdraft_bytes, 0, "what was drawn beyond all shares is back");
         let ends: u64 = self.shard.stats().ends.iter().sum();
         assert_eq!(ends, self.records.len() as u64, "every stream ends once and is reported once");
         let counters = &self.shard.stats().counters;
