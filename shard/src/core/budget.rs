@@ -19,11 +19,12 @@ impl<I: Io> Shard<I> {
     }
 
     pub(super) fn received(&mut self, key: Key, buffer: I::Buffer) {
-        let turn = self.stats.counters.turns;
-        let Some(conn) = self.conns.get(key) else {
+        let (turn, now_ms) = (self.stats.counters.turns, self.now_ms());
+        let Some(conn) = self.conns.get_mut(key) else {
             debug_assert!(false, "a completion for a freed connection");
             return;
         };
+        conn.heard_ms = now_ms;
         if conn.look_ms == u64::MAX {
             self.look_later(key);
         }

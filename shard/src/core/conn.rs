@@ -69,6 +69,8 @@ pub(crate) struct Conn<S> {
     pub(crate) held_from: usize,
     /// Memory of it beyond the connection's share, bytes.
     pub(crate) drawn: u64,
+    /// When something was last received, ms.
+    pub(crate) heard_ms: u64,
     /// When to look whether its peer has reset it, ms; `u64::MAX`: nothing came since the last look.
     pub(crate) look_ms: u64,
     /// Completions of its receive that wait for a later turn.
@@ -152,6 +154,7 @@ impl<S> Conn<S> {
             held: Vec::new(),
             held_from: 0,
             drawn: 0,
+            heard_ms: 0,
             look_ms: u64::MAX,
             waiting: 0,
             excess: (0, 0),

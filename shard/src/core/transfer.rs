@@ -97,6 +97,11 @@ impl<I: Io> Shard<I> {
             return false;
         }
         conn.look_ms = u64::MAX;
+        if conn.heard_ms + RESET_LOOK_MS > now_ms {
+            // It has been heard since: what is looked for can only have come after that.
+            conn.look_ms = conn.heard_ms + RESET_LOOK_MS;
+            return false;
+        }
         // What waits was received before it, and its end is among what waits.
         let listens = conn.state == State::Open && conn.waiting == 0;
         let armed = conn.ops.receive.is_some() && !conn.receive_cancelled;
