@@ -34,8 +34,10 @@ fn backend() -> SocketAddr {
     Backend::listen().serve(|mut peer| {
         while let Ok(request) = peer.try_request() {
             let how = request.first_line.split(['?', ' ']).nth(2).unwrap().to_owned();
-            let streams =
-                matches!(how.as_str(), "innocent" | "full" | "tiny" | "comments" | "pieces" | "line" | "marks");
+            let streams = matches!(
+                how.as_str(),
+                "innocent" | "full" | "tiny" | "comments" | "pieces" | "line" | "marks"
+            );
             if streams && peer.try_send(STREAM).is_err() {
                 return;
             }
