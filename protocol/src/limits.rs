@@ -36,6 +36,8 @@ pub const LAG_LOW_BYTES: u64 = 16 * 1024;
 pub const LATE_ERROR_BYTES_MAX: usize = 8 * 1024;
 /// Times that a send in flight is looked at within one write stall deadline.
 pub const STALL_CHECKS: u64 = 4;
+/// Milliseconds after something was received at which the socket is looked at for an RST that the kernel did not tell.
+pub const RESET_LOOK_MS: u64 = 1_000;
 /// Bytes of a request body for which one body deadline is granted: a trickle does not extend it.
 pub const BODY_PROGRESS_BYTES: u32 = 64 * 1024;
 /// Connections tried for one request before it is refused.
@@ -58,6 +60,18 @@ pub const DEMO_TOKENS_PER_TURN_MAX: u32 = 256;
 pub const RECORDS_PER_TURN_MAX: usize = 4096;
 /// Client connections listed in a snapshot as the slowest.
 pub const SLOWEST_LISTED: usize = 10;
+
+/// Bytes of a body that pay for one piece of it (a chunk, an event): real tokens have more. Pieces beyond are excess.
+pub const PIECE_BYTES: u64 = 32;
+/// Excess pieces that the receives of one connection may cost in a turn, a quarter of a millisecond or so; its further
+/// receives wait.
+pub const PIECES_EXCESS_PER_TURN_MAX: u64 = 2048;
+/// Excess pieces that the receives which waited may cost in a turn, all together.
+pub const PIECES_EXCESS_OF_WAITING_MAX: u64 = 4096;
+/// Refusals that leave a client's connection open, before it is closed all the same: each costs the client a line.
+pub const REFUSALS_PER_CONNECTION_MAX: u32 = 100;
+/// Bytes that the streams and connections of one shard may hold together beyond the share that each has.
+pub const OVERDRAFT_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// Completions handled in one turn, so that one noisy neighbour cannot stretch it; the rest stay in the ring.
 pub const COMPLETIONS_PER_TURN_MAX: usize = 1024;

@@ -203,7 +203,7 @@ mod tests {
         let Request::Serve(matches) = parse(arguments.iter().map(Into::into)).unwrap() else {
             panic!("not serve")
         };
-        let machine = Machine { parallelism: 1, cpus: vec![0], descriptors: 20_000 };
+        let machine = Machine { parallelism: 1, cpus: vec![0], descriptors: 20_000, memory: 8 << 30 };
         let effective = configuration(&matches, &machine).unwrap();
         assert_eq!(effective.upstreams.len(), 2);
         assert_eq!(effective.values.integer(&crate::settings::table::DRAIN_DEADLINE_MS), 5000);

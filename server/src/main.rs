@@ -44,8 +44,11 @@ fn run(request: Request) -> Result<Exit, Fatal> {
             serve::serve(&cli::configuration(&matches, &machine)?, &machine)
         }
         Request::Check(matches) => {
-            let effective = cli::configuration(&matches, &settings::Machine::detect())?;
-            print(settings::page::effective(&effective).as_bytes())
+            let machine = settings::Machine::detect();
+            let effective = cli::configuration(&matches, &machine)?;
+            let plan = settings::plan::Plan::new(&effective, &machine, 0, 0);
+            let page = settings::page::effective(&effective) + &settings::page::memory(&plan.worst_case());
+            print(page.as_bytes())
         }
         Request::Doctor => {
             let (report, exit) = doctor::report(&shard::uring::probe());

@@ -39,7 +39,7 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 pub(crate) fn serve(effective: &Effective, machine: &Machine) -> Result<Exit, Fatal> {
     let values = &effective.values;
     let format = if values.choice(&table::LOG_FORMAT) == "json" { Format::Json } else { Format::Text };
-    let logs = Logs::install(values.log_filter(&table::LOG_LEVEL), format).map_err(Fatal::internal)?;
+    let logs = Logs::install(values.log_filter(&table::LOG_LEVEL), format).map_err(Fatal::unavailable)?;
     log_panics(logs.clone());
     let result = run(effective, machine, &logs);
     logs.flush(FLUSH_LIMIT);
@@ -63,10 +63,23 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
     let plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
+    let worst = plan.worst_case().total();
+    if worst > machine.memory {
+        log::info!(
+            "hostile clients and backends could make it use {} MiB, and there are {} MiB: `tokenring check` shows what for",
+            worst >> 20,
+            machine.memory >> 20
+        );
+    }
     let shards = plan.cpus.len() as u64;
     let descriptors = 128 + shards * (16 + 2 * plan.settings.connections_max as u64);
     if let Err(error) = uring::reserve_descriptors(descriptors.min(limit).min(DESCRIPTORS_RESERVED_MAX)) {
         log::warn!("cannot reserve {descriptors} descriptors: {error}");
+    }
+    // Before anything is bound, and before glommio, which panics where the kernel refuses io_uring. Few descriptors are no
+    // obstacle: their number was checked against the settings.
+    if uring::probe().iter().any(|item| !item.ok && item.name != uring::DESCRIPTORS_ITEM) {
+        return Err(refused("this machine lacks what the data plane needs"));
     }
     let (listening, listeners) = bind(&plan.listen, plan.cpus.len(), &plan.settings)?;
     let admin = admin::bind(&plan.admin)?;
@@ -296,6 +309,28 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("curl -N http://127.0.0.1:8080/v1/chat/completions"), "{text}");
+    }
+
+    /// This test's own process, started anew, is the child that panics.
+    #[test]
+    fn a_panic_of_any_thread_ends_the_process_with_its_message() {
+        const CHILD: &str = "TOKENRING_TEST_PANICS";
+        if std::env::var_os(CHILD).is_some() {
+            log_panics(Logs::install("info", Format::Text).unwrap());
+            let shard = std::thread::Builder::new().name("shard-7".to_owned());
+            shard.spawn(|| panic!("an assertion of this test")).unwrap().join().ok();
+            unreachable!("the hook ends the process");
+        }
+        let own = std::env::current_exe().unwrap();
+        let name = "serve::tests::a_panic_of_any_thread_ends_the_process_with_its_message";
+        let mut child = std::process::Command::new(own);
+        let output = child.args(["--exact", name, "--nocapture"]).env(CHILD, "1").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(Exit::Internal as i32), "{said}");
+        assert!(
+            said.contains("thread shard-7 panicked") && said.contains("an assertion of this test"),
+            "{said}"
+        );
     }
 
     #[test]

@@ -77,7 +77,7 @@ pub enum HostError {
 impl fmt::Display for HostError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            HostError::Thread(error) => write!(f, "no thread for a shard: {error}"),
+            HostError::Thread(error) => write!(f, "no thread for a shard: {error} (ulimit -u, TasksMax=)"),
             HostError::Executor(error) => write!(
                 f,
                 "the shard's executor cannot be made ({error}): check that its CPU exists and that the locked-memory limit is at \

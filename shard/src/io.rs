@@ -226,6 +226,10 @@ pub trait Io: Sized {
     /// send is in flight. `None` when unknown. Costs a syscall: asked only when a send takes long.
     fn acknowledged(&self, socket: Self::Socket) -> Option<u64>;
 
+    /// Whether the peer has reset the connection, receives aside. Costs a syscall: asked once a second at most, of those that
+    /// received something since.
+    fn is_reset(&self, socket: Self::Socket) -> bool;
+
     /// Free receive buffers, for the shortage policy and `/status`.
     fn buffers_free(&self) -> usize;
 }

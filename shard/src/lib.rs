@@ -6,6 +6,7 @@
 pub mod core;
 pub mod host;
 pub mod io;
+pub mod memory;
 pub mod mesh;
 pub mod settings;
 pub mod stats;

@@ -38,6 +38,8 @@ pub struct Settings {
     pub lag_low_bytes: u64,
     /// Bytes of a request kept for one more attempt on a fresh backend connection.
     pub retry_bytes_max: u64,
+    /// Bytes that streams and connections of one shard may hold together beyond the share of each.
+    pub overdraft_bytes_max: u64,
     /// Idle backend connections kept per upstream and shard.
     pub pool_idle_max: usize,
     /// Milliseconds an idle backend connection is kept.

@@ -34,6 +34,16 @@ counters! {
     requests => "tokenring_requests_total",
     /// Requests refused for breaking a rule or limit of HTTP.
     refusals => "tokenring_refusals_total",
+    /// Client connections closed without a request: connects that were followed by nothing, or by half a head.
+    closes_unused => "tokenring_closes_unused_total",
+    /// Client connections closed because too many of their requests were refused.
+    refusal_closes => "tokenring_refusal_closes_total",
+    /// Pieces of bodies taken apart: chunks of known size, and events.
+    pieces => "tokenring_body_pieces_total",
+    /// Receives that had to wait because their connection's pieces were too many and too small for one turn.
+    receives_deferred => "tokenring_receives_deferred_total",
+    /// Streams and connections that found no memory beyond their share: ended, cut, or their pipelined requests dropped.
+    overdrafts_refused => "tokenring_overdrafts_refused_total",
     /// Events relayed to or produced for clients.
     events => "tokenring_events_total",
     /// Heartbeats written.
@@ -48,6 +58,8 @@ counters! {
     upstream_received_bytes => "tokenring_upstream_received_bytes_total",
     /// Bytes confirmed sent to backends.
     upstream_sent_bytes => "tokenring_upstream_sent_bytes_total",
+    /// Connections found reset though their receive had not been told.
+    resets_unheard => "tokenring_resets_unheard_total",
     /// Sends completed.
     sends => "tokenring_sends_total",
     /// Sends that completed short of what was lent.
@@ -163,6 +175,8 @@ pub struct Snapshot {
     pub pending_bytes: u64,
     /// Memory held by event logs, bytes.
     pub log_bytes: u64,
+    /// Memory that streams and connections hold beyond the share of each, bytes.
+    pub overdraft_bytes: u64,
     /// Receive buffers free, of [`crate::settings::Settings::buffers`].
     pub buffers_free: usize,
     /// Timers armed.

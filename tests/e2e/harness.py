@@ -27,6 +27,7 @@ FLAGS = {
     "upstream": "--upstream",
     "shards": "--shards",
     "config": "--config",
+    "buffers": "--buffers",
     "first_token_ms": "--first-token-ms",
     "between_tokens_ms": "--between-tokens-ms",
     "heartbeat_ms": "--heartbeat-ms",
@@ -166,7 +167,7 @@ class Process:
 class Tokenring(Process):
     """`tokenring serve` on free ports. Settings are keyword arguments by the names in FLAGS."""
 
-    def __init__(self, log_folder, upstreams=(), query="", environment=None, **settings):
+    def __init__(self, log_folder, upstreams=(), query="", environment=None, more=(), **settings):
         self.port, self.admin_port = free_port(), free_port()
         settings = {
             "listen": f"127.0.0.1:{self.port}",
@@ -180,6 +181,7 @@ class Tokenring(Process):
                 arguments += [FLAGS[name], value]
         for upstream in upstreams:
             arguments += [FLAGS["upstream"], upstream]
+        arguments += more
         super().__init__("tokenring", arguments, log_folder, environment)
         self.url, self.admin_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
 

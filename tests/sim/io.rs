@@ -107,6 +107,10 @@ impl Io for SimIo {
         Some(self.0.borrow().acknowledged(socket.0 as usize))
     }
 
+    fn is_reset(&self, _socket: SimSocket) -> bool {
+        false
+    }
+
     fn peer(&self, _socket: SimSocket) -> Option<SocketAddr> {
         None
     }

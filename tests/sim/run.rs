@@ -56,6 +56,7 @@ pub(crate) fn settings() -> Settings {
         lag_high_bytes: 64 << 10,
         lag_low_bytes: 16 << 10,
         retry_bytes_max: 64 << 10,
+        overdraft_bytes_max: 64 << 20,
         pool_idle_max: 8,
         pool_idle_ms: 30_000,
         pool_age_ms: 0,
@@ -372,6 +373,7 @@ impl Sim {
         assert!(leftovers.is_empty(), "at rest there are left: {leftovers:#?}");
         population.3 = 0;
         assert_eq!(population, (0, 0, 0, 0), "clients, backends' connections and streams at rest");
+        assert_eq!(self.shard.snapshot().overdraft_bytes, 0, "what was drawn beyond all shares is back");
         let ends: u64 = self.shard.stats().ends.iter().sum();
         let reported = self.records.len() as u64 + self.records_dropped;
         assert_eq!(ends, reported, "every stream ends once and is reported once");

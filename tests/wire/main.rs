@@ -13,6 +13,7 @@ mod peer;
 mod server;
 mod sse;
 
+mod abuse;
 mod bodies;
 mod deadlines;
 mod drain;

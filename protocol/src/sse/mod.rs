@@ -206,6 +206,11 @@ impl Decoder {
         if self.returned { bom_bytes } else { self.held.len() + bom_bytes }
     }
 
+    /// Memory held for it, bytes; at most twice the limit of a block.
+    pub fn memory_bytes(&self) -> usize {
+        self.held.capacity()
+    }
+
     /// Whether everything taken in so far is whole blocks, so that a block of our own may be put in.
     pub fn is_at_boundary(&self) -> bool {
         self.partial_bytes() == 0

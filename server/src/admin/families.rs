@@ -74,6 +74,9 @@ families! {
     IN_FLIGHT = "tokenring_in_flight_bytes", Kind::Gauge, ["shard"], "Bytes lent to the kernel and not yet completed.";
     PENDING = "tokenring_pending_bytes", Kind::Gauge, ["shard"], "Bytes produced for clients and not confirmed sent.";
     LOG_BYTES = "tokenring_log_bytes", Kind::Gauge, ["shard"], "Memory held by event logs.";
+    OVERDRAFT = "tokenring_overdraft_bytes", Kind::Gauge, ["shard"], "Memory that streams and connections hold beyond the share of each.";
+    OVERDRAFT_MAX = "tokenring_overdraft_bytes_max", Kind::Gauge, ["shard"], "The most they may (overdraft_bytes_max).";
+    MEMORY_MAX = "tokenring_memory_worst_case_bytes", Kind::Gauge, [], "The most memory the process can come to hold with its settings, as `tokenring check` computes it.";
     BUFFERS_FREE = "tokenring_receive_buffers_free", Kind::Gauge, ["shard"], "Receive buffers the kernel may fill.";
     TIMERS = "tokenring_timers", Kind::Gauge, ["shard"], "Timers armed.";
     UPSTREAM_ACTIVE = "tokenring_upstream_streams", Kind::Gauge, ["shard", "upstream"], "Streams under way on a backend.";

@@ -42,6 +42,10 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     page.per_shard(&families::IN_FLIGHT, view, |snapshot| snapshot.in_flight_bytes);
     page.per_shard(&families::PENDING, view, |snapshot| snapshot.pending_bytes);
     page.per_shard(&families::LOG_BYTES, view, |snapshot| snapshot.log_bytes);
+    page.per_shard(&families::OVERDRAFT, view, |snapshot| snapshot.overdraft_bytes);
+    let overdraft_max = view.fixed.plan.settings.overdraft_bytes_max;
+    page.per_shard(&families::OVERDRAFT_MAX, view, |_| overdraft_max);
+    page.one(&families::MEMORY_MAX, &[], view.fixed.plan.worst_case().total());
     page.per_shard(&families::BUFFERS_FREE, view, |snapshot| snapshot.buffers_free as u64);
     page.per_shard(&families::TIMERS, view, |snapshot| snapshot.timers as u64);
     page.upstreams(view);

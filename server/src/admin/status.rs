@@ -36,6 +36,7 @@ pub(crate) fn page(view: &View, unix_time_s: u64) -> Value {
             "upstreams": route.upstreams.iter().filter_map(|&index| plan.upstreams.get(index)).map(|url| &url.url).collect::<Vec<_>>(),
         })).collect::<Vec<_>>(),
         "shards": shards,
+        "memory_worst_case_bytes": plan.worst_case().total(),
         "log_lines_dropped": view.log_lines_dropped,
     })
 }
@@ -68,6 +69,8 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
         "in_flight_bytes": snapshot.in_flight_bytes,
         "pending_bytes": snapshot.pending_bytes,
         "log_bytes": snapshot.log_bytes,
+        "overdraft_bytes": snapshot.overdraft_bytes,
+        "overdraft_bytes_max": plan.settings.overdraft_bytes_max,
         "buffers_free": snapshot.buffers_free,
         "buffers": plan.settings.buffers,
         "timers": snapshot.timers,

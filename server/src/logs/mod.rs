@@ -64,7 +64,7 @@ impl Logs {
             .spawn(move || {
                 Writer { receiver, dropped, format, limiter: Limiter::default(), reported: 0 }.run()
             })
-            .map_err(|error| format!("cannot start the log's thread: {error}"))?;
+            .map_err(|error| format!("cannot start the log's thread: {error} (ulimit -u, TasksMax=)"))?;
         Ok(logs)
     }
 

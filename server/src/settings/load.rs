@@ -269,6 +269,16 @@ fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
     };
     less(&table::LAG_LOW, &table::LAG_HIGH, "without a gap, pause and resume alternate with every event");
     less(&table::TARGET_BYTES_MAX, &table::HEAD_BYTES_MAX, "a target that fits must leave room for its head");
+    let (overdraft, event) =
+        (values.integer(&table::OVERDRAFT_BYTES_MAX), values.integer(&table::EVENT_BYTES_MAX));
+    if overdraft < 4 * event {
+        problems.push(Problem::new(format!(
+            "overdraft_bytes_max ({overdraft}, {}) must be at least four times event_bytes_max ({event}, {}): an event that is \
+             allowed must find room for itself and its copies",
+            values.source(&table::OVERDRAFT_BYTES_MAX),
+            values.source(&table::EVENT_BYTES_MAX),
+        )));
+    }
     if values.listen(&table::LISTEN).is_empty() {
         problems.push(Problem::new("listen: at least one address is needed"));
     }
@@ -294,10 +304,13 @@ fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
     if shards.saturating_mul(connections).saturating_mul(DESCRIPTORS_PER_CLIENT) > left {
         problems.push(Problem::new(format!(
             "conns_max ({connections}, {}) × {shards} shards × {DESCRIPTORS_PER_CLIENT} descriptors exceeds what the limit of {} \
-             descriptors leaves ({left}): raise the limit (ulimit -Hn, LimitNOFILE=), or lower conns_max to {} or shards",
+             descriptors leaves ({left}): raise the limit (ulimit -Hn, LimitNOFILE=){}",
             values.source(&table::CONNS_MAX),
             machine.descriptors,
-            left / (DESCRIPTORS_PER_CLIENT * shards),
+            match left / (DESCRIPTORS_PER_CLIENT * shards) {
+                0 => String::new(),
+                fewer => format!(", or lower conns_max to {fewer} or shards"),
+            },
         )));
     }
 }
@@ -307,7 +320,7 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn machine() -> Machine {
-        Machine { parallelism: 4, cpus: vec![0, 1, 2, 3], descriptors: 20_000 }
+        Machine { parallelism: 4, cpus: vec![0, 1, 2, 3], descriptors: 20_000, memory: 8 << 30 }
     }
 
     pub(crate) fn load_with(
@@ -385,12 +398,22 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_overdraft_has_room_for_some_events() {
+        let of = |flags: &[(&'static str, &str)]| {
+            load_with(flags, &[], "").unwrap().values.integer(&table::OVERDRAFT_BYTES_MAX)
+        };
+        assert_eq!(of(&[]), 256 << 20);
+        assert_eq!(of(&[("event-bytes-max", "1GiB")]), 4 << 30);
+    }
+
+    #[test]
     fn relations_between_settings() {
         let error = |flags: &[(&'static str, &str)]| load_with(flags, &[], "").unwrap_err().join("\n");
         assert!(
             error(&[("lag-low", "64KiB")])
                 .contains("lag_low (65536, flag --lag-low) must be less than lag_high (65536")
         );
+        assert!(error(&[("overdraft-bytes-max", "1MiB")]).contains("at least four times event_bytes_max"));
         assert!(error(&[("cpus", "0,9")]).contains("may not run on CPU 9; it may use 0-3"));
         assert!(error(&[("cpus", "0"), ("shards", "2")]).contains("must not exceed the 1 of cpus"));
         assert!(

@@ -54,6 +54,16 @@ impl fmt::Display for Problem {
     }
 }
 
+/// `u64::MAX` where the system does not say.
+fn memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total_kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+    let total = total_kib.and_then(|kib| kib.parse::<u64>().ok()).map_or(u64::MAX, |kib| kib * 1024);
+    // In a container this is its own; "max" is none.
+    let cgroup = std::fs::read_to_string("/sys/fs/cgroup/memory.max").unwrap_or_default();
+    cgroup.trim().parse::<u64>().map_or(total, |limit| limit.min(total))
+}
+
 /// What defaults and checks need to know of the machine.
 #[derive(Clone, Debug)]
 pub(crate) struct Machine {
@@ -63,6 +73,8 @@ pub(crate) struct Machine {
     pub(crate) cpus: Vec<usize>,
     /// The hard limit of descriptors, to which the soft one is raised at start.
     pub(crate) descriptors: u64,
+    /// Memory of the machine, or of the cgroup that this process is confined to, bytes.
+    pub(crate) memory: u64,
 }
 
 impl Machine {
@@ -75,6 +87,7 @@ impl Machine {
             parallelism: std::thread::available_parallelism().map_or(1, usize::from),
             cpus,
             descriptors: limit.maximum.or(limit.current).unwrap_or(u64::MAX),
+            memory: memory(),
         }
     }
 

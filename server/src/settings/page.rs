@@ -2,6 +2,7 @@
 
 use super::load::{Effective, Values};
 use super::table::{ALL, Group, Setting};
+use shard::memory::WorstCase;
 use std::fmt::Write;
 
 /// docs/CONFIG.md. The same on every machine.
@@ -89,6 +90,25 @@ pub(crate) fn effective(effective: &Effective) -> String {
     page
 }
 
+/// The most memory it can come to, in its parts, as comments behind the effective configuration.
+pub(crate) fn memory(worst: &WorstCase) -> String {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    format!(
+        "\n# Memory at worst, all clients and backends hostile; the kernel's for sockets comes on top\n\
+         # {:>8} MiB  receive buffers of a shard\n\
+         # {:>8} MiB  clients of a shard (conns_max), each with its share\n\
+         # {:>8} MiB  overdraft of a shard, and its edge\n\
+         # {:>8} MiB  everything else of a shard\n\
+         # {:>8} MiB  the process with all shards ({})\n",
+        mib(worst.buffers),
+        mib(worst.clients),
+        mib(worst.overdraft),
+        mib(worst.fixed),
+        mib(worst.total()),
+        worst.shards,
+    )
+}
+
 fn line(page: &mut String, setting: &Setting, values: &Values) {
     let assignment = format!("{} = {}", setting.key(), values.get(setting));
     writeln_to(page, format_args!("{assignment:<40}  # {}", values.source(setting)));
@@ -118,6 +138,14 @@ mod tests {
             page.lines().map(|line| line.split("  #").next().unwrap().trim_end().to_owned()).collect()
         };
         assert_eq!(values(&first), values(&second));
+    }
+
+    #[test]
+    fn the_memory_at_worst_is_comments() {
+        let worst = WorstCase { buffers: 8 << 20, clients: 1 << 30, overdraft: 1, fixed: 0, shards: 2 };
+        let text = memory(&worst);
+        assert!(text.lines().all(|line| line.is_empty() || line.starts_with("# ")), "{text}");
+        assert!(text.contains("    1024 MiB  clients") && text.contains("all shards (2)"), "{text}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::table;
 use protocol::demo::DemoSettings;
 use protocol::http::HeadLimits;
 use protocol::phase::Deadlines;
+use shard::memory::WorstCase;
 use shard::settings::{HalfClose, Route, Settings, Sleep};
 use std::net::SocketAddr;
 
@@ -50,6 +51,7 @@ impl Plan {
             lag_high_bytes: values.integer(&table::LAG_HIGH),
             lag_low_bytes: values.integer(&table::LAG_LOW),
             retry_bytes_max: values.integer(&table::RETRY_BYTES_MAX),
+            overdraft_bytes_max: values.integer(&table::OVERDRAFT_BYTES_MAX),
             pool_idle_max: narrow(values.integer(&table::POOL_IDLE_MAX)),
             pool_idle_ms: narrow(values.integer(&table::POOL_IDLE_MS)),
             pool_age_ms: narrow(values.integer(&table::POOL_AGE_MS)),
@@ -71,6 +73,13 @@ impl Plan {
             cpus: placement(values, machine),
             drain_deadline_ms: values.integer(&table::DRAIN_DEADLINE_MS),
         }
+    }
+}
+
+impl Plan {
+    /// The most memory that the process can come to hold.
+    pub(crate) fn worst_case(&self) -> WorstCase {
+        WorstCase::of(&self.settings, self.cpus.len(), self.upstreams.len())
     }
 }
 

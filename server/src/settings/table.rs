@@ -253,6 +253,9 @@ settings! {
         "Bytes below which it is resumed. Less than --lag-high.");
     RETRY_BYTES_MAX = Setting::new("retry-bytes-max", Group::Limits, bytes(0, 64 * MIB), || Value::Integer(MIB),
         "Bytes of a request kept until the first byte of its answer. With them it is sent again, once, when a reused backend connection turns out to be dead. A longer request is not; 0 turns it off.");
+    OVERDRAFT_BYTES_MAX = Setting::new("overdraft-bytes-max", Group::Limits, bytes(0, 1 << 40), || Value::Integer(limits::OVERDRAFT_BYTES_MAX),
+        "Bytes that the streams and connections of one shard may hold together beyond the share that each has (--lag-high and 128 KiB), for large events, bursts and requests kept for a retry. What finds no room ends with `overload`. At least four times --event-bytes-max.")
+        .derived(|_, so_far| Value::Integer((4 * so_far.integer(&EVENT_BYTES_MAX)).max(limits::OVERDRAFT_BYTES_MAX)), "268435456, or four times `event_bytes_max` if that is more");
 
     HEAD_MS = deadline!("head-ms", head_ms,
         "From a request's first byte to its complete head.");

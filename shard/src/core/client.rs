@@ -15,6 +15,16 @@ use protocol::limits::{BODY_PROGRESS_BYTES, FACTS_PREFIX_BYTES_MAX, LINGER_BYTES
 use protocol::phase::{End, Step};
 use protocol::slots::Key;
 
+/// What the start of some input is.
+enum Start {
+    /// A head; its stream has begun.
+    Begun,
+    /// A head that is not complete.
+    Partial,
+    /// Nothing that is to be kept: empty lines, or bytes that were refused.
+    Nothing,
+}
+
 /// Bytes of a request line kept for the access log.
 const DESCRIPTION_BYTES_MAX: usize = 120;
 
@@ -36,76 +46,106 @@ impl<I: Io> Shard<I> {
             }
             State::Open => {}
         }
-        if conn.stream.is_none() && waits_for_line_end(&mut conn.held, bytes, self.settings.head.head_bytes) {
+        if conn.held.is_empty() {
+            let left = self.client_input(key, bytes);
+            return self.hold(key, bytes[bytes.len() - left..].to_vec(), 0);
+        }
+        if conn.stream.is_some() {
+            // Behind a request under way more is only kept; it is looked at when its turn comes.
+            conn.held.extend_from_slice(bytes);
+            return self.held_grew(key);
+        }
+        let mut held = conn.take_held();
+        if waits_for_line_end(&mut held, bytes, self.settings.head.head_bytes) {
+            conn.held = held;
             return;
         }
-        if conn.held.is_empty() {
-            self.client_input(key, bytes);
-        } else {
-            let mut held = std::mem::take(&mut conn.held);
-            held.extend_from_slice(bytes);
-            self.client_input(key, &held);
-        }
+        held.extend_from_slice(bytes);
+        self.client_held_input(key, held, 0);
     }
 
-    /// Takes input as far as the connection's state allows; what is left over is held.
-    fn client_input(&mut self, key: Key, mut input: &[u8]) {
+    /// Takes what was held, from `from` on.
+    fn client_held_input(&mut self, key: Key, mut held: Vec<u8>, from: usize) {
+        let left = self.client_input(key, &held[from..]);
+        let mut from = held.len() - left;
+        // Not with every request of many that came together, or each would move all that follow it.
+        if from > left {
+            held.drain(..from);
+            from = 0;
+        }
+        self.hold(key, held, from);
+    }
+
+    /// Keeps what a connection is not ready for.
+    fn hold(&mut self, key: Key, held: Vec<u8>, from: usize) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        if from < held.len() && conn.state == State::Open {
+            (conn.held, conn.held_from) = (held, from);
+        }
+        self.held_grew(key);
+    }
+
+    /// What is pipelined has the limit of a head.
+    fn held_grew(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        if conn.stream.is_some() && conn.held().len() >= self.settings.head.head_bytes {
+            self.want_receive(key, false);
+        }
+        self.follow_held(key);
+    }
+
+    /// Takes input as far as the connection's state allows; gives the bytes at its end that are to be held.
+    fn client_input(&mut self, key: Key, mut input: &[u8]) -> usize {
         while !input.is_empty() {
-            let Some(conn) = self.conns.get_mut(key) else { return };
+            let Some(conn) = self.conns.get_mut(key) else { return 0 };
             if conn.state != State::Open {
-                return;
+                return 0;
             }
             let in_body = conn.client().is_some_and(|client| client.body.is_some());
             match conn.stream {
-                None => {
-                    if !self.client_head(key, &mut input) {
-                        return;
-                    }
-                }
+                None => match self.client_head(key, &mut input) {
+                    Start::Begun => {}
+                    Start::Partial => return input.len(),
+                    Start::Nothing => return 0,
+                },
                 Some(_) if in_body => {
                     self.client_body(key, &mut input);
                 }
-                Some(_) => {
-                    // The next request, pipelined: it waits its turn, within the limit of a head.
-                    conn.held = input.to_vec();
-                    if conn.held.len() >= self.settings.head.head_bytes {
-                        self.want_receive(key, false);
-                    }
-                    return;
-                }
+                // The next request, pipelined: it waits its turn.
+                Some(_) => return input.len(),
             }
         }
+        0
     }
 
-    /// Parses a head and begins its stream. False when more bytes are needed or the connection is at its end.
-    fn client_head(&mut self, key: Key, input: &mut &[u8]) -> bool {
+    /// Parses a head and begins its stream.
+    fn client_head(&mut self, key: Key, input: &mut &[u8]) -> Start {
         let mut slots = header_slots();
         match parse_request(input, &mut slots, &self.settings.head) {
             Ok(Some(head)) => {
                 let raw = &input[..head.head_bytes];
                 *input = &input[head.head_bytes..];
                 self.begin(key, &head, raw, !input.is_empty());
-                true
+                Start::Begun
             }
             // Empty lines between requests (RFC 9112 section 2.2) are no beginning of one.
-            Ok(None) if input.ends_with(b"\r\n") && input.iter().all(|byte| b"\r\n".contains(byte)) => false,
+            Ok(None) if input.ends_with(b"\r\n") && input.iter().all(|byte| b"\r\n".contains(byte)) => {
+                Start::Nothing
+            }
             Ok(None) => {
                 let head_ms = self.settings.routes.last().map_or(0, |route| route.deadlines.head_ms);
                 let now_ms = self.now_ms();
-                let Some(conn) = self.conns.get_mut(key) else { return false };
+                let Some(conn) = self.conns.get_mut(key) else { return Start::Nothing };
                 // The head's own clock starts with its first byte and is not extended by later ones.
-                if conn.held.is_empty()
-                    && conn.client().is_some_and(|client| !std::mem::replace(&mut client.in_head, true))
-                {
+                if conn.client().is_some_and(|client| !std::mem::replace(&mut client.in_head, true)) {
                     conn.due_ms = if head_ms == 0 { u64::MAX } else { now_ms + u64::from(head_ms) };
                 }
-                conn.held = input.to_vec();
                 self.follow_conn_timer(key);
-                false
+                Start::Partial
             }
             Err(refusal) => {
                 self.begin_refused(key, dialect_of_start(input), refusal);
-                false
+                Start::Nothing
             }
         }
     }
@@ -122,7 +162,7 @@ impl<I: Io> Shard<I> {
     /// A head that did not arrive in time.
     pub(super) fn refuse_late_head(&mut self, key: Key) {
         let route = self.settings.routes.len() - 1;
-        let dialect = self.conns.get(key).map_or(Dialect::Plain, |conn| dialect_of_start(&conn.held));
+        let dialect = self.conns.get(key).map_or(Dialect::Plain, |conn| dialect_of_start(conn.held()));
         let mut stream = Stream::new(key, route, dialect, Version::Http11, self.now_us);
         stream.close = true;
         if let Some(stream) = self.attach(key, stream) {
@@ -265,6 +305,7 @@ impl<I: Io> Shard<I> {
         let outcome = loop {
             match body.next(input) {
                 Ok(Piece::Data(piece)) => {
+                    self.stats.counters.pieces += 1;
                     progress += piece.len() as u32;
                     if wanted {
                         stream.append_request(piece);
@@ -395,11 +436,11 @@ impl<I: Io> Shard<I> {
         conn.stream = None;
         conn.ledger = protocol::ledger::Ledger::default();
         conn.due_ms = if idle_ms == 0 { u64::MAX } else { now_ms + u64::from(idle_ms) };
-        let held = std::mem::take(&mut conn.held);
+        let (held, from) = (std::mem::take(&mut conn.held), std::mem::take(&mut conn.held_from));
         let fin = conn.peer_fin;
         self.follow_conn_timer(key);
         if !held.is_empty() {
-            self.client_input(key, &held);
+            self.client_held_input(key, held, from);
         }
         let Some(conn) = self.conns.get(key) else { return };
         if conn.state != State::Open {
@@ -414,7 +455,8 @@ impl<I: Io> Shard<I> {
         }
         // Unless the request that was just begun is held up by its backend already.
         let paused = self.stream_of(key).is_some_and(|stream| stream.upload_paused);
-        if !paused && self.conns.get(key).is_some_and(|conn| conn.held.len() < self.settings.head.head_bytes)
+        if !paused
+            && self.conns.get(key).is_some_and(|conn| conn.held().len() < self.settings.head.head_bytes)
         {
             self.want_receive(key, true);
         }

@@ -63,8 +63,20 @@ pub(crate) struct Conn<S> {
     pub(crate) deferred: bool,
     /// Listed to be pumped at the end of the turn.
     pub(crate) dirty: bool,
-    /// A partial head, or the start of pipelined requests; at most the head limit plus one receive.
+    /// From `held_from` on: a partial head, or the start of pipelined requests.
     pub(crate) held: Vec<u8>,
+    /// `0 <= held_from <= held.len()`; less than the latter unless both are 0.
+    pub(crate) held_from: usize,
+    /// Memory of it beyond the connection's share, bytes.
+    pub(crate) drawn: u64,
+    /// When something was last received, ms.
+    pub(crate) heard_ms: u64,
+    /// When to look whether its peer has reset it, ms; `u64::MAX`: nothing came since the last look.
+    pub(crate) look_ms: u64,
+    /// Completions of its receive that wait for a later turn.
+    pub(crate) waiting: u32,
+    /// Excess pieces, of the turn with that number.
+    pub(crate) excess: (u64, u64),
     /// The armed timer and when it fires.
     pub(crate) timer: Option<(TimerId, u64)>,
     /// When the connection's own waiting (head, keep-alive, connect, linger, pool) is over, ms; `u64::MAX` never.
@@ -93,6 +105,8 @@ pub(crate) struct Client {
     pub(crate) body_progress: u32,
     /// Requests begun.
     pub(crate) requests: u32,
+    /// Requests refused.
+    pub(crate) refused: u32,
     /// A partial head is held, and its deadline runs.
     pub(crate) in_head: bool,
     /// Bytes dropped while lingering.
@@ -138,12 +152,35 @@ impl<S> Conn<S> {
             deferred: false,
             dirty: false,
             held: Vec::new(),
+            held_from: 0,
+            drawn: 0,
+            heard_ms: 0,
+            look_ms: u64::MAX,
+            waiting: 0,
+            excess: (0, 0),
             timer: None,
             due_ms: u64::MAX,
             progress_ms: 0,
             stall_check_ms: u64::MAX,
             acknowledged: None,
         }
+    }
+
+    /// What was received and not yet looked at.
+    pub(crate) fn held(&self) -> &[u8] {
+        &self.held[self.held_from..]
+    }
+
+    /// Takes it out, from its start.
+    pub(crate) fn take_held(&mut self) -> Vec<u8> {
+        let mut held = std::mem::take(&mut self.held);
+        held.drain(..std::mem::take(&mut self.held_from));
+        held
+    }
+
+    /// Throws it away.
+    pub(crate) fn drop_held(&mut self) {
+        (self.held, self.held_from) = (Vec::new(), 0);
     }
 
     pub(crate) fn is_client(&self) -> bool {

@@ -59,7 +59,8 @@ impl<I: Io> Shard<I> {
     }
 
     pub(super) fn conn_due_ms(conn: &Conn<I::Socket>) -> u64 {
-        if conn.ledger.may_lend() { conn.due_ms } else { conn.due_ms.min(conn.stall_check_ms) }
+        let stall_check_ms = if conn.ledger.may_lend() { u64::MAX } else { conn.stall_check_ms };
+        conn.due_ms.min(stall_check_ms).min(conn.look_ms)
     }
 
     /// Looks whether a send that takes long makes progress: whether its peer goes on acknowledging. True when it has not for
@@ -102,6 +103,9 @@ impl<I: Io> Shard<I> {
 
     fn conn_timer_fired(&mut self, key: Key) {
         let now_ms = self.now_ms();
+        if self.was_reset_unheard(key) {
+            return;
+        }
         let stalled = self.is_stalled(key);
         let Some(conn) = self.conns.get(key) else { return };
         if !stalled && Self::conn_due_ms(conn) > now_ms {

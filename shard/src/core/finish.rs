@@ -1,7 +1,7 @@
 //! How streams end: what the client is told, what is counted, and what becomes of its connection.
 
 use super::Shard;
-use super::conn::State;
+use super::conn::{Conn, State};
 use super::relay::ExtraLines;
 use super::stream::{Answer, Stream, write_late_error};
 use crate::io::{Close, Io};
@@ -9,7 +9,7 @@ use crate::mesh::Report;
 use crate::stats::StreamRecord;
 use protocol::fault::{Culprit, Fault};
 use protocol::http::{Framing, Refusal, write_own_response_head};
-use protocol::limits::RECORDS_PER_TURN_MAX;
+use protocol::limits::{RECORDS_PER_TURN_MAX, REFUSALS_PER_CONNECTION_MAX};
 use protocol::phase::{End, Phase, Step};
 use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
@@ -102,6 +102,14 @@ impl<I: Io> Shard<I> {
             };
             let harmless = matches!(refusal, Refusal::NotFound | Refusal::MethodNotAllowed);
             stream.close |= !harmless || !stream.request_done;
+            let client = stream.client.and_then(|key| self.conns.get_mut(key)).and_then(Conn::client);
+            if let Some(client) = client {
+                client.refused += 1;
+                if client.refused >= REFUSALS_PER_CONNECTION_MAX && !stream.close {
+                    self.stats.counters.refusal_closes += 1;
+                    stream.close = true;
+                }
+            }
             let extra = if refusal == Refusal::MethodNotAllowed { "Allow: GET, HEAD, POST\r\n" } else { "" };
             write_error(stream, &fault, &mut self.scratch, self.date.at(unix_time_s), now_us, extra);
             stream.produced = true;
@@ -141,6 +149,7 @@ impl<I: Io> Shard<I> {
         debug_assert!(stream.backend.is_none(), "a settled stream holds no backend");
         let end = stream.end.unwrap_or(End::ClientLeft);
         self.stats.ends[end as usize] += 1;
+        self.overdraft_bytes -= stream.drawn;
         let duration_us = self.now_us - stream.started_us;
         if end == End::Done {
             self.stats.histograms.stream_us.saturating_record(duration_us);

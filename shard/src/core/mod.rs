@@ -6,6 +6,7 @@
 mod accept;
 mod audit;
 mod backend;
+mod budget;
 mod client;
 mod conn;
 mod deadline;
@@ -67,6 +68,11 @@ enum Leaving {
     },
 }
 
+/// Bytes that one connection and its stream take in the slabs and the wheel; sockets of `Io` are small.
+pub(crate) const fn slab_entry_bytes() -> u64 {
+    (size_of::<Conn<u64>>() + size_of::<Stream>() + 2 * 64) as u64
+}
+
 /// One core's data plane.
 pub struct Shard<I: Io> {
     io: I,
@@ -86,6 +92,10 @@ pub struct Shard<I: Io> {
     completions: Vec<Completion<I::Socket, I::Buffer>>,
     /// Connections that may have something to send.
     dirty: Vec<Key>,
+    /// Completions of receives that wait for a later turn, in their order.
+    waiting: VecDeque<Completion<I::Socket, I::Buffer>>,
+    /// Memory that streams and connections hold beyond the share of each, bytes.
+    overdraft_bytes: u64,
     /// Connections whose receive found no buffer.
     starved: Vec<Key>,
     fired: Vec<TimerOf>,
@@ -128,6 +138,8 @@ impl<I: Io> Shard<I> {
             stats: Stats::default(),
             completions: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
             dirty: Vec::new(),
+            waiting: VecDeque::new(),
+            overdraft_bytes: 0,
             starved: Vec::new(),
             fired: Vec::new(),
             scratch: Vec::with_capacity(1024),
@@ -173,6 +185,7 @@ impl<I: Io> Shard<I> {
             self.complete(completion);
         }
         self.completions = completions;
+        self.complete_waiting();
         self.fire_timers();
         self.pump_dirty();
         self.feed_starved();
@@ -211,6 +224,7 @@ impl<I: Io> Shard<I> {
         let busy = self.hurried
             || !self.dirty.is_empty()
             || !self.reports.is_empty()
+            || !self.waiting.is_empty()
             || self.left
             || self.is_closing_listeners();
         if busy || sleepy == Sleepy::No {
@@ -289,11 +303,10 @@ impl<I: Io> Shard<I> {
             Completion::Accepted { listener, socket } => self.accepted(listener, socket),
             Completion::AcceptEnded { listener, error } => self.accept_ended(listener, error),
             Completion::Connected { conn, result } => self.connected(conn, result),
-            Completion::Received { conn, buffer } => match self.role(conn) {
-                Some(true) => self.client_received(conn, &buffer),
-                Some(false) => self.backend_received(conn, &buffer),
-                None => debug_assert!(false, "a completion for a freed connection"),
-            },
+            Completion::Received { conn, buffer } => self.received(conn, buffer),
+            Completion::ReceiveEnded { conn, why } if self.is_waiting(conn) => {
+                self.make_wait(conn, Completion::ReceiveEnded { conn, why });
+            }
             Completion::ReceiveEnded { conn, why } => self.receive_ended(conn, why),
             Completion::Sent { conn, result } => self.sent(conn, result),
             Completion::Hangup { conn, result, armed } => self.hung_up(conn, result, armed),
@@ -364,6 +377,7 @@ impl<I: Io> Shard<I> {
             in_flight_bytes,
             pending_bytes,
             log_bytes,
+            overdraft_bytes: self.overdraft_bytes,
             buffers_free: self.io.buffers_free(),
             timers: self.wheel.len(),
             draining: self.leaving != Leaving::No,

@@ -68,6 +68,12 @@ impl<I: Io> Shard<I> {
             self.stats.counters.upstream_surplus += 1;
             return self.leave_pool(key, true);
         }
+        let reused = conn.backend().is_some_and(|backend| backend.served > 0);
+        if reused && conn.ledger.sent() == 0 && conn.ledger.may_lend() {
+            // It was taken out of the pool in this turn, and not a byte of the request has left yet.
+            self.stats.counters.upstream_surplus += 1;
+            return self.backend_lost(key, End::UpstreamMalformed);
+        }
         // What arrived together goes on together: framing and ids add little to it.
         if let Some(stream) = conn.stream.and_then(|key| self.streams.get_mut(key)) {
             stream.response.reserve(bytes.len() + bytes.len() / 8 + RELAY_ROOM_BYTES);
@@ -219,6 +225,7 @@ impl<I: Io> Shard<I> {
         let flow = loop {
             match body.next(&mut input) {
                 Ok(Piece::Data(piece)) => {
+                    self.stats.counters.pieces += 1;
                     if stream.events.is_some() {
                         if let Some(end) =
                             relay_events(stream, piece, self.now_us, &self.settings, &mut self.stats)
@@ -420,6 +427,7 @@ pub(super) fn relay_event(
     settings: &crate::settings::Settings,
     stats: &mut crate::stats::Stats,
 ) {
+    stats.counters.pieces += 1;
     let meaning = match stream.first_token_us {
         None => stream.dialect.meaning(block),
         Some(_) => stream.dialect.meaning_after_first_token(block),

@@ -93,6 +93,8 @@ pub(crate) struct Stream {
     pub(crate) sequence_number: Option<u64>,
     /// Events appended.
     pub(crate) events_sent: u64,
+    /// Memory beyond the stream's share, bytes.
+    pub(crate) drawn: u64,
 
     pub(crate) started_us: u64,
     /// When the request was complete; what waiting for the model is measured from.
@@ -157,6 +159,7 @@ impl Stream {
             upload_paused: false,
             sequence_number: None,
             events_sent: 0,
+            drawn: 0,
             started_us: now_us,
             asked_us: now_us,
             first_token_us: None,
@@ -180,6 +183,12 @@ impl Stream {
             Some(next) => self.phase = next,
             None => debug_assert!(false, "{:?} in {:?}", step, self.phase),
         }
+    }
+
+    /// Memory that grows with what its peers send, bytes.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        let partial = self.events.as_ref().map_or(0, |events| events.memory_bytes());
+        (self.request.memory_bytes() + self.response.memory_bytes() + partial) as u64
     }
 
     /// Whether an event stream goes to the client in chunks (HTTP/1.1) or bare until close (HTTP/1.0).

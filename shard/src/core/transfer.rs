@@ -5,7 +5,7 @@ use super::Shard;
 use super::conn::{Role, State};
 use crate::io::{Close, Confirm, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
-use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, STALL_CHECKS};
+use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, RESET_LOOK_MS, STALL_CHECKS};
 use protocol::phase::{End, Phase, Step};
 use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
@@ -17,11 +17,12 @@ impl<I: Io> Shard<I> {
         if matches!(conn.state, State::Joining(_)) || conn.ops.connect.is_some() {
             return;
         }
+        let wanted = conn.receive_wanted && conn.waiting == 0;
         match conn.ops.receive {
-            None if conn.receive_wanted && !conn.peer_fin => {
+            None if wanted && !conn.peer_fin => {
                 conn.ops.receive = Some(self.io.receive(key, conn.socket));
             }
-            Some(op) if !conn.receive_wanted && !conn.receive_cancelled => {
+            Some(op) if !wanted && !conn.receive_cancelled => {
                 conn.receive_cancelled = true;
                 self.io.cancel(op);
             }
@@ -77,6 +78,45 @@ impl<I: Io> Shard<I> {
                 }
             }
         }
+    }
+
+    /// A multishot receive may not be told of an RST that comes right behind the last bytes: where both wake it before it
+    /// runs, Linux (to 6.19 at least) takes them for one event, and there will be no further one. So what is received is
+    /// followed by one look at the socket, a while later.
+    pub(super) fn look_later(&mut self, key: Key) {
+        let now_ms = self.now_ms();
+        if let Some(conn) = self.conns.get_mut(key) {
+            conn.look_ms = now_ms + RESET_LOOK_MS;
+            self.follow_conn_timer(key);
+        }
+    }
+
+    /// Looks, if it is time to; true when the connection turned out to be reset, and was dealt with.
+    pub(super) fn was_reset_unheard(&mut self, key: Key) -> bool {
+        let now_ms = self.now_ms();
+        let Some(conn) = self.conns.get_mut(key) else { return false };
+        if conn.look_ms > now_ms {
+            return false;
+        }
+        conn.look_ms = u64::MAX;
+        if conn.heard_ms + RESET_LOOK_MS > now_ms {
+            // It has been heard since: what is looked for can only have come after that.
+            conn.look_ms = conn.heard_ms + RESET_LOOK_MS;
+            return false;
+        }
+        // What waits was received before it, and its end is among what waits.
+        let listens = conn.state == State::Open && conn.waiting == 0;
+        let armed = conn.ops.receive.is_some() && !conn.receive_cancelled;
+        if !listens || !armed || !self.io.is_reset(conn.socket) {
+            return false;
+        }
+        self.stats.counters.resets_unheard += 1;
+        conn.peer_fin = true;
+        match conn.role {
+            Role::Client(_) => self.client_gone(key),
+            Role::Backend(_) => self.backend_lost(key, End::UpstreamReset),
+        }
+        true
     }
 
     /// At the end of a turn every buffer of its completions is back: receives that found none are armed again.
@@ -235,6 +275,7 @@ impl<I: Io> Shard<I> {
 
     /// Pauses or resumes the producers on both sides, as the lag of the consumers says.
     pub(super) fn follow_marks(&mut self, key: Key) {
+        self.follow_overdraft(key);
         let (high, low) = (self.settings.lag_high_bytes, self.settings.lag_low_bytes);
         let Some(stream) = self.streams.get_mut(key) else { return };
         let sent =
@@ -292,10 +333,11 @@ impl<I: Io> Shard<I> {
             return self.join(key, Close::Orderly);
         }
         conn.state = State::Lingering;
-        conn.held = Vec::new();
+        conn.drop_held();
         conn.due_ms = now_ms + LINGER_MS;
         conn.receive_wanted = true;
         self.io.shutdown(conn.socket, Half::Write);
+        self.follow_held(key);
         self.follow_receive(key);
         self.follow_conn_timer(key);
     }
@@ -308,10 +350,11 @@ impl<I: Io> Shard<I> {
         }
         conn.state = State::Joining(how);
         conn.stream = None;
-        conn.held = Vec::new();
+        conn.drop_held();
         if let Some((timer, _)) = conn.timer.take() {
             self.wheel.remove(timer);
         }
+        self.overdraft_bytes -= std::mem::take(&mut conn.drawn);
         if !conn.ops.none() {
             if how == Close::Orderly {
                 self.io.shutdown(conn.socket, Half::Both);
@@ -332,6 +375,9 @@ impl<I: Io> Shard<I> {
         }
         assert!(conn.ledger.in_flight() == 0, "memory of a freed connection is lent");
         let client = conn.is_client();
+        if matches!(&conn.role, Role::Client(client) if client.requests == 0) {
+            self.stats.counters.closes_unused += 1;
+        }
         self.io.close(conn.socket, how);
         self.conns.remove(key);
         if client {

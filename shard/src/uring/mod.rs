@@ -17,7 +17,7 @@ pub use bell::Bell;
 pub use buffers::Buffer;
 pub use error::RingError;
 pub(crate) use eventfd::EventFd;
-pub use probe::{ProbeItem, probe, raise_nofile, reserve_descriptors};
+pub use probe::{DESCRIPTORS_ITEM, ProbeItem, probe, raise_nofile, reserve_descriptors};
 pub use sockets::{Socket, listen};
 
 use crate::io::{Close, Completion, Confirm, Errno, Half, Hangup, Io, OpId, ReceiveEnd, Wait};
@@ -692,6 +692,10 @@ impl Io for UringIo {
 
     fn acknowledged(&self, socket: Socket) -> Option<u64> {
         sockets::acknowledged(socket)
+    }
+
+    fn is_reset(&self, socket: Socket) -> bool {
+        sockets::is_reset(socket)
     }
 
     fn buffers_free(&self) -> usize {

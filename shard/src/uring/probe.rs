@@ -1,11 +1,14 @@
 //! What this machine offers and lacks, for `tokenring doctor`: every item with what was found and what to do.
 
-use io_uring::{Probe, opcode};
+use super::RingError;
+use io_uring::{IoUring, Probe, opcode};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Locked memory that glommio's rings need per executor, bytes.
 const MEMLOCK_BYTES_MIN: u64 = 512 * 1024;
+/// Name of the item about descriptors.
+pub const DESCRIPTORS_ITEM: &str = "open files (descriptors)";
 /// Descriptors below which a server is not worth starting.
 const NOFILE_MIN: u64 = 1024;
 /// Pending connections a listener asks for by default.
@@ -34,9 +37,88 @@ impl ProbeItem {
 
 /// Looks at everything the data plane needs. Changes nothing; takes a few milliseconds.
 pub fn probe() -> Vec<ProbeItem> {
-    let mut items = vec![kernel(), io_uring_disabled()];
-    items.extend(ring());
-    items.extend([memlock(), nofile(), somaxconn(), migrate_requests()]);
+    judge(&Found::here())
+}
+
+/// What a machine says of itself, before it is judged.
+struct Found {
+    /// As `uname -r`.
+    release: String,
+    /// The sysctl `kernel.io_uring_disabled`; kernels before 6.6 have none.
+    disabled: Option<String>,
+    /// Of a ring with all the flags that the data plane needs.
+    ring: Result<(), RingError>,
+    /// An operation that does nothing, submitted and completed.
+    enter: io::Result<()>,
+    /// Codes of the operations that the kernel knows.
+    operations: io::Result<Vec<u8>>,
+    buffer_ring: io::Result<()>,
+    /// `(soft, hard)`, as the next.
+    memlock: io::Result<(u64, u64)>,
+    nofile: io::Result<(u64, u64)>,
+    somaxconn: Option<String>,
+    migrate_requests: Option<String>,
+}
+
+impl Found {
+    fn here() -> Self {
+        let mut found = Found {
+            release: kernel_release(),
+            disabled: sysctl("/proc/sys/kernel/io_uring_disabled"),
+            ring: Ok(()),
+            enter: Ok(()),
+            operations: Ok(Vec::new()),
+            buffer_ring: Ok(()),
+            memlock: limit(libc::RLIMIT_MEMLOCK),
+            nofile: limit(libc::RLIMIT_NOFILE),
+            somaxconn: sysctl("/proc/sys/net/core/somaxconn"),
+            migrate_requests: sysctl("/proc/sys/net/ipv4/tcp_migrate_req"),
+        };
+        match super::build_ring(8) {
+            Ok(mut ring) => {
+                found.operations = operations(&ring);
+                found.buffer_ring = buffer_ring(&ring);
+                found.enter = enter(&mut ring);
+            }
+            Err(error) => found.ring = Err(error),
+        }
+        found
+    }
+}
+
+fn operations(ring: &IoUring) -> io::Result<Vec<u8>> {
+    let mut probe = Probe::new();
+    ring.submitter().register_probe(&mut probe)?;
+    Ok((0..=u8::MAX).filter(|&code| probe.is_supported(code)).collect())
+}
+
+fn buffer_ring(ring: &IoUring) -> io::Result<()> {
+    let buffers = super::buffers::BufferRing::new(2, 4096)?;
+    // SAFETY: two zeroed entries aligned to a page, which live until they are unregistered below.
+    unsafe { ring.submitter().register_buf_ring_with_flags(buffers.address(), buffers.count(), 0, 0) }?;
+    let result = ring.submitter().unregister_buf_ring(0);
+    if result.is_err() {
+        std::mem::forget(buffers);
+    }
+    result
+}
+
+fn enter(ring: &mut IoUring) -> io::Result<()> {
+    // SAFETY: the operation names no memory.
+    unsafe { ring.submission().push(&opcode::Nop::new().build()) }.map_err(io::Error::other)?;
+    ring.submit_and_wait(1)?;
+    ring.completion().next().map(|_| ()).ok_or(io::ErrorKind::WriteZero.into())
+}
+
+fn judge(found: &Found) -> Vec<ProbeItem> {
+    let mut items = vec![kernel(&found.release), io_uring_disabled(found.disabled.as_deref())];
+    items.extend(ring(found));
+    items.extend([
+        memlock(&found.memlock),
+        nofile(&found.nofile),
+        somaxconn(found.somaxconn.as_deref()),
+        migrate_requests(found.migrate_requests.as_deref()),
+    ]);
     items
 }
 
@@ -101,17 +183,16 @@ fn version_of(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
-fn kernel() -> ProbeItem {
-    let release = kernel_release();
-    let ok = version_of(&release).is_none_or(|version| version >= KERNEL_MIN);
+fn kernel(release: &str) -> ProbeItem {
+    let ok = version_of(release).is_none_or(|version| version >= KERNEL_MIN);
     let remedy = if ok { "" } else { "run Linux 6.1 or newer (io_uring with deferred task work)" };
     ProbeItem::new("kernel >= 6.1", ok, release, remedy)
 }
 
-fn io_uring_disabled() -> ProbeItem {
+fn io_uring_disabled(found: Option<&str>) -> ProbeItem {
     const NAME: &str = "sysctl kernel.io_uring_disabled";
     // 0: all may; 1: only CAP_SYS_ADMIN and the group kernel.io_uring_group; 2: nobody. Kernels before 6.6 have no such switch.
-    match sysctl("/proc/sys/kernel/io_uring_disabled").as_deref() {
+    match found {
         None => ProbeItem::new(NAME, true, "not present", ""),
         Some("0") => ProbeItem::new(NAME, true, "0", ""),
         // Whether this process is among the privileged ones is shown by the ring itself.
@@ -125,11 +206,15 @@ fn io_uring_disabled() -> ProbeItem {
     }
 }
 
-fn ring() -> Vec<ProbeItem> {
-    let ring = match super::build_ring(8) {
-        Ok(ring) => ring,
-        Err(error) => return vec![ProbeItem::new("io_uring", false, "not usable", error.to_string())],
-    };
+fn ring(found: &Found) -> Vec<ProbeItem> {
+    if let Err(error) = &found.ring {
+        return vec![ProbeItem::new("io_uring", false, "not usable", error.to_string())];
+    }
+    if let Err(error) = &found.enter {
+        let remedy =
+            "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile";
+        return vec![ProbeItem::new("io_uring", false, format!("io_uring_enter fails: {error}"), remedy)];
+    }
     let mut items = vec![ProbeItem::new("io_uring", true, "usable, with deferred task work", "")];
 
     let needed = [
@@ -142,11 +227,8 @@ fn ring() -> Vec<ProbeItem> {
         ("RECV", opcode::Recv::CODE),
         ("SEND", opcode::Send::CODE),
     ];
-    let mut probe = Probe::new();
-    let missing: Vec<&str> = match ring.submitter().register_probe(&mut probe) {
-        Ok(()) => {
-            needed.iter().filter(|(_, code)| !probe.is_supported(*code)).map(|(name, _)| *name).collect()
-        }
+    let missing: Vec<&str> = match &found.operations {
+        Ok(known) => needed.iter().filter(|(_, code)| !known.contains(code)).map(|(name, _)| *name).collect(),
         Err(_) => vec!["all (the kernel does not answer the probe)"],
     };
     let ok = missing.is_empty();
@@ -156,17 +238,7 @@ fn ring() -> Vec<ProbeItem> {
         if ok { "all there".to_owned() } else { format!("missing: {}", missing.join(", ")) },
         if ok { "" } else { "run Linux 6.1 or newer; a sandbox (gVisor) may implement io_uring in part" },
     ));
-
-    let buffers = super::buffers::BufferRing::new(2, 4096).and_then(|buffers| {
-        // SAFETY: two zeroed entries aligned to a page, which live until they are unregistered below.
-        unsafe { ring.submitter().register_buf_ring_with_flags(buffers.address(), buffers.count(), 0, 0) }?;
-        let result = ring.submitter().unregister_buf_ring(0);
-        if result.is_err() {
-            std::mem::forget(buffers);
-        }
-        result
-    });
-    items.push(match buffers {
+    items.push(match &found.buffer_ring {
         Ok(()) => ProbeItem::new("io_uring buffer ring", true, "usable", ""),
         Err(error) => ProbeItem::new(
             "io_uring buffer ring",
@@ -178,10 +250,10 @@ fn ring() -> Vec<ProbeItem> {
     items
 }
 
-fn memlock() -> ProbeItem {
+fn memlock(found: &io::Result<(u64, u64)>) -> ProbeItem {
     const NAME: &str = "locked memory (memlock) >= 512 KiB";
-    match limit(libc::RLIMIT_MEMLOCK) {
-        Ok((soft, hard)) => {
+    match found {
+        &Ok((soft, hard)) => {
             let text = |bytes| {
                 if bytes == libc::RLIM_INFINITY {
                     "unlimited".to_owned()
@@ -197,22 +269,21 @@ fn memlock() -> ProbeItem {
     }
 }
 
-fn nofile() -> ProbeItem {
-    const NAME: &str = "open files (descriptors)";
-    match limit(libc::RLIMIT_NOFILE) {
-        Ok((soft, hard)) => ProbeItem::new(
-            NAME,
+fn nofile(found: &io::Result<(u64, u64)>) -> ProbeItem {
+    match found {
+        &Ok((soft, hard)) => ProbeItem::new(
+            DESCRIPTORS_ITEM,
             hard >= NOFILE_MIN,
             format!("soft {soft}, hard {hard}"),
             "each client takes one and its backend connection another; the soft limit is raised to the hard one at start, the \
              hard one by LimitNOFILE=1048576 in the systemd unit",
         ),
-        Err(error) => ProbeItem::new(NAME, false, error.to_string(), "allow getrlimit(2)"),
+        Err(error) => ProbeItem::new(DESCRIPTORS_ITEM, false, error.to_string(), "allow getrlimit(2)"),
     }
 }
 
-fn somaxconn() -> ProbeItem {
-    let found = sysctl("/proc/sys/net/core/somaxconn").and_then(|text| text.parse::<u64>().ok());
+fn somaxconn(found: Option<&str>) -> ProbeItem {
+    let found = found.and_then(|text| text.parse::<u64>().ok());
     let remedy = match found {
         Some(found) if found >= BACKLOG_ADVISED => String::new(),
         _ => format!(
@@ -224,16 +295,15 @@ fn somaxconn() -> ProbeItem {
     ProbeItem::new("sysctl net.core.somaxconn", true, found, remedy)
 }
 
-fn migrate_requests() -> ProbeItem {
-    let found = sysctl("/proc/sys/net/ipv4/tcp_migrate_req");
-    let remedy = match found.as_deref() {
+fn migrate_requests(found: Option<&str>) -> ProbeItem {
+    let remedy = match found {
         Some("1") => "",
         _ => {
             "net.ipv4.tcp_migrate_req=1 hands the accept queue of a closed listener to the others; without it connections \
              queued there are reset when a shard goes away"
         }
     };
-    ProbeItem::new("sysctl net.ipv4.tcp_migrate_req", true, found.unwrap_or("not present".to_owned()), remedy)
+    ProbeItem::new("sysctl net.ipv4.tcp_migrate_req", true, found.unwrap_or("not present"), remedy)
 }
 
 #[cfg(test)]
@@ -245,6 +315,63 @@ mod tests {
         for item in probe() {
             assert!(item.ok, "{item:?}");
         }
+    }
+
+    /// What stands out as missing on a machine that is like this one but for one thing.
+    fn missing(change: impl FnOnce(&mut Found)) -> Vec<(&'static str, String, String)> {
+        let mut found = Found::here();
+        change(&mut found);
+        let missing = judge(&found).into_iter().filter(|item| !item.ok);
+        missing.map(|item| (item.name, item.found, item.remedy)).collect()
+    }
+
+    #[test]
+    fn a_kernel_below_the_floor_is_named_with_what_it_lacks() {
+        let einval =
+            || RingError::of("IORING_SETUP_DEFER_TASKRUN", io::Error::from_raw_os_error(libc::EINVAL));
+        let items = missing(|found| {
+            found.release = "5.10.0-26-amd64".to_owned();
+            found.ring = Err(einval());
+        });
+        assert_eq!(items.len(), 2, "{items:?}");
+        assert_eq!((items[0].0, items[0].1.as_str()), ("kernel >= 6.1", "5.10.0-26-amd64"));
+        assert!(items[1].2.contains("refuses IORING_SETUP_DEFER_TASKRUN: Linux 6.1 or newer"), "{items:?}");
+
+        let items = missing(|found| {
+            found.operations = Ok(vec![opcode::Accept::CODE, opcode::Recv::CODE]);
+            found.buffer_ring = Err(io::Error::from_raw_os_error(libc::EINVAL));
+        });
+        assert_eq!(items[0].1, "missing: ASYNC_CANCEL, CLOSE, CONNECT, POLL_ADD, READ, SEND");
+        assert_eq!((items[1].0, items.len()), ("io_uring buffer ring", 2));
+        let items = missing(|found| found.operations = Err(io::Error::from_raw_os_error(libc::EINVAL)));
+        assert!(items[0].1.contains("does not answer"), "{items:?}");
+        // A release that says nothing is not held against it: the ring itself shows what it can do.
+        assert_eq!(missing(|found| found.release = "unknown".to_owned()), []);
+    }
+
+    #[test]
+    fn refusals_are_told_from_lack() {
+        let error = |number| RingError::of("io_uring_setup", io::Error::from_raw_os_error(number));
+        for (number, word) in [
+            (libc::EPERM, "seccomp"),
+            (libc::ENOSYS, "io_uring_disabled"),
+            (libc::ENOMEM, "locked-memory"),
+            (libc::EMFILE, "LimitNOFILE"),
+        ] {
+            let items = missing(|found| found.ring = Err(error(number)));
+            assert!(items.len() == 1 && items[0].2.contains(word), "{items:?}");
+        }
+        let items = missing(|found| found.enter = Err(io::Error::from_raw_os_error(libc::EPERM)));
+        assert!(items[0].1.contains("io_uring_enter") && items[0].2.contains("seccomp"), "{items:?}");
+        let items = missing(|found| found.disabled = Some("2".to_owned()));
+        assert!(items[0].2.contains("sysctl kernel.io_uring_disabled=0"), "{items:?}");
+        assert_eq!(missing(|found| found.disabled = Some("1".to_owned())), []);
+        let items = missing(|found| found.memlock = Ok((65_536, 65_536)));
+        assert!(items[0].1.contains("soft 64 KiB") && items[0].2.contains("ulimit -l"), "{items:?}");
+        let items = missing(|found| found.nofile = Ok((256, 512)));
+        assert!(items[0].1.contains("hard 512"), "{items:?}");
+        // Advice is no obstacle.
+        assert_eq!(missing(|found| found.somaxconn = Some("128".to_owned())), []);
     }
 
     #[test]

@@ -78,6 +78,16 @@ pub(super) fn peer(socket: Socket) -> Option<SocketAddr> {
 
 /// `tcpi_bytes_acked` of TCP_INFO (RFC 4898 tcpEStatsAppHCThruOctetsAcked).
 pub(super) fn acknowledged(socket: Socket) -> Option<u64> {
+    tcp_info(socket).map(|info| info.tcpi_bytes_acked)
+}
+
+/// Whether nothing is left of the connection (`TCP_CLOSE`): while we have sent no FIN, that was an RST.
+pub(super) fn is_reset(socket: Socket) -> bool {
+    const TCP_CLOSE: u8 = 7;
+    tcp_info(socket).is_some_and(|info| info.tcpi_state == TCP_CLOSE)
+}
+
+fn tcp_info(socket: Socket) -> Option<libc::tcp_info> {
     let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes into `info`, which is that long and outlives the call.
@@ -91,7 +101,7 @@ pub(super) fn acknowledged(socket: Socket) -> Option<u64> {
         )
     };
     // SAFETY: all-zero is a value of this struct of integers, and the kernel has overwritten a prefix of it.
-    (result == 0).then(|| unsafe { info.assume_init() }.tcpi_bytes_acked)
+    (result == 0).then(|| unsafe { info.assume_init() })
 }
 
 /// Open sockets by descriptor: 0 is not open, `1 + n` is open with n operations in flight, `CLOSING` is on its way out.

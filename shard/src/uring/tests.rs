@@ -31,6 +31,7 @@ pub(crate) fn settings() -> Settings {
         lag_high_bytes: 64 * 1024,
         lag_low_bytes: 16 * 1024,
         retry_bytes_max: 64 * 1024,
+        overdraft_bytes_max: 64 << 20,
         pool_idle_max: 8,
         pool_idle_ms: 1000,
         pool_age_ms: 0,
@@ -213,11 +214,24 @@ fn a_reset_is_an_error_of_the_receive() {
     let (socket, peer) = bench.pair();
     bench.io.receive(conn(1), socket);
     bench.turn(Wait::Not);
+    assert!(!bench.io.is_reset(socket));
     SockRefOf(&peer).linger_zero();
     drop(peer);
     assert_eq!(bench.receive_ended(conn(1)), ReceiveEnd::Error(Errno(libc::ECONNRESET)));
+    assert!(bench.io.is_reset(socket));
     bench.io.send(conn(1), socket, lent(b"to nobody"), Confirm::Prompt);
     assert_eq!(bench.sent(conn(1)), Err(Errno(libc::EPIPE)), "and no SIGPIPE");
+}
+
+/// A FIN is none: the other half of the connection lives.
+#[test]
+fn a_half_closed_connection_is_not_reset() {
+    let mut bench = Bench::new();
+    let (socket, peer) = bench.pair();
+    bench.io.receive(conn(1), socket);
+    peer.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(bench.receive_ended(conn(1)), ReceiveEnd::Fin);
+    assert!(!bench.io.is_reset(socket));
 }
 
 struct SockRefOf<'a>(&'a TcpStream);

@@ -1,0 +1,101 @@
+//! The most memory that a shard can come to hold, computed from its settings: what an operator sizes a machine by, and what
+//! the tests hold the measured memory against.
+
+use crate::core::slab_entry_bytes;
+use crate::settings::Settings;
+use protocol::limits::{LATE_ERROR_BYTES_MAX, LOG_SEGMENT_BYTES_MAX};
+
+/// Of a shard, whatever it serves: histograms, rings, executor, stack, records on their way to the control thread.
+const SHARD_FIXED_BYTES: u64 = 12 << 20;
+/// Of the process: its code, the control thread, the log, the admin pages.
+const PROCESS_BYTES: u64 = 24 << 20;
+/// Boxes of one stream besides its logs: the decoder, the scanner of the request's facts, its description.
+const STREAM_BOXES_BYTES: u64 = 4 << 10;
+/// Operations in flight of one connection, an entry of 64 bytes and some each.
+const OPS_BYTES: u64 = 4 * 96;
+/// What the allocator loses between blocks of different sizes: one part of so many.
+const ALLOCATOR_PART: u64 = 8;
+
+impl Settings {
+    /// Bytes of logs and partial events that each stream may have for itself: the lag that pauses its producer, the segment
+    /// that is being sent, and the one that is being filled.
+    pub fn share_bytes(&self) -> u64 {
+        self.lag_high_bytes + 2 * LOG_SEGMENT_BYTES_MAX as u64
+    }
+}
+
+/// The worst case in its parts, bytes of userland memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WorstCase {
+    /// Receive buffers of a shard.
+    pub buffers: u64,
+    /// What one client has at most before it draws on the overdraft, times all clients of a shard.
+    pub clients: u64,
+    /// The overdraft of a shard, and what the last to draw may exceed it by.
+    pub overdraft: u64,
+    /// Everything else of a shard.
+    pub fixed: u64,
+    /// Shards.
+    pub shards: u64,
+}
+
+impl WorstCase {
+    /// Of so many shards with these settings.
+    pub fn of(settings: &Settings, shards: usize, upstreams: usize) -> Self {
+        let head_bytes = settings.head.head_bytes as u64;
+        let clients_max = settings.connections_max as u64;
+        let pooled = (settings.pool_idle_max * upstreams) as u64;
+        // Pipelined requests or a partial head, the head kept for another backend, the partial head of an answer.
+        let heads = 2 * head_bytes + head_bytes + head_bytes + u64::from(settings.buffer_bytes);
+        let client = settings.share_bytes() + heads + LATE_ERROR_BYTES_MAX as u64 + STREAM_BOXES_BYTES;
+        // Slabs grow by doubling. Beside each client, its backend's connection and two that are being closed.
+        let entries = 2 * (4 * clients_max + pooled) * (slab_entry_bytes() + OPS_BYTES);
+        let allocated = clients_max * client + entries;
+        WorstCase {
+            buffers: u64::from(settings.buffers) * u64::from(settings.buffer_bytes),
+            clients: allocated + allocated / ALLOCATOR_PART,
+            // The last one to draw may have its buffer doubled, be moved meanwhile, and be copied into its log.
+            overdraft: settings.overdraft_bytes_max
+                + settings.overdraft_bytes_max / ALLOCATOR_PART
+                + 4 * settings.event_bytes_max as u64,
+            fixed: SHARD_FIXED_BYTES,
+            shards: shards as u64,
+        }
+    }
+
+    /// Of one shard.
+    pub fn shard(&self) -> u64 {
+        self.buffers + self.clients + self.overdraft + self.fixed
+    }
+
+    /// Of the whole process.
+    pub fn total(&self) -> u64 {
+        self.shards.saturating_mul(self.shard()).saturating_add(PROCESS_BYTES)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::uring::tests::settings;
+
+    #[test]
+    fn every_setting_that_costs_memory_is_in_the_worst_case() {
+        let of = |change: &dyn Fn(&mut Settings)| {
+            let mut settings = settings();
+            change(&mut settings);
+            WorstCase::of(&settings, 1, 1).total()
+        };
+        let base = of(&|_| {});
+        let more = |change: &dyn Fn(&mut Settings)| of(change) - base;
+        assert_eq!(more(&|settings| settings.buffers *= 2), 64 * 4096);
+        assert!(more(&|settings| settings.overdraft_bytes_max += 1 << 20) >= 1 << 20);
+        assert!(more(&|settings| settings.lag_high_bytes += 1000) >= 100 * 1000);
+        assert!(more(&|settings| settings.connections_max += 1) > settings().share_bytes());
+        assert!(more(&|settings| settings.head.head_bytes += 1000) >= 100 * 3000);
+        assert!(more(&|settings| settings.event_bytes_max += 1 << 20) >= 2 << 20);
+        assert!(more(&|settings| settings.pool_idle_max += 100) > 0);
+        let two = WorstCase::of(&settings(), 2, 1);
+        assert_eq!(two.total() - base, two.shard(), "each shard has its own");
+    }
+}
