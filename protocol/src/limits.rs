@@ -46,6 +46,10 @@ pub const LINGER_MS: u64 = 1_000;
 pub const LINGER_BYTES_MAX: u64 = 1024 * 1024;
 /// Milliseconds after which accepting is tried again when descriptors or memory ran out.
 pub const ACCEPT_RETRY_MS: u64 = 100;
+/// One-shot accepts armed on one listener at a time: enough to take a burst in a few turns, few enough to be cancelled in one.
+pub const ACCEPTS_ARMED_MAX: usize = 64;
+/// Clients on their way from one shard to another, for each shard that they go to. Beyond, a shard keeps what it accepts.
+pub const HANDED_MAX: usize = 64;
 /// Milliseconds a client that was accepted during a drain has for its first request.
 pub const DRAIN_FRESH_MS: u64 = 1_000;
 /// Milliseconds in which in-band errors may still leave once the process was told to stop.
@@ -57,6 +61,8 @@ pub const RECORDS_PER_TURN_MAX: usize = 4096;
 /// Client connections listed in a snapshot as the slowest.
 pub const SLOWEST_LISTED: usize = 10;
 
+/// Entries of a completion queue per entry of its submission queue: a multishot answers many times.
+pub const COMPLETIONS_PER_ENTRY: u32 = 4;
 /// Completions handled in one turn, so that one noisy neighbour cannot stretch it; the rest stay in the ring.
 pub const COMPLETIONS_PER_TURN_MAX: usize = 1024;
 /// Milliseconds after which a turn counts as a fault of the shard.

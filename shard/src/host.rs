@@ -12,9 +12,9 @@
 
 use crate::core::{Shard, Sleepy};
 use crate::io::{Errno, Io, Wait};
-use crate::mesh::{Command, Report, ShardPort};
+use crate::mesh::{Command, Neighbours, Report, ShardPort};
 use crate::settings::{Settings, Sleep, UpstreamSet};
-use crate::uring::{EventFd, RingError, UringIo};
+use crate::uring::{EventFd, Parcel, RingError, UringIo};
 use futures_lite::future::{BoxedLocal, or};
 use glommio::io::BufferedFile;
 use glommio::timer::Timer;
@@ -55,6 +55,8 @@ pub struct ShardPlan {
     pub listeners: Vec<TcpListener>,
     /// This shard's end of its mailbox.
     pub port: ShardPort,
+    /// Its end of the mesh; none for an only shard.
+    pub neighbours: Option<Neighbours<Parcel>>,
 }
 
 /// A shard could not be started, or is lost.
@@ -194,7 +196,10 @@ fn host(plan: &mut ShardPlan, beside: impl FnOnce(&Background)) -> Result<(), Ho
         let background = Background::default();
         let io = UringIo::new(&plan.settings, std::mem::take(&mut plan.listeners), plan.port.bell())
             .map_err(HostError::Ring)?;
-        let shard = Shard::new(io, plan.index, Arc::clone(&plan.settings), Arc::clone(&plan.upstreams));
+        let mut shard = Shard::new(io, plan.index, Arc::clone(&plan.settings), Arc::clone(&plan.upstreams));
+        if let Some(neighbours) = plan.neighbours.take() {
+            shard.meet(neighbours);
+        }
         beside(&background);
         serve(shard, &mut plan.port, plan.settings.sleep, &background).await
     })
@@ -380,6 +385,7 @@ mod tests {
                 upstreams: Arc::default(),
                 listeners: vec![listener],
                 port,
+                neighbours: None,
             };
             let mut hosted = Hosted { thread: spawn_with(plan, beside).unwrap(), control, address };
             assert!(matches!(hosted.report(), Report::Started));
@@ -504,6 +510,7 @@ mod tests {
             upstreams: Arc::default(),
             listeners: Vec::new(),
             port,
+            neighbours: None,
         };
         let thread = spawn(plan).unwrap();
         assert!(control.wait(5_000));
@@ -534,6 +541,7 @@ mod tests {
                 upstreams: Arc::default(),
                 listeners: vec![listener],
                 port,
+                neighbours: None,
             };
             let thread = spawn(plan).unwrap();
             assert!(control.wait(5_000));

@@ -210,6 +210,9 @@ pub(crate) fn random_run(seed: u64, planted: Option<Planted>) -> Finished {
     let faulty = rng.pick(&[0, 0, 200, 700]);
     let listeners = rng.range(1, 2) as usize;
     let mut sim = Sim::with_listeners(rng.next(), settings, hosts, listeners);
+    if seed % 5 == 0 {
+        sim = sim.beside_a_mirror();
+    }
     sim.world().faults = faults;
     sim.world().planted = planted;
     sim.world().pipe_bytes = rng.pick(&[2_000, 16_000, 64 << 10]);

@@ -2,7 +2,7 @@
 
 use crate::backend::BackendHost;
 use crate::client::{ClientPlan, Ended, How, Pace};
-use crate::io::SimIo;
+use crate::io::{SimIo, SimSocket};
 use crate::plan::{Answer, Exchange, Fault, Request};
 use crate::reader::{Message, read_events};
 use crate::world::World;
@@ -11,7 +11,7 @@ use protocol::dialect::Dialect;
 use protocol::http::HeadLimits;
 use protocol::phase::{Deadlines, End};
 use shard::core::{Shard, Sleepy};
-use shard::mesh::{Command, Report};
+use shard::mesh::{Command, Neighbours, Report, mailbox, neighbours};
 use shard::settings::{HalfClose, Route, Settings, Sleep, Upstream, UpstreamSet};
 use shard::stats::StreamRecord;
 use std::cell::{RefCell, RefMut};
@@ -76,6 +76,8 @@ pub(crate) struct Sim {
     pub(crate) lenience: Lenience,
     pub(crate) records: Vec<StreamRecord>,
     pub(crate) forced: Option<u64>,
+    /// A shard that always has fewer clients, and hands on to this one whatever it is given.
+    mirror: Option<Neighbours<SimSocket>>,
     turns: u64,
     /// The most bytes that one response log held unconfirmed.
     pub(crate) lag_max: u64,
@@ -135,9 +137,39 @@ impl Sim {
             lenience: Lenience::default(),
             records: Vec::new(),
             forced: None,
+            mirror: None,
             turns: 0,
             lag_max: 0,
             log_bytes_max: 0,
+        }
+    }
+
+    /// With a neighbour that gives back whatever it is handed.
+    pub(crate) fn beside_a_mirror(mut self) -> Self {
+        let ports: Vec<_> = (0..2).filter_map(|_| Some(mailbox().ok()?.1)).collect();
+        let mut ends = neighbours(&ports).into_iter();
+        if let (Some(own), Some(mut mirror)) = (ends.next(), ends.next()) {
+            mirror.publish(Some(0));
+            self.shard.meet(own);
+            self.mirror = Some(mirror);
+        }
+        self
+    }
+
+    fn reflect(&mut self) {
+        let Some(mirror) = &mut self.mirror else { return };
+        let mut rings = false;
+        while let Some(socket) = mirror.take() {
+            assert!(mirror.hand(0, socket).is_ok(), "there is room for what was given");
+            rings = true;
+        }
+        if mirror.hand_no_more() {
+            // The shard leaves, and so does this one.
+            rings = true;
+            self.mirror = None;
+        }
+        if rings {
+            self.world().ring();
         }
     }
 
@@ -181,6 +213,7 @@ impl Sim {
                 _ => {}
             }
         }
+        self.reflect();
         if self.turns.is_multiple_of(128) {
             self.check_memory();
         }
@@ -278,7 +311,8 @@ impl Sim {
         let ends: u64 = self.shard.stats().ends.iter().sum();
         assert_eq!(ends, self.records.len() as u64, "every stream ends once and is reported once");
         let counters = &self.shard.stats().counters;
-        assert_eq!(counters.accepts, counters.closes, "every client that was accepted was closed");
+        let taken = counters.accepts + counters.handed_in - counters.handed_away;
+        assert_eq!(taken, counters.closes, "every client that was taken was closed");
         let mut outcomes = Vec::new();
         for index in 0..self.world.borrow().clients.len() {
             outcomes.push(self.check_client(index));

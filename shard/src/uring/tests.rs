@@ -127,7 +127,7 @@ impl Bench {
 
     fn accept_ended(&mut self) -> Option<Errno> {
         self.until(|completion| match completion {
-            C::AcceptEnded { listener: 0, error } => Some(*error),
+            C::AcceptEnded { listener: 0, error, .. } => Some(*error),
             _ => None,
         })
     }

@@ -6,7 +6,7 @@ use super::{Done, Event, World, hash};
 use crate::io::{SimBuffer, SimSocket};
 use protocol::log::Lent;
 use protocol::slots::Key;
-use shard::io::{Completion, Errno, Hangup, ReceiveEnd};
+use shard::io::{Completion, Errno, Hangup, OpId, ReceiveEnd};
 use std::cell::Cell;
 use std::net::SocketAddr;
 
@@ -44,10 +44,13 @@ impl World {
 
     pub(crate) fn accept(&mut self, listener: usize, multishot: bool) -> u64 {
         assert!(!self.listeners[listener].stopped, "accept on a stopped listener");
-        assert!(self.listeners[listener].accept.is_none(), "two accepts on a listener");
+        let with_multishot = multishot || self.listeners[listener].multishot;
+        let alone = self.listeners[listener].accepts.is_empty();
+        assert!(alone || !with_multishot, "a multishot accept is alone on its listener");
         let conn = Key { slot: u32::MAX, generation: 0 };
         let op = self.op(Kind::Accept { listener, multishot }, usize::MAX, conn);
-        self.listeners[listener].accept = Some(op);
+        self.listeners[listener].accepts.push_back(op);
+        self.listeners[listener].multishot = multishot;
         op
     }
 
@@ -119,9 +122,7 @@ impl World {
                 if !receives && self.strike(Planted::LostCancel) {
                     return;
                 }
-                let accepts = matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { .. }, .. }));
-                let late_us = if accepts { 0 } else { self.faults.cancel_late_us };
-                let delay = self.rng.skewed(late_us);
+                let delay = self.rng.skewed(self.faults.cancel_late_us);
                 self.after(delay, Event::Cancel(op));
             }
         }
@@ -150,7 +151,9 @@ impl World {
             }
         }
         if let Kind::Accept { listener, .. } = kind {
-            self.listeners[listener].accept = None;
+            let listener = &mut self.listeners[listener];
+            listener.accepts.retain(|&armed| armed != op);
+            listener.multishot &= !listener.accepts.is_empty();
         }
         if matches!(kind, Kind::Send { .. }) {
             if self.strike(Planted::LostSent) {
@@ -172,7 +175,7 @@ impl World {
 
     pub(super) fn match_accepts(&mut self) {
         for index in 0..self.listeners.len() {
-            while let Some(op) = self.listeners[index].accept
+            while let Some(&op) = self.listeners[index].accepts.front()
                 && !self
                     .submissions
                     .iter()
@@ -182,7 +185,10 @@ impl World {
                 let multishot =
                     matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { multishot: true, .. }, .. }));
                 if self.rng.chance(self.faults.accept_error) {
-                    self.complete(op, Completion::AcceptEnded { listener: index, error: Some(EMFILE) });
+                    self.complete(
+                        op,
+                        Completion::AcceptEnded { listener: index, op: OpId(op), error: Some(EMFILE) },
+                    );
                     continue;
                 }
                 self.listeners[index].backlog.pop_front();
@@ -192,7 +198,7 @@ impl World {
                 let accepted = SimSocket(socket as u32);
                 self.ready.push_back((lane, Completion::Accepted { listener: index, socket: accepted }));
                 if !multishot || self.rng.chance(self.faults.accept_ends) {
-                    self.complete(op, Completion::AcceptEnded { listener: index, error: None });
+                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId(op), error: None });
                 }
             }
         }
@@ -335,7 +341,7 @@ impl World {
         let conn = *conn;
         let completion = match kind {
             Kind::Accept { listener, .. } => {
-                Completion::AcceptEnded { listener: *listener, error: Some(Errno::CANCELED) }
+                Completion::AcceptEnded { listener: *listener, op: OpId(op), error: Some(Errno::CANCELED) }
             }
             Kind::Connect { .. } => Completion::Connected { conn, result: Err(Errno::CANCELED) },
             Kind::Receive => Completion::ReceiveEnded { conn, why: ReceiveEnd::Error(Errno::CANCELED) },
