@@ -46,10 +46,14 @@ pub const LINGER_MS: u64 = 1_000;
 pub const LINGER_BYTES_MAX: u64 = 1024 * 1024;
 /// Milliseconds after which accepting is tried again when descriptors or memory ran out.
 pub const ACCEPT_RETRY_MS: u64 = 100;
-/// One-shot accepts armed on one listener at a time: enough to take a burst in a few turns, few enough to be cancelled in one.
+/// One-shot accepts armed by a shard at a time (or one for each listener): enough to take a burst in a few turns, few enough to
+/// be cancelled in one.
 pub const ACCEPTS_ARMED_MAX: usize = 64;
-/// Clients on their way from one shard to another, for each shard that they go to. Beyond, a shard keeps what it accepts.
-pub const HANDED_MAX: usize = 64;
+/// Clients on their way from other shards to one, at most. Beyond, a shard keeps what it accepts. They take descriptors of the
+/// shard that accepted them.
+pub const HANDED_MAX: usize = 1024;
+/// Times a client is handed on before it is kept: each was decided by newer loads than the one before.
+pub const HANDED_ON_MAX: u8 = 3;
 /// Milliseconds a client that was accepted during a drain has for its first request.
 pub const DRAIN_FRESH_MS: u64 = 1_000;
 /// Milliseconds in which in-band errors may still leave once the process was told to stop.

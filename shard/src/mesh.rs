@@ -204,8 +204,8 @@ impl ShardPort {
 /// A load that takes no clients: not begun, leaving, or gone.
 const CLOSED: u32 = u32::MAX;
 
-/// How many clients a shard has. Written by its owner alone, once per turn at most, on a cache line of its own (two, which
-/// some CPUs fetch together); read by the others when they accept a client.
+/// How many clients a shard has. Written by its owner alone, when one comes or goes, on a cache line of its own (two, which
+/// some CPUs fetch together); read by the others when they accept one.
 #[repr(align(128))]
 #[derive(Debug)]
 struct Load(AtomicU32);
@@ -219,16 +219,29 @@ pub struct Neighbours<T> {
     published: u32,
     /// By shard; none for itself.
     outward: Vec<Option<Outward<T>>>,
-    inward: Vec<Consumer<T>>,
+    inward: Vec<Consumer<Handed<T>>>,
     /// Some bell is to be rung.
     unrung: bool,
 }
 
+/// Something that is handed from shard to shard.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Handed<T> {
+    /// What it is.
+    pub what: T,
+    /// How often it was handed on.
+    pub times: u8,
+}
+
 #[derive(Debug)]
 struct Outward<T> {
-    queue: Producer<T>,
+    queue: Producer<Handed<T>>,
     bell: Arc<Bell>,
     unrung: bool,
+}
+
+fn on_its_way<T>(queue: &Producer<T>) -> usize {
+    queue.buffer().capacity() - queue.slots()
 }
 
 /// The mesh of the shards whose mailboxes these are, in their order. Each takes clients from its first
@@ -271,27 +284,30 @@ impl<T> Neighbours<T> {
             .filter_map(|shard| {
                 let load = self.loads[shard].0.load(Ordering::Relaxed);
                 let queue = &self.outward[shard].as_ref()?.queue;
-                let free = queue.slots();
-                let on_its_way = queue.buffer().capacity() - free;
-                (load != CLOSED && free > 0).then_some((load as usize + on_its_way, shard))
+                (load != CLOSED && !queue.is_full()).then(|| (load as usize + on_its_way(queue), shard))
             })
             .min_by_key(|&(load, _)| load)?;
         (least < most && own > least + 1 + least / 16).then_some(to)
     }
 
-    /// Hands one over; the neighbour hears of it with the next [`Neighbours::publish`].
+    /// Hands one over; the neighbour hears of it with the next [`Neighbours::ring`].
     ///
     /// # Errors
     /// Gives it back when there is no room.
-    pub fn hand(&mut self, to: usize, what: T) -> Result<(), T> {
-        let Some(outward) = &mut self.outward[to] else { return Err(what) };
+    pub fn hand(&mut self, to: usize, handed: Handed<T>) -> Result<(), Handed<T>> {
+        let Some(outward) = &mut self.outward[to] else { return Err(handed) };
         (outward.unrung, self.unrung) = (true, true);
-        outward.queue.push(what).map_err(|PushError::Full(what)| what)
+        outward.queue.push(handed).map_err(|PushError::Full(handed)| handed)
     }
 
     /// The next of what was handed to this shard.
-    pub fn take(&mut self) -> Option<T> {
+    pub fn take(&mut self) -> Option<Handed<T>> {
         self.inward.iter_mut().find_map(|queue| queue.pop().ok())
+    }
+
+    /// How many this shard handed to others that have not taken them.
+    pub fn on_their_way(&self) -> usize {
+        self.outward.iter().flatten().map(|outward| on_its_way(&outward.queue)).sum()
     }
 
     /// How many were handed to this shard and not taken.
@@ -299,20 +315,26 @@ impl<T> Neighbours<T> {
         self.inward.iter().map(Consumer::slots).sum()
     }
 
-    /// Tells this shard's clients; `None`: it takes no more, and hands no more over. Rings whom something was handed to.
+    /// Tells this shard's clients; `None`: it takes no more, and hands no more over.
     pub fn publish(&mut self, clients: Option<usize>) {
         let load = clients.map_or(CLOSED, |clients| u32::try_from(clients).unwrap_or(CLOSED).min(CLOSED - 1));
-        let mut closed = false;
         if self.published != load {
             self.published = load;
-            closed = load == CLOSED;
             // Release: who sees `CLOSED` sees whatever was handed over before.
             self.loads[self.own].0.store(load, Ordering::Release);
+            if load == CLOSED {
+                // Who waits for it hears it.
+                self.unrung = true;
+                self.outward.iter_mut().flatten().for_each(|outward| outward.unrung = true);
+            }
         }
-        if closed || self.unrung {
-            self.unrung = false;
+    }
+
+    /// Rings whom something was handed to since the last call.
+    pub fn ring(&mut self) {
+        if std::mem::take(&mut self.unrung) {
             for outward in self.outward.iter_mut().flatten() {
-                if std::mem::take(&mut outward.unrung) || closed {
+                if std::mem::take(&mut outward.unrung) {
                     outward.bell.ring();
                 }
             }
@@ -329,6 +351,7 @@ impl<T> Neighbours<T> {
 impl<T> Drop for Neighbours<T> {
     fn drop(&mut self) {
         self.publish(None);
+        self.ring();
     }
 }
 
@@ -388,6 +411,10 @@ mod tests {
         assert!(shard.is_abandoned());
     }
 
+    fn once(what: u32) -> Handed<u32> {
+        Handed { what, times: 1 }
+    }
+
     fn mesh(shards: usize) -> Vec<Neighbours<u32>> {
         let ports: Vec<_> = (0..shards).map(|_| mailbox().unwrap().1).collect();
         neighbours(&ports)
@@ -404,11 +431,12 @@ mod tests {
         assert_eq!(mesh[0].emptier(7, 1000), Some(2));
         assert_eq!(mesh[0].emptier(100, 5), None, "it has no free slot");
         for what in 0..3 {
-            mesh[0].hand(2, what).unwrap();
+            mesh[0].hand(2, once(what)).unwrap();
         }
         assert_eq!(mesh[0].emptier(100, 1000), Some(1));
-        assert_eq!(mesh[2].waiting(), 3);
-        assert_eq!([(); 4].map(|()| mesh[2].take()), [Some(0), Some(1), Some(2), None]);
+        assert_eq!((mesh[0].on_their_way(), mesh[2].waiting()), (3, 3));
+        assert_eq!([(); 4].map(|()| mesh[2].take()), [Some(once(0)), Some(once(1)), Some(once(2)), None]);
+        assert_eq!((mesh[0].on_their_way(), mesh[2].waiting()), (0, 0));
         assert_eq!(mesh[0].emptier(100, 1000), Some(2));
     }
 
@@ -425,11 +453,11 @@ mod tests {
         let mut mesh = mesh(2);
         mesh[1].publish(Some(0));
         for what in 0..HANDED_MAX as u32 {
-            assert_eq!(mesh[0].emptier(1000, 10_000), Some(1));
-            mesh[0].hand(1, what).unwrap();
+            assert_eq!(mesh[0].emptier(100_000, 100_000), Some(1));
+            mesh[0].hand(1, once(what)).unwrap();
         }
-        assert_eq!(mesh[0].emptier(1000, 10_000), None);
-        assert_eq!(mesh[0].hand(1, 999), Err(999));
+        assert_eq!(mesh[0].emptier(100_000, 100_000), None);
+        assert_eq!(mesh[0].hand(1, once(999)), Err(once(999)));
     }
 
     #[test]
@@ -449,10 +477,10 @@ mod tests {
         leaving.publish(Some(1));
         assert_eq!(mesh[0].emptier(50, 1000), Some(1));
         assert!(!mesh[0].hand_no_more());
-        leaving.hand(0, 5).unwrap();
+        leaving.hand(0, once(5)).unwrap();
         drop(leaving);
         assert_eq!(mesh[0].emptier(50, 1000), None);
         assert!(mesh[0].hand_no_more());
-        assert_eq!((mesh[0].take(), mesh[0].take()), (Some(5), None));
+        assert_eq!((mesh[0].take(), mesh[0].take()), (Some(once(5)), None));
     }
 }

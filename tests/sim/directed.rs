@@ -586,13 +586,16 @@ fn clients_beyond_the_share_are_handed_to_a_neighbour_and_those_it_hands_over_ar
         for _ in 0..30 {
             sim.ask(chat(), Answer { head_delay_us: 100_000, ..Answer::events(3) });
         }
+        for _ in 0..500 {
+            sim.run_ms(1);
+            assert!(sim.shard.population().0 <= connections_max);
+        }
         let finished = sim.finish();
         assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));
         let counters = &finished.sim.shard.stats().counters;
         assert_eq!(counters.accepts, 30);
         assert_eq!(counters.handed_away, counters.handed_in);
         assert!(counters.handed_away > 0, "{counters:?}");
-        assert_eq!(counters.accept_parks > 0, connections_max == 4, "{counters:?}");
     }
 }
 

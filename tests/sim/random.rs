@@ -210,7 +210,7 @@ pub(crate) fn random_run(seed: u64, planted: Option<Planted>) -> Finished {
     let faulty = rng.pick(&[0, 0, 200, 700]);
     let listeners = rng.range(1, 2) as usize;
     let mut sim = Sim::with_listeners(rng.next(), settings, hosts, listeners);
-    if seed % 5 == 0 {
+    if seed.is_multiple_of(5) {
         sim = sim.beside_a_mirror();
     }
     sim.world().faults = faults;

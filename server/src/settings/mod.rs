@@ -9,15 +9,15 @@ pub(crate) mod plan;
 pub(crate) mod table;
 pub(crate) mod value;
 
-use protocol::limits::HANDED_MAX;
+use protocol::limits::ACCEPTS_ARMED_MAX;
 use std::fmt;
 
 /// Descriptors of the process that belong to no connection: listeners, logs, admin clients, DNS, eventfds.
 const DESCRIPTORS_RESERVED: u64 = 128;
 /// Descriptors of one shard that belong to no connection: its rings, eventfds and listeners.
 const DESCRIPTORS_PER_SHARD: u64 = 16;
-/// More of them with several shards: clients on their way to it, and as many that it has taken beyond its slots.
-const DESCRIPTORS_HANDED: u64 = 2 * HANDED_MAX as u64;
+/// More of them with several shards: clients that it accepts while others are handed to it.
+const DESCRIPTORS_PARKED: u64 = ACCEPTS_ARMED_MAX as u64;
 /// Descriptors of one relayed client: its own socket and its backend's.
 pub(crate) const DESCRIPTORS_PER_CLIENT: u64 = 2;
 /// Below this many connections per shard a server is of no use; the default never goes lower, the check then complains.
@@ -70,8 +70,8 @@ pub(crate) struct Machine {
 
 /// Descriptors that are neither a client's nor its backend's.
 pub(crate) fn descriptors_elsewhere(shards: u64) -> u64 {
-    let handed = if shards > 1 { DESCRIPTORS_HANDED } else { 0 };
-    DESCRIPTORS_RESERVED + shards * (DESCRIPTORS_PER_SHARD + handed)
+    let parked = if shards > 1 { DESCRIPTORS_PARKED } else { 0 };
+    DESCRIPTORS_RESERVED + shards * (DESCRIPTORS_PER_SHARD + parked)
 }
 
 impl Machine {

@@ -8,9 +8,10 @@
 use super::conn::{Client, Conn, Role, State};
 use super::{Leaving, Shard, TimerOf};
 use crate::io::{Close, Errno, Io, OpId};
-use crate::mesh::Report;
+use crate::mesh::{Handed, Neighbours, Report};
 use protocol::limits::{
-    ACCEPT_RETRY_MS, ACCEPTS_ARMED_MAX, COMPLETIONS_PER_ENTRY, DRAIN_FRESH_MS, STOP_FLUSH_MS,
+    ACCEPT_RETRY_MS, ACCEPTS_ARMED_MAX, COMPLETIONS_PER_ENTRY, DRAIN_FRESH_MS, HANDED_MAX, HANDED_ON_MAX,
+    STOP_FLUSH_MS,
 };
 use protocol::phase::End;
 
@@ -22,7 +23,7 @@ pub(super) struct Acceptor {
     multishot: bool,
     /// All of them are being cancelled.
     cancelled: bool,
-    /// Waits for the retry timer after an error.
+    /// Waits for the retry timer, after an error or for clients on their way to neighbours.
     resting: bool,
     paused: bool,
     /// Clients were accepted, or an accept was armed, since the drain's last look; the queue is empty after a turn
@@ -52,8 +53,11 @@ impl Acceptor {
 }
 
 impl<I: Io> Shard<I> {
+    /// Free client slots. A client keeps the permit it was accepted by until the neighbour it was handed to has taken it: a
+    /// neighbour takes it only when it has a permit itself.
     fn permits(&self) -> usize {
-        self.settings.connections_max.saturating_sub(self.clients)
+        let handed = self.neighbours.as_ref().map_or(0, Neighbours::on_their_way);
+        self.settings.connections_max.saturating_sub(self.clients + handed)
     }
 
     /// Arms, disarms or leaves alone, as the permits say.
@@ -61,16 +65,23 @@ impl<I: Io> Shard<I> {
         let permits = self.permits();
         // A multishot takes all that is queued, and what has filled the queue again, until the completion queue is full;
         // nothing can cancel it meanwhile.
-        let plenty = permits > (self.settings.ring_depth * COMPLETIONS_PER_ENTRY) as usize;
+        let handed_in = if self.neighbours.is_some() { HANDED_MAX } else { 0 };
+        let plenty = permits > (self.settings.ring_depth * COMPLETIONS_PER_ENTRY) as usize + handed_in;
         // Each listener waits with one accept for the last slot, or one of them might wait forever for a client while the
         // others' queue.
-        let share = (permits / self.acceptors.len()).clamp(1, ACCEPTS_ARMED_MAX);
+        let share = (permits.min(ACCEPTS_ARMED_MAX) / self.acceptors.len()).max(1);
         let (io, acceptor) = (&mut self.io, &mut self.acceptors[listener]);
         if acceptor.closed || acceptor.resting || acceptor.closing {
             return;
         }
         if permits == 0 {
             acceptor.cancel(io);
+            if self.clients < self.settings.connections_max {
+                // Nobody tells when those on their way have arrived.
+                acceptor.resting = true;
+                self.wheel.insert(self.now_us / 1000 + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener));
+                return;
+            }
             if !std::mem::replace(&mut acceptor.paused, true) {
                 self.stats.counters.accept_pauses += 1;
             }
@@ -117,7 +128,7 @@ impl<I: Io> Shard<I> {
 
     /// Clients of this shard: served, parked, and handed to it but not taken yet.
     fn load(&self) -> usize {
-        let handed = self.neighbours.as_ref().map_or(0, |neighbours| neighbours.waiting());
+        let handed = self.neighbours.as_ref().map_or(0, Neighbours::waiting);
         self.clients + self.parked.len() + handed
     }
 
@@ -130,20 +141,43 @@ impl<I: Io> Shard<I> {
         let Some(to) = neighbours.emptier(with_it, self.settings.connections_max) else {
             return Some(socket);
         };
-        match neighbours.hand(to, self.io.release(socket)) {
+        match neighbours.hand(to, Handed { what: self.io.release(socket), times: 1 }) {
             Ok(()) => {
                 self.stats.counters.handed_away += 1;
                 None
             }
-            Err(parcel) => Some(self.io.adopt(parcel)),
+            Err(handed) => Some(self.io.adopt(handed.what)),
         }
     }
 
-    /// Takes in what neighbours have handed over.
+    /// Takes in what neighbours have handed over, or hands it on, as far as there are permits here or there.
     pub(super) fn take_handed(&mut self) {
-        while let Some(parcel) = self.neighbours.as_mut().and_then(|neighbours| neighbours.take()) {
-            let socket = self.io.adopt(parcel);
-            self.stats.counters.handed_in += 1;
+        for _ in 0..HANDED_MAX {
+            let load = self.load();
+            let Some(neighbours) = &mut self.neighbours else { return };
+            if neighbours.waiting() == 0 {
+                break;
+            }
+            let most = self.settings.connections_max;
+            let onward = if self.leaving == Leaving::No { neighbours.emptier(load, most) } else { None };
+            if onward.is_none() && self.permits() == 0 {
+                break;
+            }
+            let none_free = self.permits() == 0;
+            let Some(mut handed) = self.next_handed() else { break };
+            if let (Some(to), Some(neighbours)) = (onward, &mut self.neighbours)
+                && (none_free || handed.times < HANDED_ON_MAX)
+            {
+                handed.times = handed.times.saturating_add(1);
+                match neighbours.hand(to, handed) {
+                    Ok(()) => {
+                        self.stats.counters.handed_away += 1;
+                        continue;
+                    }
+                    Err(back) => handed = back,
+                }
+            }
+            let socket = self.io.adopt(handed.what);
             self.take_in(socket);
         }
         if self.permits() == 0 {
@@ -151,13 +185,24 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    /// Neighbours see the load, and hear of what was handed to them, once per turn.
-    pub(super) fn tell_neighbours(&mut self) {
-        if self.neighbours.is_some() {
-            let load = if self.leaving == Leaving::No { Some(self.load()) } else { None };
-            if let Some(neighbours) = &mut self.neighbours {
-                neighbours.publish(load);
-            }
+    fn next_handed(&mut self) -> Option<Handed<I::Parcel>> {
+        let handed = self.neighbours.as_mut()?.take()?;
+        self.stats.counters.handed_in += 1;
+        Some(handed)
+    }
+
+    /// Neighbours see the load at once.
+    pub(super) fn publish_load(&mut self) {
+        let load = (self.leaving == Leaving::No).then_some(self.clients + self.parked.len());
+        if let Some(neighbours) = &mut self.neighbours {
+            neighbours.publish(load);
+        }
+    }
+
+    /// Neighbours hear once per turn of what was handed to them.
+    pub(super) fn ring_neighbours(&mut self) {
+        if let Some(neighbours) = &mut self.neighbours {
+            neighbours.ring();
         }
     }
 
@@ -171,6 +216,7 @@ impl<I: Io> Shard<I> {
         } else {
             self.stats.counters.accept_parks += 1;
             self.parked.push_back(socket);
+            self.publish_load();
         }
     }
 
@@ -184,6 +230,7 @@ impl<I: Io> Shard<I> {
         match self.conns.insert(conn) {
             Ok(key) => {
                 self.clients += 1;
+                self.publish_load();
                 self.follow_receive(key);
                 self.follow_conn_timer(key);
             }
@@ -195,7 +242,10 @@ impl<I: Io> Shard<I> {
     }
 
     /// What the kernel does with the clients in its backlog when their listener is closed.
-    fn reset_parked(&mut self) {
+    fn reset_waiting(&mut self) {
+        while let Some(handed) = self.next_handed() {
+            self.parked.push_back(self.io.adopt(handed.what));
+        }
         for socket in std::mem::take(&mut self.parked) {
             self.io.close(socket, Close::Reset);
             self.stats.counters.closes += 1;
@@ -242,9 +292,11 @@ impl<I: Io> Shard<I> {
     pub(super) fn client_freed(&mut self) {
         self.clients -= 1;
         self.stats.counters.closes += 1;
-        if let Some(socket) = self.parked.pop_front() {
-            self.serve(socket);
+        match self.parked.pop_front() {
+            Some(socket) => self.serve(socket),
+            None => self.take_handed(),
         }
+        self.publish_load();
         self.follow_accepts();
     }
 
@@ -255,7 +307,8 @@ impl<I: Io> Shard<I> {
             Leaving::Stopping { .. } => return,
             Leaving::No | Leaving::Draining { .. } => self.leaving = Leaving::Draining { deadline_ms },
         }
-        self.tell_neighbours();
+        self.publish_load();
+        self.ring_neighbours();
         self.arm_leaving(deadline_ms);
         for acceptor in &mut self.acceptors {
             acceptor.accepted_in_turn = true;
@@ -286,12 +339,13 @@ impl<I: Io> Shard<I> {
         let deadline_ms = self.now_ms() + STOP_FLUSH_MS;
         if !matches!(self.leaving, Leaving::Stopping { .. }) {
             self.leaving = Leaving::Stopping { deadline_ms };
-            self.tell_neighbours();
+            self.publish_load();
+            self.ring_neighbours();
             self.arm_leaving(deadline_ms);
             for acceptor in &mut self.acceptors {
                 acceptor.accepted_in_turn = false;
             }
-            self.reset_parked();
+            self.reset_waiting();
             self.force_streams(End::Stopped);
             self.close_pool();
         }
@@ -313,7 +367,7 @@ impl<I: Io> Shard<I> {
         self.leaving_timer = None;
         match self.leaving {
             Leaving::Draining { deadline_ms } if deadline_ms <= now_ms => {
-                self.reset_parked();
+                self.reset_waiting();
                 self.force_streams(End::Drain);
                 self.leaving = Leaving::Stopping { deadline_ms: now_ms + STOP_FLUSH_MS };
                 self.arm_leaving(now_ms + STOP_FLUSH_MS);
@@ -365,7 +419,7 @@ impl<I: Io> Shard<I> {
             return;
         }
         self.take_handed();
-        if self.clients == 0 && self.parked.is_empty() && self.conns.is_empty() {
+        if self.load() == 0 && self.conns.is_empty() {
             self.leave();
         }
     }

@@ -154,7 +154,7 @@ impl<I: Io> Shard<I> {
     /// From now on clients are shared with other shards.
     pub fn meet(&mut self, neighbours: Neighbours<I::Parcel>) {
         self.neighbours = Some(neighbours);
-        self.tell_neighbours();
+        self.publish_load();
     }
 
     /// One turn. Sleeps no longer than the next timer and the caller allow.
@@ -178,7 +178,7 @@ impl<I: Io> Shard<I> {
         self.pump_dirty();
         self.feed_starved();
         self.follow_leaving();
-        self.tell_neighbours();
+        self.ring_neighbours();
         let turn_us = self.io.now_us().saturating_sub(self.now_us);
         self.stats.histograms.turn_us.saturating_record(turn_us);
         if turn_us > TURN_FAULT_MS * 1000 {
