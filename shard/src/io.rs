@@ -17,6 +17,8 @@ pub struct Errno(pub i32);
 impl Errno {
     /// The operation was cancelled by us.
     pub const CANCELED: Errno = Errno(libc::ECANCELED);
+    /// The socket takes nothing more at once.
+    pub const AGAIN: Errno = Errno(libc::EAGAIN);
     /// The buffer ring had nothing to receive into; the receive is to be armed again when buffers are back.
     pub const NO_BUFFERS: Errno = Errno(libc::ENOBUFS);
 }
@@ -100,7 +102,7 @@ pub enum Completion<S, B> {
         /// Why.
         why: ReceiveEnd,
     },
-    /// The send in flight ended (final); its memory is no longer the kernel's.
+    /// The send in flight ended (final); its memory is no longer the kernel's. Told when its [`Confirm`] says.
     Sent {
         /// The connection.
         conn: Key,
@@ -138,6 +140,17 @@ pub enum ReceiveEnd {
     Rearm,
     /// An error: `NO_BUFFERS` and `CANCELED` are ours, others the peer's or the network's.
     Error(Errno),
+}
+
+/// When the end of a send is told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Confirm {
+    /// As soon as it is known: it ends the sleep of a turn.
+    Prompt,
+    /// If the socket takes the range at once, by the next turn that returns for any other reason; else as soon as it is
+    /// known. For a send that nothing waits for: it costs no completion, and a turn that sends can sleep in the same
+    /// syscall.
+    Deferred,
 }
 
 /// What a shard needs of the kernel.
@@ -182,7 +195,7 @@ pub trait Io: Sized {
     fn receive(&mut self, conn: Key, socket: Self::Socket) -> OpId;
 
     /// Sends the whole range (MSG_WAITALL). At most one per connection. The range is the kernel's until `Sent`.
-    fn send(&mut self, conn: Key, socket: Self::Socket, range: Lent) -> OpId;
+    fn send(&mut self, conn: Key, socket: Self::Socket, range: Lent, confirm: Confirm) -> OpId;
 
     /// Watches for the peer's FIN and RST without receiving, for a connection whose receive is not armed.
     fn watch_hangup(&mut self, conn: Key, socket: Self::Socket) -> OpId;

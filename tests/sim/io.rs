@@ -3,7 +3,7 @@
 use crate::world::{Done, World};
 use protocol::log::Lent;
 use protocol::slots::Key;
-use shard::io::{Close, Errno, Half, Io, OpId, Wait};
+use shard::io::{Close, Confirm, Errno, Half, Io, OpId, Wait};
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::ops::Deref;
@@ -84,7 +84,7 @@ impl Io for SimIo {
         OpId(self.0.borrow_mut().receive(conn, socket.0 as usize))
     }
 
-    fn send(&mut self, conn: Key, socket: SimSocket, range: Lent) -> OpId {
+    fn send(&mut self, conn: Key, socket: SimSocket, range: Lent, _confirm: Confirm) -> OpId {
         OpId(self.0.borrow_mut().send(conn, socket.0 as usize, range))
     }
 

@@ -59,6 +59,8 @@ pub(crate) struct Conn<S> {
     pub(crate) receive_cancelled: bool,
     /// The peer sent FIN.
     pub(crate) peer_fin: bool,
+    /// The confirmation of the send in flight is deferred ([`Confirm::Deferred`](crate::io::Confirm)).
+    pub(crate) deferred: bool,
     /// Listed to be pumped at the end of the turn.
     pub(crate) dirty: bool,
     /// A partial head, or the start of pipelined requests; at most the head limit plus one receive.
@@ -133,6 +135,7 @@ impl<S> Conn<S> {
             receive_wanted: false,
             receive_cancelled: false,
             peer_fin: false,
+            deferred: false,
             dirty: false,
             held: Vec::new(),
             timer: None,

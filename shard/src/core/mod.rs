@@ -100,6 +100,10 @@ pub struct Shard<I: Io> {
     forced: u64,
     left: bool,
     woken: bool,
+    /// Something waits for a send whose confirmation is deferred: the next turn does not sleep, and is told.
+    hurried: bool,
+    /// The clock at the end of the last turn: what was sent in it was handed to the kernel then.
+    handed_us: u64,
     /// Streams begun; seeds the demo model and rotates between equal backends.
     begun: u64,
 }
@@ -137,6 +141,8 @@ impl<I: Io> Shard<I> {
             forced: 0,
             left: false,
             woken: false,
+            hurried: false,
+            handed_us: now_us,
             begun: 0,
             now_us,
             started_us: now_us,
@@ -166,6 +172,7 @@ impl<I: Io> Shard<I> {
         let mut completions = std::mem::take(&mut self.completions);
         let result = self.io.turn(wait, &mut completions);
         self.now_us = self.io.now_us();
+        self.hurried = false;
         self.stats.counters.turns += 1;
         if completions.len() >= COMPLETIONS_PER_TURN_MAX {
             self.stats.counters.turns_full += 1;
@@ -179,7 +186,8 @@ impl<I: Io> Shard<I> {
         self.feed_starved();
         self.follow_leaving();
         self.ring_neighbours();
-        let turn_us = self.io.now_us().saturating_sub(self.now_us);
+        self.handed_us = self.io.now_us();
+        let turn_us = self.handed_us.saturating_sub(self.now_us);
         self.stats.histograms.turn_us.saturating_record(turn_us);
         if turn_us > TURN_FAULT_MS * 1000 {
             self.stats.counters.turns_slow += 1;
@@ -188,7 +196,12 @@ impl<I: Io> Shard<I> {
     }
 
     fn wait(&self, sleepy: Sleepy) -> Wait {
-        if sleepy == Sleepy::No || !self.reports.is_empty() || self.left || self.is_closing_listeners() {
+        let busy = self.hurried
+            || !self.dirty.is_empty()
+            || !self.reports.is_empty()
+            || self.left
+            || self.is_closing_listeners();
+        if busy || sleepy == Sleepy::No {
             return Wait::Not;
         }
         let timer_us = self.wheel.next_ms().map(|ms| ms * 1000);

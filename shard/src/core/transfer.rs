@@ -3,7 +3,7 @@
 
 use super::Shard;
 use super::conn::{Role, State};
-use crate::io::{Close, Errno, Half, Hangup, Io, ReceiveEnd};
+use crate::io::{Close, Confirm, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
 use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, STALL_CHECKS};
 use protocol::phase::{End, Phase, Step};
@@ -139,7 +139,11 @@ impl<I: Io> Shard<I> {
     fn pump(&mut self, key: Key) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         conn.dirty = false;
-        if conn.state != State::Open || conn.ops.connect.is_some() || !conn.ledger.may_lend() {
+        if !conn.ledger.may_lend() {
+            self.hurried |= conn.deferred;
+            return;
+        }
+        if conn.state != State::Open || conn.ops.connect.is_some() {
             return;
         }
         let Some(stream) = conn.stream.and_then(|key| self.streams.get_mut(key)) else { return };
@@ -151,8 +155,16 @@ impl<I: Io> Shard<I> {
             }
             return;
         };
-        conn.ledger.lend(range.len() as u32);
-        conn.ops.send = Some(self.io.send(key, conn.socket, range));
+        let bytes = range.len() as u32;
+        // Waited for: by what is left of the log, by the side that was paused, by the end of the answer or the request.
+        let (complete, paused) = match client {
+            true => (!stream.produced, stream.paused),
+            false => (stream.request_done, stream.upload_paused),
+        };
+        conn.deferred = complete && !paused && conn.ledger.sent() + u64::from(bytes) == log.end();
+        let confirm = if conn.deferred { Confirm::Deferred } else { Confirm::Prompt };
+        conn.ledger.lend(bytes);
+        conn.ops.send = Some(self.io.send(key, conn.socket, range, confirm));
         let stall_ms = u64::from(self.settings.routes[stream.route].deadlines.write_stall_ms);
         conn.progress_ms = self.now_us / 1000;
         conn.stall_check_ms =
@@ -171,6 +183,7 @@ impl<I: Io> Shard<I> {
             return;
         };
         conn.ops.send = None;
+        let deferred = std::mem::take(&mut conn.deferred);
         let lent = conn.ledger.in_flight();
         let bytes = *result.as_ref().unwrap_or(&0);
         conn.ledger.complete(bytes);
@@ -193,7 +206,9 @@ impl<I: Io> Shard<I> {
         if client {
             stream.response.release(sent);
             if stream.has_events_answer() {
-                let relayed_us = now_us - stream.lent_since_us;
+                // When exactly the kernel took it was not told if that was deferred: no sooner than the turn's end.
+                let taken_us = if deferred { self.handed_us } else { now_us };
+                let relayed_us = taken_us.saturating_sub(stream.lent_since_us);
                 self.stats.histograms.relay_us.saturating_record(relayed_us);
             }
             if stream.response.end() > sent && stream.pending_since_us.is_none() {
@@ -294,6 +309,7 @@ impl<I: Io> Shard<I> {
             for op in conn.ops.iter() {
                 self.io.cancel(op);
             }
+            self.hurried |= conn.deferred;
         }
         self.follow_join(key);
     }

@@ -20,12 +20,12 @@ pub(crate) use eventfd::EventFd;
 pub use probe::{ProbeItem, probe, raise_nofile, reserve_descriptors};
 pub use sockets::{Parcel, Socket, listen};
 
-use crate::io::{Close, Completion, Errno, Half, Hangup, Io, OpId, ReceiveEnd, Wait};
+use crate::io::{Close, Completion, Confirm, Errno, Half, Hangup, Io, OpId, ReceiveEnd, Wait};
 use crate::settings::Settings;
 use buffers::BufferRing;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
-use ops::{FORGOTTEN, Memory, OpTable, Owner};
+use ops::{DEFERRED, FORGOTTEN, Memory, OpTable, Owner, Sending};
 use protocol::limits::{COMPLETIONS_PER_ENTRY, COMPLETIONS_PER_TURN_MAX};
 use protocol::log::Lent;
 use protocol::slots::Key;
@@ -68,6 +68,12 @@ pub struct UringIo {
     wake_armed: bool,
     /// The kernel writes the bell's rings here while `wake_armed`.
     wake_rings: Box<Cell<[u8; WAKE_RINGS]>>,
+    /// Entries taken out of the ring and not yet handled.
+    entries: VecDeque<cqueue::Entry>,
+    /// Deferred sends of which nothing has been told.
+    deferred: Vec<OpId>,
+    /// Some of them were too many for the last turn, or could not be known yet.
+    deferred_left: bool,
     /// The one completion that was too many for the last turn.
     carried: Option<Completion<Socket, Buffer>>,
     /// Rung by the kernel for completions; made when somebody first wants to sleep elsewhere.
@@ -116,6 +122,9 @@ impl UringIo {
             wake,
             wake_armed: false,
             wake_rings: Box::new(Cell::new([0; WAKE_RINGS])),
+            entries: VecDeque::new(),
+            deferred: Vec::new(),
+            deferred_left: false,
             carried: None,
             completion_event: None,
             sleeps_elsewhere: false,
@@ -249,12 +258,19 @@ impl UringIo {
     fn submit_and_wait(&mut self, wait: Wait) -> Result<(), Errno> {
         let all = self.push_unsubmitted();
         // Completions left over from the last turn (its batch was full) are work that is there already.
-        let left_over = self.carried.is_some() || !self.ring.completion().is_empty();
+        let left_over = self.carried.is_some()
+            || self.deferred_left
+            || !self.entries.is_empty()
+            || !self.ring.completion().is_empty();
         if !all || left_over || self.sleep_of(wait) == Some(Duration::ZERO) {
             return self.enter_if_needed();
         }
         if self.sleeps_elsewhere || self.spin_us > 0 {
             self.enter_if_needed()?;
+            if !self.deferred.is_empty() {
+                // The submission has been a syscall of its own: what it says is known.
+                return Ok(());
+            }
             if self.spin_until_ready(wait) {
                 return self.enter_if_needed();
             }
@@ -367,16 +383,25 @@ impl UringIo {
     fn take(&mut self, completions: &mut Vec<Completion<Socket, Buffer>>) {
         let full = completions.len() + COMPLETIONS_PER_TURN_MAX;
         completions.extend(self.carried.take());
-        let UringIo { ring, ops, buffers, descriptors, wake_armed, .. } = self;
-        let mut queue = ring.completion();
+        let room = COMPLETIONS_PER_TURN_MAX.saturating_sub(self.entries.len());
+        self.entries.extend(self.ring.completion().take(room));
+        if !self.deferred.is_empty() {
+            self.confirm_deferred(completions, full);
+        }
+        self.deferred_left = !self.deferred.is_empty();
         // Consecutive receives of one connection count once.
         let (mut heard, mut last_heard, mut short) = (0, None, false);
         while completions.len() < full {
-            let Some(entry) = queue.next() else { break };
+            let Some(entry) = self.entries.pop_front() else { break };
             // A cancel that came too late has nothing to tell.
             if entry.user_data() == FORGOTTEN {
                 continue;
             }
+            if entry.user_data() & DEFERRED != 0 {
+                completions.extend(self.fell_short(&entry));
+                continue;
+            }
+            let UringIo { ops, buffers, descriptors, wake_armed, .. } = self;
             let (result, more) = (entry.result(), cqueue::more(entry.flags()));
             // Taken first: a buffer goes back whatever the completion says.
             let buffer = cqueue::buffer_select(entry.flags())
@@ -418,13 +443,7 @@ impl UringIo {
                         completions.push(Completion::ReceiveEnded { conn, why });
                     }
                 }
-                Owner::Send(conn, lent) => {
-                    assert!(
-                        outcome.is_err() || outcome.is_ok_and(|sent| sent <= lent),
-                        "sent more than lent"
-                    );
-                    completions.push(Completion::Sent { conn, result: outcome });
-                }
+                Owner::Send(sending) => completions.push(sent(sending, outcome)),
                 Owner::Watch(conn) => {
                     let reset = (libc::POLLERR | libc::POLLHUP) as u32;
                     let result = outcome.map(|e| if e & reset != 0 { Hangup::Reset } else { Hangup::Fin });
@@ -439,12 +458,61 @@ impl UringIo {
             }
         }
         if heard > 0 {
-            buffers.reconsider(heard, short);
+            self.buffers.reconsider(heard, short);
         }
         if completions.len() > full {
             // The last entry became two completions.
             self.carried = completions.pop();
         }
+    }
+
+    /// Tells of deferred sends that the kernel has said nothing about. It issues a submission where it stands, a deferred
+    /// send is tried once and never waited with (MSG_DONTWAIT), and only one that fell short leaves an entry in the
+    /// completion queue: so once everything queued has been submitted and the queue has been read to its end, silence means
+    /// that the socket took the whole range.
+    fn confirm_deferred(&mut self, completions: &mut Vec<Completion<Socket, Buffer>>, full: usize) {
+        for entry in self.entries.iter().filter(|entry| entry.user_data() & DEFERRED != 0) {
+            if let Some(sending) = self.ops.sending(OpId(entry.user_data() & !DEFERRED)) {
+                sending.deferred = false;
+            }
+        }
+        let queue = self.ring.submission();
+        let unknown = !queue.is_empty() || queue.cq_overflow() || !self.unsubmitted.is_empty();
+        drop(queue);
+        if unknown || !self.ring.completion().is_empty() {
+            return;
+        }
+        while completions.len() < full {
+            let Some(op) = self.deferred.pop() else { break };
+            // One that fell short is told of by its entry.
+            if self.ops.sending(op).is_some_and(|sending| sending.deferred) {
+                let (owner, fd) = self.ops.complete(op, false);
+                self.descriptors.operation_ended(fd);
+                if let Owner::Send(sending) = owner {
+                    completions.push(sent(sending, Ok(sending.bytes)));
+                }
+            }
+        }
+    }
+
+    /// A deferred send was not taken whole: the rest is sent without hurry, unless there is no sense in it.
+    fn fell_short(&mut self, entry: &cqueue::Entry) -> Option<Completion<Socket, Buffer>> {
+        let op = OpId(entry.user_data() & !DEFERRED);
+        let outcome = u32::try_from(entry.result()).map_err(|_| Errno(-entry.result()));
+        let Some(sending) = self.ops.sending(op) else { panic!("a deferred send fell short twice") };
+        sending.deferred = false;
+        sending.accepted = outcome.unwrap_or(0);
+        let go_on = matches!(outcome, Ok(_) | Err(Errno::AGAIN)) && !sending.cancelled;
+        if go_on && let Some((fd, rest)) = self.ops.rest(op) {
+            let entry = send_entry(fd, rest, 0);
+            self.push(entry.user_data(op.0));
+            return None;
+        }
+        let (owner, fd) = self.ops.complete(op, false);
+        self.descriptors.operation_ended(fd);
+        let Owner::Send(sending) = owner else { return None };
+        let outcome = if outcome == Err(Errno::AGAIN) { Err(Errno::CANCELED) } else { outcome };
+        Some(sent(Sending { accepted: 0, ..sending }, outcome))
     }
 
     /// Cancels everything and waits until the kernel holds none of our memory. False if it still does.
@@ -463,14 +531,22 @@ impl UringIo {
                 return false;
             }
             let before = self.ops.len();
-            let UringIo { ring, ops, descriptors, .. } = self;
-            for entry in ring.completion() {
+            let UringIo { ring, ops, descriptors, entries, deferred, .. } = self;
+            let ended = !ring.submission().cq_overflow() && ring.submission().is_empty();
+            for entry in entries.drain(..).chain(ring.completion()) {
                 let more = cqueue::more(entry.flags());
-                let Some((owner, _)) = ops.try_complete(OpId(entry.user_data()), more) else { continue };
+                let op = OpId(entry.user_data() & !DEFERRED);
+                let Some((owner, _)) = ops.try_complete(op, more) else { continue };
                 if let Owner::Accept { .. } = owner
                     && entry.result() >= 0
                 {
                     descriptors.opened(entry.result());
+                }
+            }
+            if ended && self.unsubmitted.is_empty() {
+                // Of the others that were deferred, nothing is left to be said.
+                for op in deferred.drain(..) {
+                    ops.try_complete(op, false);
                 }
             }
             cancel = self.ops.len() == before;
@@ -564,13 +640,20 @@ impl Io for UringIo {
         self.start(Owner::Receive(conn), socket.fd(), Memory::Nothing, entry)
     }
 
-    fn send(&mut self, conn: Key, socket: Socket, range: Lent) -> OpId {
-        let bytes =
-            u32::try_from(range.len()).unwrap_or_else(|_| unreachable!("a range of a log is 32 bits long"));
-        let entry = opcode::Send::new(Fd(socket.fd()), range.cells().as_ptr().cast(), bytes)
-            .flags(libc::MSG_NOSIGNAL | libc::MSG_WAITALL)
-            .build();
-        self.start(Owner::Send(conn, bytes), socket.fd(), Memory::Lent(range), entry)
+    fn send(&mut self, conn: Key, socket: Socket, range: Lent, confirm: Confirm) -> OpId {
+        let deferred = confirm == Confirm::Deferred;
+        let sending = Sending::new(conn, range.len() as u32, deferred);
+        let flags = if deferred { libc::MSG_DONTWAIT } else { 0 };
+        let entry = send_entry(socket.fd(), range.cells(), flags);
+        self.descriptors.operation_started(socket.fd());
+        let op = self.ops.start(Owner::Send(sending), socket.fd(), Memory::Lent(range));
+        if deferred {
+            self.deferred.push(op);
+            self.push(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(op.0 | DEFERRED));
+        } else {
+            self.push(entry.user_data(op.0));
+        }
+        op
     }
 
     fn watch_hangup(&mut self, conn: Key, socket: Socket) -> OpId {
@@ -583,6 +666,9 @@ impl Io for UringIo {
 
     fn cancel(&mut self, op: OpId) {
         if self.ops.contains(op) {
+            if let Some(sending) = self.ops.sending(op) {
+                sending.cancelled = true;
+            }
             let entry = opcode::AsyncCancel::new(op.0).build();
             self.push(entry.user_data(FORGOTTEN).flags(squeue::Flags::SKIP_SUCCESS));
         }
@@ -620,6 +706,25 @@ impl Io for UringIo {
     fn buffers_free(&self) -> usize {
         self.buffers.free()
     }
+}
+
+fn send_entry(fd: RawFd, bytes: &[Cell<u8>], flags: i32) -> squeue::Entry {
+    let length =
+        u32::try_from(bytes.len()).unwrap_or_else(|_| unreachable!("a range of a log is 32 bits long"));
+    opcode::Send::new(Fd(fd), bytes.as_ptr().cast(), length)
+        .flags(libc::MSG_NOSIGNAL | libc::MSG_WAITALL | flags)
+        .build()
+}
+
+/// What a send's end says. Like the kernel's own: an error behind bytes that were taken is told by the next send.
+fn sent(sending: Sending, outcome: Result<u32, Errno>) -> Completion<Socket, Buffer> {
+    let result = match outcome {
+        Ok(bytes) => Ok(sending.accepted + bytes),
+        Err(_) if sending.accepted > 0 => Ok(sending.accepted),
+        Err(error) => Err(error),
+    };
+    assert!(result.is_err() || result.is_ok_and(|sent| sent <= sending.bytes), "sent more than lent");
+    Completion::Sent { conn: sending.conn, result }
 }
 
 /// The one clock of the data plane: CLOCK_MONOTONIC in microseconds, the same for every shard of a machine.

@@ -4,7 +4,11 @@
 use crate::io::OpId;
 use protocol::log::Lent;
 use protocol::slots::{Key, Slots};
+use std::cell::Cell;
 use std::os::fd::RawFd;
+
+/// Marks the completions of deferred sends: a bit of an id that no slot number reaches.
+pub(super) const DEFERRED: u64 = 1 << 31;
 
 /// The id of operations whose completion says nothing that is not known already: cancel and close.
 pub(super) const FORGOTTEN: u64 = 0;
@@ -12,15 +16,32 @@ pub(super) const FORGOTTEN: u64 = 0;
 /// Whose completion it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Owner {
-    Accept {
-        listener: usize,
-    },
+    Accept { listener: usize },
     Connect(Key),
     Receive(Key),
-    /// With the bytes lent.
-    Send(Key, u32),
+    Send(Sending),
     Watch(Key),
     Wake,
+}
+
+/// A send, and how far it has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Sending {
+    pub(super) conn: Key,
+    /// Bytes lent.
+    pub(super) bytes: u32,
+    /// Of these, bytes that a deferred attempt got rid of before it fell short; `0 <= accepted < bytes`.
+    pub(super) accepted: u32,
+    /// The kernel says nothing if the socket takes all at once.
+    pub(super) deferred: bool,
+    /// The cancel found nothing to end if the send is deferred: an attempt that fell short is not gone on with.
+    pub(super) cancelled: bool,
+}
+
+impl Sending {
+    pub(super) fn new(conn: Key, bytes: u32, deferred: bool) -> Self {
+        Sending { conn, bytes, accepted: 0, deferred, cancelled: false }
+    }
 }
 
 /// What the kernel reads while an operation is in flight; dropped with its last completion and not before.
@@ -37,7 +58,6 @@ pub(super) struct Op {
     pub(super) owner: Owner,
     /// The socket it works on; -1: not a connection's.
     pub(super) fd: RawFd,
-    #[allow(dead_code, reason = "held, never read here: the kernel reads it")]
     memory: Memory,
 }
 
@@ -51,7 +71,7 @@ pub(super) struct OpTable {
 impl OpTable {
     pub(super) fn new() -> Self {
         // Bounded by what connections may have in flight (a few each), not here.
-        OpTable { ops: Slots::new(u32::MAX as usize - 1), lent_bytes: 0 }
+        OpTable { ops: Slots::new(DEFERRED as usize - 1), lent_bytes: 0 }
     }
 
     /// Operations in flight.
@@ -65,12 +85,12 @@ impl OpTable {
     }
 
     pub(super) fn start(&mut self, owner: Owner, fd: RawFd, memory: Memory) -> OpId {
-        if let Owner::Send(_, bytes) = owner {
-            self.lent_bytes += u64::from(bytes);
+        if let Owner::Send(sending) = owner {
+            self.lent_bytes += u64::from(sending.bytes);
         }
         match self.ops.insert(Op { owner, fd, memory }) {
             Ok(key) => id_of(key),
-            Err(op) => unreachable!("2^32 operations in flight, {:?} among them", op.owner),
+            Err(op) => unreachable!("2^31 operations in flight, {:?} among them", op.owner),
         }
     }
 
@@ -98,13 +118,33 @@ impl OpTable {
         let key = key_of(op);
         let found = self.ops.get(key).map(|op| (op.owner, op.fd))?;
         if !more {
-            if let Owner::Send(_, bytes) = found.0 {
-                self.lent_bytes -= u64::from(bytes);
+            if let Owner::Send(sending) = found.0 {
+                self.lent_bytes -= u64::from(sending.bytes);
             }
             self.ops.remove(key);
             assert!(self.len() > 0 || self.lent_bytes == 0, "bytes lent without an operation");
         }
         Some(found)
+    }
+}
+
+impl OpTable {
+    /// The send that this operation is, as long as it is in flight.
+    pub(super) fn sending(&mut self, op: OpId) -> Option<&mut Sending> {
+        match &mut self.ops.get_mut(key_of(op))?.owner {
+            Owner::Send(sending) => Some(sending),
+            _ => None,
+        }
+    }
+
+    /// The socket and what is left to send of a deferred send that fell short.
+    pub(super) fn rest(&self, op: OpId) -> Option<(RawFd, &[Cell<u8>])> {
+        match self.ops.get(key_of(op))? {
+            Op { owner: Owner::Send(sending), fd, memory: Memory::Lent(lent) } => {
+                Some((*fd, &lent.cells()[sending.accepted as usize..]))
+            }
+            _ => None,
+        }
     }
 }
 
@@ -131,12 +171,12 @@ mod tests {
         log.append(&[b"token"]);
         let lent = log.lend(0, 100).unwrap();
         let mut ops = OpTable::new();
-        let op = ops.start(Owner::Send(CONN, 5), 7, Memory::Lent(lent));
+        let op = ops.start(Owner::Send(Sending::new(CONN, 5, false)), 7, Memory::Lent(lent));
         drop(log);
         assert_eq!((ops.len(), ops.lent_bytes()), (1, 5));
-        assert_eq!(ops.complete(op, true), (Owner::Send(CONN, 5), 7));
+        assert_eq!(ops.complete(op, true), (Owner::Send(Sending::new(CONN, 5, false)), 7));
         assert_eq!((ops.len(), ops.lent_bytes()), (1, 5), "more was announced");
-        assert_eq!(ops.complete(op, false), (Owner::Send(CONN, 5), 7));
+        assert_eq!(ops.complete(op, false), (Owner::Send(Sending::new(CONN, 5, false)), 7));
         assert_eq!((ops.len(), ops.lent_bytes()), (0, 0));
         assert!(!ops.contains(op));
     }

@@ -189,7 +189,7 @@ fn a_client_is_accepted_heard_answered_and_seen_to_leave() {
         let text = format!("request {round}");
         peer.write_all(text.as_bytes()).unwrap();
         assert_eq!(bench.received(conn(1)), text.as_bytes());
-        bench.io.send(conn(1), socket, lent(text.as_bytes()));
+        bench.io.send(conn(1), socket, lent(text.as_bytes()), Confirm::Prompt);
         assert_eq!(bench.sent(conn(1)), Ok(text.len() as u32));
         let mut answer = vec![0; text.len()];
         peer.read_exact(&mut answer).unwrap();
@@ -216,7 +216,7 @@ fn a_reset_is_an_error_of_the_receive() {
     SockRefOf(&peer).linger_zero();
     drop(peer);
     assert_eq!(bench.receive_ended(conn(1)), ReceiveEnd::Error(Errno(libc::ECONNRESET)));
-    bench.io.send(conn(1), socket, lent(b"to nobody"));
+    bench.io.send(conn(1), socket, lent(b"to nobody"), Confirm::Prompt);
     assert_eq!(bench.sent(conn(1)), Err(Errno(libc::EPIPE)), "and no SIGPIPE");
 }
 
@@ -233,7 +233,7 @@ fn what_is_sent_before_a_shutdown_or_close_of_the_same_turn_arrives_before_it() 
     let mut bench = Bench::new();
     for _ in 0..20 {
         let (socket, mut peer) = bench.pair();
-        bench.io.send(conn(1), socket, lent(b"last words"));
+        bench.io.send(conn(1), socket, lent(b"last words"), Confirm::Prompt);
         bench.io.shutdown(socket, Half::Write);
         bench.turn(Wait::Not);
         assert_eq!(bench.sent(conn(1)), Ok(10));
@@ -300,7 +300,7 @@ fn a_send_to_a_reader_that_stopped_parks_and_completes_when_it_reads() {
 
     let (chunk, mut accepted) = (vec![7; 16 * 1024], 0_usize);
     let parked_at = loop {
-        bench.io.send(conn(1), socket, lent(&chunk));
+        bench.io.send(conn(1), socket, lent(&chunk), Confirm::Prompt);
         bench.turn_ms(50);
         match bench.seen.iter().position(|completion| matches!(completion, C::Sent { .. })) {
             Some(at) => {
@@ -334,7 +334,7 @@ fn park_a_send(bench: &mut Bench, socket: Socket) -> (OpId, u32) {
     loop {
         let range = lent(&[1; 64 * 1024]);
         let bytes = range.len() as u32;
-        let op = bench.io.send(conn(1), socket, range);
+        let op = bench.io.send(conn(1), socket, range, Confirm::Prompt);
         bench.turn_ms(20);
         match bench.seen.iter().position(|completion| matches!(completion, C::Sent { .. })) {
             Some(at) => drop(bench.seen.remove(at)),
@@ -388,7 +388,7 @@ fn a_connect_stands_is_refused_or_is_cancelled_while_it_waits() {
     let (socket, _) = bench.io.connect(conn(1), address).unwrap();
     assert_eq!(bench.connected(conn(1)), Ok(()));
     let (mut peer, _) = listener.accept().unwrap();
-    bench.io.send(conn(1), socket, lent(b"hello"));
+    bench.io.send(conn(1), socket, lent(b"hello"), Confirm::Prompt);
     assert_eq!(bench.sent(conn(1)), Ok(5));
     peer.read_exact(&mut [0; 5]).unwrap();
     drop(listener);
@@ -485,7 +485,7 @@ fn more_operations_than_the_ring_has_entries_are_submitted_all_the_same() {
     let pairs: Vec<_> = (0..100).map(|_| bench.pair()).collect();
     for (slot, (socket, _)) in pairs.iter().enumerate() {
         bench.io.receive(conn(slot as u32), *socket);
-        bench.io.send(conn(slot as u32), *socket, lent(format!("hello {slot}").as_bytes()));
+        bench.io.send(conn(slot as u32), *socket, lent(format!("hello {slot}").as_bytes()), Confirm::Prompt);
     }
     for slot in 0..100 {
         assert_eq!(bench.sent(conn(slot)), Ok(format!("hello {slot}").len() as u32));
@@ -526,7 +526,7 @@ fn a_full_batch_leaves_the_rest_in_the_ring_and_the_next_turn_does_not_sleep() {
     let pairs: Vec<_> = (0..10).map(|_| bench.pair()).collect();
     // The last ones are pairs of completions, which straddle the end of the batch.
     for slot in 0..COMPLETIONS_PER_TURN_MAX as u32 - 1 {
-        bench.io.send(conn(slot), pairs[slot as usize % 10].0, lent(b"x"));
+        bench.io.send(conn(slot), pairs[slot as usize % 10].0, lent(b"x"), Confirm::Prompt);
     }
     let mut connecting: Vec<_> = (0..3).map(|_| TcpStream::connect(bench.address).unwrap()).collect();
     for _ in 0..3 {
@@ -678,7 +678,7 @@ fn lent_memory_outlives_the_log_it_came_from() {
     {
         let mut log = Log::new();
         log.append(&[&pattern]);
-        bench.io.send(conn(1), socket, log.lend(0, u32::MAX).unwrap());
+        bench.io.send(conn(1), socket, log.lend(0, u32::MAX).unwrap(), Confirm::Prompt);
         log.release(log.end());
     }
     // What the allocator would hand out next if the memory had been freed.
@@ -704,7 +704,7 @@ fn dropping_the_ring_ends_what_is_in_flight_and_closes_its_sockets() {
     second_peer.write_all(b"never taken").unwrap();
     bench.turn_ms(5);
     // One that is queued but not submitted, and a buffer that outlives the ring.
-    bench.io.send(conn(2), second, lent(b"bye"));
+    bench.io.send(conn(2), second, lent(b"bye"), Confirm::Prompt);
     let position = bench.seen.iter().position(|completion| matches!(completion, C::Received { .. })).unwrap();
     let C::Received { buffer, .. } = bench.seen.remove(position) else { unreachable!() };
     let Bench { io, address, .. } = bench;
@@ -756,7 +756,7 @@ fn an_echo_server_needs_no_kernel_worker_thread() {
         bench.turn(Wait::Not);
         peer.write_all(b"echo").unwrap();
         let heard = bench.received(conn(1));
-        bench.io.send(conn(1), socket, lent(&heard));
+        bench.io.send(conn(1), socket, lent(&heard), Confirm::Prompt);
         assert_eq!(bench.sent(conn(1)), Ok(4));
         bench.io.shutdown(socket, Half::Both);
         assert_eq!(bench.receive_ended(conn(1)), ReceiveEnd::Fin);
@@ -831,4 +831,125 @@ fn spinning_finds_completions_and_ends_in_sleep() {
     let before = bench.io.now_us();
     bench.turn(Wait::Until(before + 30_000));
     assert!(bench.io.now_us() >= before + 30_000);
+}
+
+#[test]
+fn a_deferred_send_that_the_socket_takes_does_not_end_the_sleep_and_is_told_with_what_does() {
+    let mut bench = Bench::new();
+    let (socket, mut peer) = bench.pair();
+    bench.io.receive(conn(1), socket);
+    let started = Instant::now();
+    bench.io.send(conn(1), socket, lent(b"token"), Confirm::Deferred);
+    bench.turn_ms(50);
+    assert!(started.elapsed() >= Duration::from_millis(49), "it slept through");
+    assert!(matches!(bench.seen[..], [C::Sent { result: Ok(5), .. }]), "{:?}", bench.seen);
+    bench.seen.clear();
+    let mut token = [0; 5];
+    peer.read_exact(&mut token).unwrap();
+    assert_eq!(&token, b"token");
+
+    // Told before what ended the sleep, whose handling may need the memory.
+    bench.io.send(conn(1), socket, lent(b"token"), Confirm::Deferred);
+    peer.write_all(b"more").unwrap();
+    bench.turn(Wait::Forever);
+    assert!(matches!(bench.seen[..], [C::Sent { result: Ok(5), .. }, C::Received { .. }]), "{:?}", bench.seen);
+    assert_eq!((bench.io.lent_bytes(), bench.io.operations()), (0, 2));
+}
+
+#[test]
+fn a_deferred_send_that_falls_short_goes_on_until_the_reader_has_read() {
+    let mut bench = Bench::new();
+    let (socket, mut peer) = bench.pair();
+    let bytes = 8 << 20;
+    bench.io.send(conn(1), socket, lent(&vec![9; bytes]), Confirm::Deferred);
+    bench.turn_ms(30);
+    assert!(bench.seen.is_empty(), "{:?}", bench.seen);
+    assert_eq!((bench.io.lent_bytes(), bench.io.operations()), (bytes as u64, 2));
+    let reader = std::thread::spawn(move || {
+        let mut read = vec![0; bytes];
+        peer.read_exact(&mut read).unwrap();
+        read.iter().all(|&byte| byte == 9)
+    });
+    // A sleep without end: the rest is told as soon as it is known.
+    bench.turn(Wait::Forever);
+    assert_eq!(bench.sent(conn(1)), Ok(bytes as u32));
+    assert!(reader.join().unwrap());
+    assert_eq!((bench.io.lent_bytes(), bench.io.operations()), (0, 1));
+}
+
+#[test]
+fn a_deferred_send_can_be_cancelled_before_and_after_it_fell_short() {
+    for turns in [0, 1, 2] {
+        let mut bench = Bench::new();
+        let (socket, _peer) = bench.pair();
+        let bytes = 8 << 20;
+        let op = bench.io.send(conn(1), socket, lent(&vec![9; bytes]), Confirm::Deferred);
+        for _ in 0..turns {
+            bench.turn_ms(5);
+        }
+        bench.io.cancel(op);
+        let sent = bench.sent(conn(1)).unwrap_or(0) as usize;
+        assert!(sent < bytes, "{turns} turns: some of it cannot have gone");
+        assert_eq!((bench.io.lent_bytes(), bench.io.operations()), (0, 1));
+    }
+    // Nothing of it has gone.
+    let mut bench = Bench::new();
+    let (socket, _peer) = bench.pair();
+    let (parked, _) = park_a_send(&mut bench, socket);
+    let op = bench.io.send(conn(2), socket, lent(b"never"), Confirm::Deferred);
+    bench.io.cancel(op);
+    assert_eq!(bench.sent(conn(2)), Err(Errno::CANCELED));
+    bench.io.cancel(parked);
+    bench.sent(conn(1)).ok();
+    assert_eq!(bench.io.lent_bytes(), 0);
+}
+
+#[test]
+fn a_deferred_send_to_a_peer_that_has_reset_fails_at_once() {
+    let mut bench = Bench::new();
+    let (socket, peer) = bench.pair();
+    SockRefOf(&peer).linger_zero();
+    drop(peer);
+    bench.io.send(conn(1), socket, lent(b"to nobody"), Confirm::Deferred);
+    bench.turn(Wait::Forever);
+    assert!(matches!(bench.sent(conn(1)), Err(Errno(libc::ECONNRESET | libc::EPIPE))));
+}
+
+#[test]
+fn more_deferred_sends_than_a_turn_may_tell_are_told_by_the_next_which_does_not_sleep() {
+    let mut bench = Bench::with(&Settings { ring_depth: 64, ..settings() });
+    let pairs: Vec<_> = (0..10).map(|_| bench.pair()).collect();
+    let sends = COMPLETIONS_PER_TURN_MAX as u32 * 2 + 7;
+    for slot in 0..sends {
+        bench.io.send(conn(slot), pairs[slot as usize % 10].0, lent(b"x"), Confirm::Deferred);
+    }
+    let started = Instant::now();
+    bench.turn(Wait::Not);
+    assert_eq!(bench.seen.len(), COMPLETIONS_PER_TURN_MAX);
+    bench.turn(Wait::Forever);
+    bench.turn(Wait::Forever);
+    assert!(started.elapsed() < Duration::from_secs(1));
+    let mut told: Vec<u32> = bench
+        .seen
+        .iter()
+        .map(|completion| match completion {
+            C::Sent { conn, result: Ok(1) } => conn.slot,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    told.sort_unstable();
+    assert_eq!(told, (0..sends).collect::<Vec<_>>(), "each once");
+}
+
+#[test]
+fn a_ring_is_dropped_with_deferred_sends_in_every_state() {
+    let mut bench = Bench::new();
+    let pairs: Vec<_> = (0..3).map(|_| bench.pair()).collect();
+    bench.io.send(conn(1), pairs[0].0, lent(&vec![1; 8 << 20]), Confirm::Deferred);
+    bench.io.send(conn(2), pairs[1].0, lent(b"taken"), Confirm::Deferred);
+    bench.turn(Wait::Not);
+    bench.io.send(conn(3), pairs[2].0, lent(b"not submitted"), Confirm::Deferred);
+    let started = Instant::now();
+    drop(bench);
+    assert!(started.elapsed() < Duration::from_millis(REAP_MS_MAX / 2));
 }
