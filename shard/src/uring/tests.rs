@@ -852,7 +852,11 @@ fn a_deferred_send_that_the_socket_takes_does_not_end_the_sleep_and_is_told_with
     bench.io.send(conn(1), socket, lent(b"token"), Confirm::Deferred);
     peer.write_all(b"more").unwrap();
     bench.turn(Wait::Forever);
-    assert!(matches!(bench.seen[..], [C::Sent { result: Ok(5), .. }, C::Received { .. }]), "{:?}", bench.seen);
+    assert!(
+        matches!(bench.seen[..], [C::Sent { result: Ok(5), .. }, C::Received { .. }]),
+        "{:?}",
+        bench.seen
+    );
     assert_eq!((bench.io.lent_bytes(), bench.io.operations()), (0, 2));
 }
 
