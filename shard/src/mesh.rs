@@ -300,6 +300,11 @@ impl<T> Neighbours<T> {
         outward.queue.push(handed).map_err(|PushError::Full(handed)| handed)
     }
 
+    /// What the next [`Neighbours::take`] gives, unless more is handed over meanwhile.
+    pub fn peek(&self) -> Option<&Handed<T>> {
+        self.inward.iter().find_map(|queue| queue.peek().ok())
+    }
+
     /// The next of what was handed to this shard.
     pub fn take(&mut self) -> Option<Handed<T>> {
         self.inward.iter_mut().find_map(|queue| queue.pop().ok())

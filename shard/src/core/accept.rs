@@ -155,19 +155,15 @@ impl<I: Io> Shard<I> {
         for _ in 0..HANDED_MAX {
             let load = self.load();
             let Some(neighbours) = &mut self.neighbours else { return };
-            if neighbours.waiting() == 0 {
-                break;
-            }
+            let Some(times) = neighbours.peek().map(|handed| handed.times) else { break };
+            let may_go_on = self.leaving == Leaving::No && times < HANDED_ON_MAX;
             let most = self.settings.connections_max;
-            let onward = if self.leaving == Leaving::No { neighbours.emptier(load, most) } else { None };
+            let onward = if may_go_on { neighbours.emptier(load, most) } else { None };
             if onward.is_none() && self.permits() == 0 {
                 break;
             }
-            let none_free = self.permits() == 0;
             let Some(mut handed) = self.next_handed() else { break };
-            if let (Some(to), Some(neighbours)) = (onward, &mut self.neighbours)
-                && (none_free || handed.times < HANDED_ON_MAX)
-            {
+            if let (Some(to), Some(neighbours)) = (onward, &mut self.neighbours) {
                 handed.times = handed.times.saturating_add(1);
                 match neighbours.hand(to, handed) {
                     Ok(()) => {
@@ -241,6 +237,18 @@ impl<I: Io> Shard<I> {
         }
     }
 
+    /// Those that wait for a slot, in their order: parked ones, then those that neighbours have handed over.
+    pub(super) fn serve_waiting(&mut self) {
+        while self.permits() > 0
+            && let Some(socket) = self.parked.pop_front()
+        {
+            self.serve(socket);
+        }
+        if self.parked.is_empty() {
+            self.take_handed();
+        }
+    }
+
     /// What the kernel does with the clients in its backlog when their listener is closed.
     fn reset_waiting(&mut self) {
         while let Some(handed) = self.next_handed() {
@@ -285,6 +293,7 @@ impl<I: Io> Shard<I> {
 
     pub(super) fn accept_rested(&mut self, listener: usize) {
         self.acceptors[listener].resting = false;
+        self.serve_waiting();
         self.follow_accept(listener);
     }
 
@@ -292,10 +301,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn client_freed(&mut self) {
         self.clients -= 1;
         self.stats.counters.closes += 1;
-        match self.parked.pop_front() {
-            Some(socket) => self.serve(socket),
-            None => self.take_handed(),
-        }
+        self.serve_waiting();
         self.publish_load();
         self.follow_accepts();
     }
@@ -418,7 +424,7 @@ impl<I: Io> Shard<I> {
         if self.neighbours.as_ref().is_some_and(|neighbours| !neighbours.hand_no_more()) {
             return;
         }
-        self.take_handed();
+        self.serve_waiting();
         if self.load() == 0 && self.conns.is_empty() {
             self.leave();
         }

@@ -184,6 +184,9 @@ impl<I: Io> Shard<I> {
         self.fire_timers();
         self.pump_dirty();
         self.feed_starved();
+        if !self.parked.is_empty() {
+            self.serve_waiting();
+        }
         self.follow_leaving();
         self.ring_neighbours();
         self.handed_us = self.io.now_us();
@@ -287,7 +290,7 @@ impl<I: Io> Shard<I> {
             Completion::Hangup { conn, result, armed } => self.hung_up(conn, result, armed),
             Completion::Woken => {
                 self.woken = true;
-                self.take_handed();
+                self.serve_waiting();
             }
         }
     }

@@ -122,7 +122,13 @@ impl World {
                 if !receives && self.strike(Planted::LostCancel) {
                     return;
                 }
-                let delay = self.rng.skewed(self.faults.cancel_late_us);
+                let accepts = matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { .. }, .. }));
+                let late_us = match self.faults.cancel_late_us {
+                    // A real ring cancels an accept at once.
+                    late_us if accepts => late_us.min(5_000),
+                    late_us => late_us,
+                };
+                let delay = self.rng.skewed(late_us);
                 self.after(delay, Event::Cancel(op));
             }
         }
