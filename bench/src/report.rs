@@ -11,6 +11,11 @@ use crate::sequence::Faults as SequenceFaults;
 /// The longest latency that is told apart, in ns: two minutes.
 const LATENCY_MAX_NS: u64 = 120_000_000_000;
 
+/// The points of the curve from the median to the tail.
+const QUANTILES: [f64; 17] = [
+    0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999,
+];
+
 /// Latencies in ns, three significant digits.
 pub struct Latency(Histogram<u64>);
 
@@ -31,7 +36,7 @@ impl Latency {
         self.0.len()
     }
 
-    /// The count, the mean and the percentiles, in µs.
+    /// The count, the mean, the percentiles, and the curve of all [`QUANTILES`] that enough latencies stand behind, in µs.
     pub fn summary(&self) -> Value {
         let us = |ns: u64| ns as f64 / 1000.0;
         json!({
@@ -42,7 +47,18 @@ impl Latency {
             "p99_us": us(self.0.value_at_quantile(0.99)),
             "p999_us": us(self.0.value_at_quantile(0.999)),
             "max_us": us(self.0.max()),
+            "curve_us": self.curve(),
         })
+    }
+
+    /// Pairs of a quantile and its latency in µs; at least ten lie beyond each.
+    fn curve(&self) -> Vec<(f64, f64)> {
+        let enough = |quantile: &f64| self.0.len() as f64 * (1.0 - quantile) >= 10.0;
+        QUANTILES
+            .into_iter()
+            .filter(enough)
+            .map(|quantile| (quantile, self.0.value_at_quantile(quantile) as f64 / 1000.0))
+            .collect()
     }
 }
 
@@ -291,6 +307,18 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_curve_ends_where_too_few_latencies_stand_behind_it() {
+        let mut latency = Latency::default();
+        for us in 1..=1000 {
+            latency.record(us * 1000);
+        }
+        let curve = latency.curve();
+        assert_eq!(curve.last().map(|point| point.0), Some(0.99));
+        assert!(curve.iter().all(|&(quantile, us)| (us / 1000.0 - quantile).abs() < 0.01), "{curve:?}");
+        assert_eq!(Latency::default().curve(), []);
+    }
 
     #[test]
     fn a_run_is_clean_only_without_faults_or_with_allowed_ones() {

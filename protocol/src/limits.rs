@@ -50,6 +50,14 @@ pub const LINGER_MS: u64 = 1_000;
 pub const LINGER_BYTES_MAX: u64 = 1024 * 1024;
 /// Milliseconds after which accepting is tried again when descriptors or memory ran out.
 pub const ACCEPT_RETRY_MS: u64 = 100;
+/// One-shot accepts armed by a shard at a time (or one for each listener): enough to take a burst in a few turns, few enough to
+/// be cancelled in one.
+pub const ACCEPTS_ARMED_MAX: usize = 64;
+/// Clients on their way from other shards to one, at most. Beyond, a shard keeps what it accepts. They take descriptors of the
+/// shard that accepted them.
+pub const HANDED_MAX: usize = 1024;
+/// Times a client is handed on before it is kept: each was decided by newer loads than the one before.
+pub const HANDED_ON_MAX: u8 = 3;
 /// Milliseconds a client that was accepted during a drain has for its first request.
 pub const DRAIN_FRESH_MS: u64 = 1_000;
 /// Milliseconds in which in-band errors may still leave once the process was told to stop.
@@ -73,6 +81,8 @@ pub const REFUSALS_PER_CONNECTION_MAX: u32 = 100;
 /// Bytes that the streams and connections of one shard may hold together beyond the share that each has.
 pub const OVERDRAFT_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
+/// Entries of a completion queue per entry of its submission queue: a multishot answers many times.
+pub const COMPLETIONS_PER_ENTRY: u32 = 4;
 /// Completions handled in one turn, so that one noisy neighbour cannot stretch it; the rest stay in the ring.
 pub const COMPLETIONS_PER_TURN_MAX: usize = 1024;
 /// Milliseconds after which a turn counts as a fault of the shard.

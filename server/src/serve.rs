@@ -8,11 +8,11 @@ use crate::control::{Control, Signals};
 use crate::doctor;
 use crate::exit::{Exit, Fatal};
 use crate::logs::{Format, Logs};
-use crate::settings::Machine;
 use crate::settings::address::format_cpus;
 use crate::settings::load::Effective;
 use crate::settings::plan::Plan;
 use crate::settings::table;
+use crate::settings::{DESCRIPTORS_PER_CLIENT, Machine, descriptors_elsewhere};
 use shard::host::{self, ShardPlan, ShardThread};
 use shard::mesh;
 use shard::settings::{Settings, UpstreamSet};
@@ -72,7 +72,8 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
         );
     }
     let shards = plan.cpus.len() as u64;
-    let descriptors = 128 + shards * (16 + 2 * plan.settings.connections_max as u64);
+    let connections = shards * plan.settings.connections_max as u64;
+    let descriptors = descriptors_elsewhere(shards) + connections * DESCRIPTORS_PER_CLIENT;
     if let Err(error) = uring::reserve_descriptors(descriptors.min(limit).min(DESCRIPTORS_RESERVED_MAX)) {
         log::warn!("cannot reserve {descriptors} descriptors: {error}");
     }
@@ -99,20 +100,27 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
         let unix_time_at_start_s = clock::since_1970().as_secs();
         let settings = Arc::new(Settings { unix_time_at_start_s, ..plan.settings.clone() });
         let upstreams = Arc::new(upstreams);
-        let (mut ports, mut threads) = (Vec::new(), Vec::new());
-        for (index, listeners) in listeners.into_iter().enumerate() {
+        let (mut ports, mut shard_ports) = (Vec::new(), Vec::new());
+        for _ in &plan.cpus {
             let (port, shard_port) =
                 mesh::mailbox().map_err(|error| Fatal::internal(format!("a shard's mailbox: {error}")))?;
+            ports.push(port);
+            shard_ports.push(shard_port);
+        }
+        let mut neighbours = mesh::neighbours(&shard_ports).into_iter();
+        let several = shard_ports.len() > 1;
+        let mut threads = Vec::new();
+        for (index, (listeners, port)) in listeners.into_iter().zip(shard_ports).enumerate() {
             let plan = ShardPlan {
                 index,
                 cpu: plan.cpus[index],
                 settings: Arc::clone(&settings),
                 upstreams: Arc::clone(&upstreams),
                 listeners,
-                port: shard_port,
+                port,
+                neighbours: neighbours.next().filter(|_| several),
             };
             threads.push(host::spawn(plan).map_err(|error| refused(&format!("shard {index}: {error}")))?);
-            ports.push(port);
         }
         let fixed = Arc::new(Fixed { plan, listening });
         let mut control = Control::new(ports, Arc::clone(&fixed), upstreams, logs.clone())

@@ -12,9 +12,9 @@
 
 use crate::core::{Shard, Sleepy};
 use crate::io::{Errno, Io, Wait};
-use crate::mesh::{Command, Report, ShardPort};
+use crate::mesh::{Command, Neighbours, Report, ShardPort};
 use crate::settings::{Settings, Sleep, UpstreamSet};
-use crate::uring::{EventFd, RingError, UringIo};
+use crate::uring::{EventFd, Parcel, RingError, UringIo};
 use futures_lite::future::{BoxedLocal, or};
 use glommio::io::BufferedFile;
 use glommio::timer::Timer;
@@ -55,6 +55,8 @@ pub struct ShardPlan {
     pub listeners: Vec<TcpListener>,
     /// This shard's end of its mailbox.
     pub port: ShardPort,
+    /// Its end of the mesh; none for an only shard.
+    pub neighbours: Option<Neighbours<Parcel>>,
 }
 
 /// A shard could not be started, or is lost.
@@ -194,7 +196,10 @@ fn host(plan: &mut ShardPlan, beside: impl FnOnce(&Background)) -> Result<(), Ho
         let background = Background::default();
         let io = UringIo::new(&plan.settings, std::mem::take(&mut plan.listeners), plan.port.bell())
             .map_err(HostError::Ring)?;
-        let shard = Shard::new(io, plan.index, Arc::clone(&plan.settings), Arc::clone(&plan.upstreams));
+        let mut shard = Shard::new(io, plan.index, Arc::clone(&plan.settings), Arc::clone(&plan.upstreams));
+        if let Some(neighbours) = plan.neighbours.take() {
+            shard.meet(neighbours);
+        }
         beside(&background);
         serve(shard, &mut plan.port, plan.settings.sleep, &background).await
     })
@@ -354,13 +359,126 @@ impl Reactor {
 #[allow(clippy::disallowed_methods, reason = "tests measure time from outside")]
 mod tests {
     use super::*;
-    use crate::mesh::{ControlPort, mailbox};
+    use crate::mesh::{ControlPort, mailbox, neighbours};
     use crate::uring::listen;
     use crate::uring::tests::settings;
     use std::io::{Read, Write};
     use std::net::{SocketAddr, TcpStream};
     use std::sync::mpsc;
     use std::time::Instant;
+
+    /// Shards that share their clients; only the first has a listener.
+    fn neighbourhood(shards: usize, settings: &Settings) -> (SocketAddr, Vec<(ShardThread, ControlPort)>) {
+        let listener = listen("127.0.0.1:0".parse().unwrap(), 1024, settings.notsent_lowat_bytes).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (controls, ports): (Vec<_>, Vec<_>) = (0..shards).map(|_| mailbox().unwrap()).unzip();
+        let mesh = neighbours(&ports);
+        let mut listeners = vec![listener];
+        let threads = ports.into_iter().zip(mesh).enumerate().map(|(index, (port, neighbours))| {
+            let plan = ShardPlan {
+                index,
+                cpu: None,
+                settings: Arc::new(settings.clone()),
+                upstreams: Arc::default(),
+                listeners: std::mem::take(&mut listeners),
+                port,
+                neighbours: Some(neighbours),
+            };
+            spawn(plan).unwrap()
+        });
+        let mut hosted: Vec<_> = threads.zip(controls).collect();
+        for (_, control) in &mut hosted {
+            assert!(matches!(report(control), Report::Started));
+        }
+        (address, hosted)
+    }
+
+    /// The next report, waited for as the control thread does.
+    fn report(control: &mut ControlPort) -> Report {
+        for _ in 0..50 {
+            control.clear();
+            if let Some(report) = control.receive() {
+                return report;
+            }
+            control.wait(100);
+        }
+        panic!("no report within 5 s");
+    }
+
+    fn snapshot(control: &mut ControlPort) -> Box<crate::stats::Snapshot> {
+        control.send(Command::Snapshot { ticket: 1 }).unwrap();
+        loop {
+            if let Report::Snapshot { snapshot, .. } = report(control) {
+                return snapshot;
+            }
+        }
+    }
+
+    /// Clients of each shard, once there are so many in all.
+    fn spread(hosted: &mut [(ShardThread, ControlPort)], clients: usize) -> Vec<usize> {
+        for _ in 0..500 {
+            let loads: Vec<_> = hosted.iter_mut().map(|(_, control)| snapshot(control).connections).collect();
+            if loads.iter().sum::<usize>() == clients {
+                return loads;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("there are not {clients} clients");
+    }
+
+    #[test]
+    fn shards_share_the_clients_that_one_of_them_accepts() {
+        for sleep in [Sleep::Ring, Sleep::Reactor] {
+            let (address, mut hosted) = neighbourhood(3, &with(sleep));
+            let clients: Vec<_> = (0..150).map(|_| TcpStream::connect(address).unwrap()).collect();
+            let loads = spread(&mut hosted, 150);
+            assert!(loads.iter().all(|load| (45..=55).contains(load)), "{loads:?}");
+            // Served where they were handed to.
+            for mut client in &clients {
+                client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                client.write_all(REQUEST).unwrap();
+            }
+            for mut client in &clients {
+                let mut answer = String::new();
+                client.read_to_string(&mut answer).unwrap();
+                assert_answer(&answer);
+            }
+            drop(clients);
+            spread(&mut hosted, 0);
+            let mut totals = [0; 4];
+            for (_, control) in &mut hosted {
+                let counters = snapshot(control).stats.counters;
+                assert_eq!(counters.accepts + counters.handed_in, counters.handed_away + counters.closes);
+                let more = [counters.accepts, counters.handed_away, counters.handed_in, counters.closes];
+                totals.iter_mut().zip(more).for_each(|(total, more)| *total += more);
+            }
+            assert!(totals[0] == 150 && totals[1] == totals[2] && totals[3] == 150, "{totals:?}");
+            for (_, control) in &mut hosted {
+                control.send(Command::Drain { deadline_ms: 5_000 }).unwrap();
+            }
+            for (thread, mut control) in hosted {
+                assert!(matches!(report(&mut control), Report::Left { forced: 0 }));
+                thread.join().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_shard_that_has_left_is_handed_nothing() {
+        let (address, mut hosted) = neighbourhood(2, &with(Sleep::Ring));
+        let (leaver, mut control) = hosted.pop().unwrap();
+        control.send(Command::Stop).unwrap();
+        assert!(matches!(report(&mut control), Report::Left { .. }));
+        leaver.join().unwrap();
+        let clients: Vec<_> = (0..20).map(|_| TcpStream::connect(address).unwrap()).collect();
+        assert_eq!(spread(&mut hosted, 20), [20]);
+        drop(clients);
+        let (thread, mut control) = hosted.pop().unwrap();
+        // Its neighbour is gone, and so need not be waited for.
+        control.send(Command::Drain { deadline_ms: 60_000 }).unwrap();
+        assert!(matches!(report(&mut control), Report::Left { forced: 0 }));
+        thread.join().unwrap();
+    }
 
     struct Hosted {
         thread: ShardThread,
@@ -380,22 +498,15 @@ mod tests {
                 upstreams: Arc::default(),
                 listeners: vec![listener],
                 port,
+                neighbours: None,
             };
             let mut hosted = Hosted { thread: spawn_with(plan, beside).unwrap(), control, address };
             assert!(matches!(hosted.report(), Report::Started));
             hosted
         }
 
-        /// The next report, waited for as the control thread does.
         fn report(&mut self) -> Report {
-            for _ in 0..50 {
-                self.control.clear();
-                if let Some(report) = self.control.receive() {
-                    return report;
-                }
-                self.control.wait(100);
-            }
-            panic!("no report within 5 s");
+            report(&mut self.control)
         }
 
         /// An answer of the demo model.
@@ -504,6 +615,7 @@ mod tests {
             upstreams: Arc::default(),
             listeners: Vec::new(),
             port,
+            neighbours: None,
         };
         let thread = spawn(plan).unwrap();
         assert!(control.wait(5_000));
@@ -534,6 +646,7 @@ mod tests {
                 upstreams: Arc::default(),
                 listeners: vec![listener],
                 port,
+                neighbours: None,
             };
             let thread = spawn(plan).unwrap();
             assert!(control.wait(5_000));

@@ -76,6 +76,8 @@ pub enum Completion<S, B> {
     AcceptEnded {
         /// Index of the listener.
         listener: usize,
+        /// Which accept.
+        op: OpId,
         /// `None`: a one-shot accept is complete, or a multishot one ended without an error.
         error: Option<Errno>,
     },
@@ -169,6 +171,8 @@ pub enum Confirm {
 pub trait Io: Sized {
     /// A connected socket; copying it copies the name, not the socket.
     type Socket: Copy + Eq + Debug;
+    /// A socket on its way to another shard's `Io`; closed on drop.
+    type Parcel: Debug;
     /// Received bytes in a lent buffer; given back on drop.
     type Buffer: Deref<Target = [u8]> + Debug;
 
@@ -189,10 +193,10 @@ pub trait Io: Sized {
     /// Listeners of this shard.
     fn listeners(&self) -> usize;
 
-    /// Arms accepting on a listener: multishot, or one client only.
+    /// Arms accepting on a listener: multishot, or one client only. Any number of one-shots may be armed at once.
     fn accept(&mut self, listener: usize, multishot: bool) -> OpId;
 
-    /// Closes a listener whose accept is not armed. Connections the kernel has queued on it are lost: accept them first.
+    /// Closes a listener on which no accept is armed. Connections the kernel has queued on it are lost: accept them first.
     fn stop_listening(&mut self, listener: usize);
 
     /// Makes a socket and connects it.
@@ -218,6 +222,13 @@ pub trait Io: Sized {
 
     /// Closes. No operation of the connection may be in flight. The name is void from here on.
     fn close(&mut self, socket: Self::Socket, how: Close);
+
+    /// Gives a socket up for another shard to adopt. No operation of the connection may be in flight. The name is void from
+    /// here on.
+    fn release(&mut self, socket: Self::Socket) -> Self::Parcel;
+
+    /// Takes over a socket that another shard released.
+    fn adopt(&mut self, parcel: Self::Parcel) -> Self::Socket;
 
     /// The peer's address, for logs and `/status`. Costs a syscall: never on the hot path.
     fn peer(&self, socket: Self::Socket) -> Option<SocketAddr>;

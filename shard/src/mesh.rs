@@ -1,13 +1,18 @@
 //! Mailboxes between a shard and the control thread: one bounded lock-free queue each way, and a bell to ring each side.
 //! The shard never waits for the control thread: a report that finds its queue full is dropped and counted.
+//!
+//! And the mesh between shards: a bounded lock-free queue for each ordered pair, and a word in which each tells its load.
+//! Nobody waits for anybody: who finds a queue full keeps what it has.
 
 use crate::settings::UpstreamSet;
 use crate::stats::{Snapshot, StreamRecord};
 use crate::uring::{Bell, EventFd};
+use protocol::limits::HANDED_MAX;
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Commands waiting for one shard.
 pub const COMMANDS_MAX: usize = 256;
@@ -196,6 +201,165 @@ impl ShardPort {
     }
 }
 
+/// A load that takes no clients: not begun, leaving, or gone.
+const CLOSED: u32 = u32::MAX;
+
+/// How many clients a shard has. Written by its owner alone, when one comes or goes, on a cache line of its own (two, which
+/// some CPUs fetch together); read by the others when they accept one.
+#[repr(align(128))]
+#[derive(Debug)]
+struct Load(AtomicU32);
+
+/// One shard's end of the mesh. `T` is what is handed over: a socket on its way.
+#[derive(Debug)]
+pub struct Neighbours<T> {
+    own: usize,
+    loads: Arc<[Load]>,
+    /// What `loads` says of this shard.
+    published: u32,
+    /// By shard; none for itself.
+    outward: Vec<Option<Outward<T>>>,
+    inward: Vec<Consumer<Handed<T>>>,
+    /// Some bell is to be rung.
+    unrung: bool,
+}
+
+/// Something that is handed from shard to shard.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Handed<T> {
+    /// What it is.
+    pub what: T,
+    /// How often it was handed on.
+    pub times: u8,
+}
+
+#[derive(Debug)]
+struct Outward<T> {
+    queue: Producer<Handed<T>>,
+    bell: Arc<Bell>,
+    unrung: bool,
+}
+
+fn on_its_way<T>(queue: &Producer<T>) -> usize {
+    queue.buffer().capacity() - queue.slots()
+}
+
+/// The mesh of the shards whose mailboxes these are, in their order. Each takes clients from its first
+/// [`Neighbours::publish`] on.
+pub fn neighbours<T>(ports: &[ShardPort]) -> Vec<Neighbours<T>> {
+    let shards = ports.len();
+    let room = (HANDED_MAX / shards.saturating_sub(1).max(1)).max(1);
+    let loads: Arc<[Load]> = (0..shards).map(|_| Load(AtomicU32::new(CLOSED))).collect();
+    let mut all: Vec<_> = (0..shards)
+        .map(|own| Neighbours {
+            own,
+            loads: Arc::clone(&loads),
+            published: CLOSED,
+            outward: Vec::with_capacity(shards),
+            inward: Vec::with_capacity(shards),
+            unrung: false,
+        })
+        .collect();
+    for from in 0..shards {
+        for (to, port) in ports.iter().enumerate() {
+            let outward = (from != to).then(|| {
+                let (queue, end) = RingBuffer::new(room);
+                all[to].inward.push(end);
+                Outward { queue, bell: port.bell(), unrung: false }
+            });
+            all[from].outward.push(outward);
+        }
+    }
+    all
+}
+
+impl<T> Neighbours<T> {
+    /// The neighbour with the fewest clients, if it has fewer than `most`, room in its queue, and so many fewer than `own`
+    /// that it should have the next one: more than one, and more than a sixteenth. What is on its way to it counts as its.
+    pub fn emptier(&self, own: usize, most: usize) -> Option<usize> {
+        let shards = self.loads.len();
+        // From the next one on, so that not all prefer the first of equals.
+        let others = (1..shards).map(|step| (self.own + step) % shards);
+        let (least, to) = others
+            .filter_map(|shard| {
+                let load = self.loads[shard].0.load(Ordering::Relaxed);
+                let queue = &self.outward[shard].as_ref()?.queue;
+                (load != CLOSED && !queue.is_full()).then(|| (load as usize + on_its_way(queue), shard))
+            })
+            .min_by_key(|&(load, _)| load)?;
+        (least < most && own > least + 1 + least / 16).then_some(to)
+    }
+
+    /// Hands one over; the neighbour hears of it with the next [`Neighbours::ring`].
+    ///
+    /// # Errors
+    /// Gives it back when there is no room.
+    pub fn hand(&mut self, to: usize, handed: Handed<T>) -> Result<(), Handed<T>> {
+        let Some(outward) = &mut self.outward[to] else { return Err(handed) };
+        (outward.unrung, self.unrung) = (true, true);
+        outward.queue.push(handed).map_err(|PushError::Full(handed)| handed)
+    }
+
+    /// What the next [`Neighbours::take`] gives, unless more is handed over meanwhile.
+    pub fn peek(&self) -> Option<&Handed<T>> {
+        self.inward.iter().find_map(|queue| queue.peek().ok())
+    }
+
+    /// The next of what was handed to this shard.
+    pub fn take(&mut self) -> Option<Handed<T>> {
+        self.inward.iter_mut().find_map(|queue| queue.pop().ok())
+    }
+
+    /// How many this shard handed to others that have not taken them.
+    pub fn on_their_way(&self) -> usize {
+        self.outward.iter().flatten().map(|outward| on_its_way(&outward.queue)).sum()
+    }
+
+    /// How many were handed to this shard and not taken.
+    pub fn waiting(&self) -> usize {
+        self.inward.iter().map(Consumer::slots).sum()
+    }
+
+    /// Tells this shard's clients; `None`: it takes no more, and hands no more over.
+    pub fn publish(&mut self, clients: Option<usize>) {
+        let load = clients.map_or(CLOSED, |clients| u32::try_from(clients).unwrap_or(CLOSED).min(CLOSED - 1));
+        if self.published != load {
+            self.published = load;
+            // Release: who sees `CLOSED` sees whatever was handed over before.
+            self.loads[self.own].0.store(load, Ordering::Release);
+            if load == CLOSED {
+                // Who waits for it hears it.
+                self.unrung = true;
+                self.outward.iter_mut().flatten().for_each(|outward| outward.unrung = true);
+            }
+        }
+    }
+
+    /// Rings whom something was handed to since the last call.
+    pub fn ring(&mut self) {
+        if std::mem::take(&mut self.unrung) {
+            for outward in self.outward.iter_mut().flatten() {
+                if std::mem::take(&mut outward.unrung) {
+                    outward.bell.ring();
+                }
+            }
+        }
+    }
+
+    /// Every neighbour has said that it hands no more over, so that what is waiting now is all.
+    pub fn hand_no_more(&self) -> bool {
+        let mut loads = self.loads.iter().enumerate().filter(|(shard, _)| *shard != self.own);
+        loads.all(|(_, load)| load.0.load(Ordering::Acquire) == CLOSED)
+    }
+}
+
+impl<T> Drop for Neighbours<T> {
+    fn drop(&mut self) {
+        self.publish(None);
+        self.ring();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,5 +414,78 @@ mod tests {
         let (control, shard) = mailbox().unwrap();
         drop(control);
         assert!(shard.is_abandoned());
+    }
+
+    fn once(what: u32) -> Handed<u32> {
+        Handed { what, times: 1 }
+    }
+
+    fn mesh(shards: usize) -> Vec<Neighbours<u32>> {
+        let ports: Vec<_> = (0..shards).map(|_| mailbox().unwrap().1).collect();
+        neighbours(&ports)
+    }
+
+    #[test]
+    fn the_least_loaded_neighbour_is_found_and_what_is_on_its_way_counts() {
+        let mut mesh = mesh(3);
+        assert_eq!(mesh[0].emptier(100, 1000), None, "nobody has begun");
+        mesh[1].publish(Some(7));
+        mesh[2].publish(Some(5));
+        assert_eq!(mesh[0].emptier(100, 1000), Some(2));
+        assert_eq!(mesh[0].emptier(6, 1000), None, "one more is no more than its share");
+        assert_eq!(mesh[0].emptier(7, 1000), Some(2));
+        assert_eq!(mesh[0].emptier(100, 5), None, "it has no free slot");
+        for what in 0..3 {
+            mesh[0].hand(2, once(what)).unwrap();
+        }
+        assert_eq!(mesh[0].emptier(100, 1000), Some(1));
+        assert_eq!((mesh[0].on_their_way(), mesh[2].waiting()), (3, 3));
+        assert_eq!([(); 4].map(|()| mesh[2].take()), [Some(once(0)), Some(once(1)), Some(once(2)), None]);
+        assert_eq!((mesh[0].on_their_way(), mesh[2].waiting()), (0, 0));
+        assert_eq!(mesh[0].emptier(100, 1000), Some(2));
+    }
+
+    #[test]
+    fn a_difference_of_a_sixteenth_is_left_alone() {
+        let mut mesh = mesh(2);
+        mesh[1].publish(Some(1600));
+        assert_eq!(mesh[0].emptier(1701, 10_000), None);
+        assert_eq!(mesh[0].emptier(1702, 10_000), Some(1));
+    }
+
+    #[test]
+    fn a_full_queue_gives_back_and_is_not_chosen() {
+        let mut mesh = mesh(2);
+        mesh[1].publish(Some(0));
+        for what in 0..HANDED_MAX as u32 {
+            assert_eq!(mesh[0].emptier(100_000, 100_000), Some(1));
+            mesh[0].hand(1, once(what)).unwrap();
+        }
+        assert_eq!(mesh[0].emptier(100_000, 100_000), None);
+        assert_eq!(mesh[0].hand(1, once(999)), Err(once(999)));
+    }
+
+    #[test]
+    fn the_room_for_what_is_handed_to_a_shard_does_not_grow_with_the_shards() {
+        for shards in [3, 10, 40] {
+            let mesh = mesh(shards);
+            let room: usize = mesh[0].inward.iter().map(|queue| queue.buffer().capacity()).sum();
+            assert!((HANDED_MAX / 2..=HANDED_MAX).contains(&room), "{room} for {shards} shards");
+        }
+    }
+
+    #[test]
+    fn who_leaves_takes_no_more_and_what_it_handed_over_before_is_seen() {
+        let mut mesh = mesh(2);
+        let mut leaving = mesh.remove(1);
+        mesh[0].publish(Some(50));
+        leaving.publish(Some(1));
+        assert_eq!(mesh[0].emptier(50, 1000), Some(1));
+        assert!(!mesh[0].hand_no_more());
+        leaving.hand(0, once(5)).unwrap();
+        drop(leaving);
+        assert_eq!(mesh[0].emptier(50, 1000), None);
+        assert!(mesh[0].hand_no_more());
+        assert_eq!((mesh[0].take(), mesh[0].take()), (Some(once(5)), None));
     }
 }

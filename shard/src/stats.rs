@@ -22,8 +22,14 @@ macro_rules! counters {
 counters! {
     /// Client connections accepted.
     accepts => "tokenring_accepts_total",
-    /// Times the accept was disarmed because no connection slot was free.
+    /// Times accepting was suspended because no connection slot was free.
     accept_pauses => "tokenring_accept_pauses_total",
+    /// Client connections that came after the last free slot and were made to wait for the next.
+    accept_parks => "tokenring_accept_parks_total",
+    /// Client connections handed to a shard with fewer.
+    handed_away => "tokenring_handed_away_total",
+    /// Client connections taken over from a shard with more.
+    handed_in => "tokenring_handed_in_total",
     /// Accepts that failed (no descriptors, no memory).
     accept_errors => "tokenring_accept_errors_total",
     /// Client connections closed.
@@ -165,6 +171,8 @@ pub struct Snapshot {
     pub stats: Stats,
     /// Client connections open.
     pub connections: usize,
+    /// Client connections accepted that wait for a slot; not among `connections`.
+    pub parked: usize,
     /// Backend connections open, pooled ones included.
     pub upstream_connections: usize,
     /// Streams in each phase, in order of [`Phase::ALL`].

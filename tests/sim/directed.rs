@@ -654,7 +654,7 @@ fn a_watch_that_ended_with_a_fin_is_armed_again() {
 
 #[test]
 fn slots_bound_the_clients_and_the_queue_waits() {
-    for listeners in [1, 2] {
+    for listeners in [1, 2, 3] {
         let mut settings = settings();
         (settings.connections_max, settings.backlog) = (2, 100);
         let mut sim = Sim::with_listeners(11, settings, vec![BackendHost::new(0)], listeners);
@@ -664,12 +664,81 @@ fn slots_bound_the_clients_and_the_queue_waits() {
         }
         for _ in 0..500 {
             sim.run_ms(1);
-            assert!(sim.shard.population().0 < 2 + listeners);
+            assert!(sim.shard.population().0 <= 2);
+            assert!(sim.shard.snapshot().parked < listeners);
         }
         let finished = sim.finish();
         assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));
         assert!(finished.sim.shard.stats().counters.accept_pauses > 0);
+        assert_eq!(finished.sim.shard.stats().counters.accept_parks > 0, listeners > 2);
     }
+}
+
+#[test]
+fn a_burst_is_accepted_in_few_turns_however_few_slots_there_are() {
+    let mut settings = settings();
+    (settings.connections_max, settings.backlog) = (120, 200);
+    let mut sim = Sim::with_listeners(11, settings, vec![BackendHost::new(0)], 1);
+    for _ in 0..200 {
+        let id = sim.exchange(chat(), Answer { head_delay_us: 5_000_000, ..Answer::events(2) });
+        sim.client(ClientPlan::new(&[id]));
+    }
+    // They connect while the shard looks elsewhere.
+    sim.world().pass(10);
+    let before = sim.shard.stats().counters.turns;
+    while sim.shard.population().0 < 120 {
+        sim.run_ms(1);
+    }
+    let turns = sim.shard.stats().counters.turns - before;
+    assert!(turns < 20, "{turns} turns for 120 clients");
+    let finished = sim.finish();
+    assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));
+}
+
+#[test]
+fn a_multishot_accept_never_brings_more_than_there_are_slots() {
+    let mut settings = settings();
+    // 256 completions fit into the ring: above that, the accept is multishot.
+    (settings.connections_max, settings.backlog) = (300, 400);
+    let mut sim = Sim::with_listeners(11, settings, vec![BackendHost::new(0)], 1);
+    sim.world().faults.cancel_late_us = 3_000;
+    for _ in 0..400 {
+        let id = sim.exchange(chat(), Answer { head_delay_us: 50_000, ..Answer::events(2) });
+        sim.client(ClientPlan::new(&[id]));
+    }
+    let finished = sim.finish();
+    assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));
+    assert!(finished.sim.shard.stats().counters.accept_errors == 0);
+}
+
+// ---- sharing with other shards
+
+#[test]
+fn clients_beyond_the_share_are_handed_to_a_neighbour_and_those_it_hands_over_are_served() {
+    for connections_max in [1000, 4] {
+        let mut sim = sim_with(|settings| settings.connections_max = connections_max).beside_a_mirror();
+        for _ in 0..30 {
+            sim.ask(chat(), Answer { head_delay_us: 100_000, ..Answer::events(3) });
+        }
+        for _ in 0..500 {
+            sim.run_ms(1);
+            assert!(sim.shard.population().0 <= connections_max);
+        }
+        let finished = sim.finish();
+        assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));
+        let counters = &finished.sim.shard.stats().counters;
+        assert_eq!(counters.accepts, 30);
+        assert_eq!(counters.handed_away, counters.handed_in);
+        assert!(counters.handed_away > 0, "{counters:?}");
+    }
+}
+
+#[test]
+fn a_shard_alone_with_its_share_keeps_its_clients() {
+    let mut sim = calm().beside_a_mirror();
+    sim.ask(chat(), Answer::events(3));
+    let finished = sim.finish();
+    assert_eq!(finished.sim.shard.stats().counters.handed_away, 0);
 }
 
 #[test]
@@ -768,11 +837,12 @@ fn a_body_that_only_fin_ends_is_not_ended_by_fin_when_the_shard_stops() {
 
 #[test]
 fn a_drain_accepts_what_the_kernel_has_queued() {
-    for (accept_error, connections_max) in [(0, 1000), (0, 3), (500, 1000)] {
-        let mut sim = sim_with(|settings| {
-            settings.backlog = 64;
-            settings.connections_max = connections_max;
-        });
+    for (accept_error, connections_max, listeners) in
+        [(0, 1000, 1), (0, 3, 1), (500, 1000, 1), (0, 3, 3), (500, 3, 2)]
+    {
+        let mut settings = settings();
+        (settings.backlog, settings.connections_max) = (64, connections_max);
+        let mut sim = Sim::with_listeners(7, settings, vec![BackendHost::new(0)], listeners);
         sim.world().faults.accept_error = accept_error;
         for _ in 0..30 {
             sim.ask(chat(), Answer { head_delay_us: 100_000, ..Answer::events(3) });
@@ -799,4 +869,37 @@ fn an_idle_shard_drains_at_once_and_leaves_no_timer() {
     assert_eq!(sim.shard.population(), (0, 0, 0, 0));
     sim.settle();
     assert_eq!(sim.check().outcomes[0][0], Outcome::Complete);
+}
+
+#[test]
+fn a_stop_resets_the_clients_that_wait_for_a_slot() {
+    let mut settings = settings();
+    (settings.backlog, settings.connections_max) = (64, 1);
+    let mut sim = Sim::with_listeners(7, settings, vec![BackendHost::new(0)], 3);
+    sim.lenience.impatient = true;
+    for _ in 0..10 {
+        sim.ask(chat(), Answer { head_delay_us: 10_000_000, ..Answer::events(3) });
+    }
+    sim.run_ms(500);
+    assert!(sim.shard.snapshot().parked > 0);
+    sim.stop();
+    assert_eq!(sim.shard.snapshot().parked, 0);
+    leave(sim);
+}
+
+#[test]
+fn a_shard_does_not_leave_before_its_neighbour_has_stopped_handing_over() {
+    let mut sim = sim_with(|settings| settings.backlog = 64).beside_a_mirror();
+    for _ in 0..30 {
+        sim.ask(chat(), Answer { head_delay_us: 100_000, ..Answer::events(3) });
+    }
+    // Some are with the neighbour when the drain begins.
+    sim.world().pass(10);
+    while sim.shard.stats().counters.handed_away == 0 {
+        sim.run_ms(1);
+    }
+    sim.drain(60_000);
+    let finished = leave(sim);
+    assert!(finished.outcomes.iter().all(|outcomes| outcomes[0] == Outcome::Complete));
+    assert!(finished.sim.shard.stats().counters.handed_in > 0);
 }

@@ -51,6 +51,7 @@ pub(crate) struct SimIo(pub(crate) Rc<RefCell<World>>);
 
 impl Io for SimIo {
     type Socket = SimSocket;
+    type Parcel = SimSocket;
     type Buffer = SimBuffer;
 
     fn now_us(&self) -> u64 {
@@ -101,6 +102,16 @@ impl Io for SimIo {
 
     fn close(&mut self, socket: SimSocket, how: Close) {
         self.0.borrow_mut().close(socket.0 as usize, how);
+    }
+
+    fn release(&mut self, socket: SimSocket) -> SimSocket {
+        self.0.borrow_mut().release(socket.0 as usize);
+        socket
+    }
+
+    fn adopt(&mut self, socket: SimSocket) -> SimSocket {
+        self.0.borrow_mut().adopt(socket.0 as usize);
+        socket
     }
 
     fn acknowledged(&self, socket: SimSocket) -> Option<u64> {

@@ -2,7 +2,7 @@
 
 use crate::backend::BackendHost;
 use crate::client::{Client, ClientPlan, Ended, How, Pace};
-use crate::io::SimIo;
+use crate::io::{SimIo, SimSocket};
 use crate::minimise::{TURNS, TURNS_OF_A_RUN};
 use crate::plan::{Answer, Exchange, Fault, Method, Request};
 use crate::reader::{Message, read_events};
@@ -13,7 +13,7 @@ use protocol::http::HeadLimits;
 use protocol::limits::INTERIM_RESPONSES_MAX;
 use protocol::phase::{Deadlines, End};
 use shard::core::{Shard, Sleepy};
-use shard::mesh::{Command, Report};
+use shard::mesh::{Command, Neighbours, Report, mailbox, neighbours};
 use shard::settings::{HalfClose, Route, Settings, Sleep};
 use shard::stats::StreamRecord;
 use std::cell::{RefCell, RefMut};
@@ -99,6 +99,8 @@ pub(crate) struct Sim {
     pub(crate) lenience: Lenience,
     pub(crate) records: Vec<StreamRecord>,
     pub(crate) forced: Option<u64>,
+    /// A shard that always has fewer clients, and hands on to this one whatever it is given.
+    mirror: Option<Neighbours<SimSocket>>,
     /// Reports for which there was no room: records, and snapshots.
     records_dropped: u64,
     snapshots_dropped: u64,
@@ -156,6 +158,7 @@ impl Sim {
             lenience: Lenience::default(),
             records: Vec::new(),
             forced: None,
+            mirror: None,
             records_dropped: 0,
             snapshots_dropped: 0,
             snapshots: 0,
@@ -163,6 +166,35 @@ impl Sim {
             lag_max: 0,
             log_bytes_max: 0,
             streams_max: 0,
+        }
+    }
+
+    /// With a neighbour that gives back whatever it is handed.
+    pub(crate) fn beside_a_mirror(mut self) -> Self {
+        let ports: Vec<_> = (0..2).filter_map(|_| Some(mailbox().ok()?.1)).collect();
+        let mut ends = neighbours(&ports).into_iter();
+        if let (Some(own), Some(mut mirror)) = (ends.next(), ends.next()) {
+            mirror.publish(Some(0));
+            self.shard.meet(own);
+            self.mirror = Some(mirror);
+        }
+        self
+    }
+
+    fn reflect(&mut self) {
+        let Some(mirror) = &mut self.mirror else { return };
+        let mut rings = false;
+        while let Some(socket) = mirror.take() {
+            assert!(mirror.hand(0, socket).is_ok(), "there is room for what was given");
+            rings = true;
+        }
+        if mirror.hand_no_more() {
+            // The shard leaves, and so does this one.
+            rings = true;
+            self.mirror = None;
+        }
+        if rings {
+            self.world().ring();
         }
     }
 
@@ -211,6 +243,7 @@ impl Sim {
         while let Some(report) = self.shard.next_report() {
             self.report(report);
         }
+        self.reflect();
         if self.turns.is_multiple_of(128) {
             self.check_memory();
         }
@@ -382,7 +415,8 @@ impl Sim {
         assert_eq!(counters.records_dropped, dropped, "reports that found no room");
         let tickets = self.world.borrow().control.tickets;
         assert_eq!(self.snapshots + self.snapshots_dropped, tickets, "every question is answered");
-        assert_eq!(counters.accepts, counters.closes, "every client that was accepted was closed");
+        let taken = counters.accepts + counters.handed_in - counters.handed_away;
+        assert_eq!(taken, counters.closes, "every client that was taken was closed");
         let mut outcomes = Vec::new();
         for index in 0..self.world.borrow().clients.len() {
             outcomes.push(self.check_client(index));

@@ -11,6 +11,7 @@ mod backend;
 mod message;
 mod peer;
 mod server;
+mod shards;
 mod sse;
 
 mod abuse;

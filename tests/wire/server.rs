@@ -108,6 +108,11 @@ impl Server {
         samples.filter_map(|(name, value)| Some((name.to_owned(), value.parse().ok()?))).collect()
     }
 
+    /// One sample, by its name with labels.
+    pub(crate) fn metric(&self, sample: &str) -> Option<f64> {
+        self.metrics().get(sample).copied()
+    }
+
     /// The sum of a metric over its labels.
     pub(crate) fn count(&self, name: &str) -> u64 {
         let metrics = self.metrics();

@@ -69,6 +69,7 @@ families! {
     DURATION = "tokenring_stream_duration_seconds", Kind::Histogram(DURATION_S), ["shard"], "From the complete request to the last byte delivered.";
     TURN = "tokenring_turn_seconds", Kind::Histogram(TURN_S), ["shard"], "Work of one turn of a shard's loop, sleep excluded.";
     CONNECTIONS = "tokenring_connections", Kind::Gauge, ["shard"], "Client connections open.";
+    PARKED = "tokenring_parked_connections", Kind::Gauge, ["shard"], "Client connections accepted that wait for a slot.";
     CONNECTIONS_MAX = "tokenring_connections_max", Kind::Gauge, ["shard"], "Client connections the shard takes (conns_max).";
     UPSTREAM_CONNECTIONS = "tokenring_upstream_connections", Kind::Gauge, ["shard"], "Backend connections open, pooled ones included.";
     IN_FLIGHT = "tokenring_in_flight_bytes", Kind::Gauge, ["shard"], "Bytes lent to the kernel and not yet completed.";

@@ -36,6 +36,7 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     page.histogram(&families::TURN, view, |snapshot| &snapshot.stats.histograms.turn_us);
 
     page.per_shard(&families::CONNECTIONS, view, |snapshot| snapshot.connections as u64);
+    page.per_shard(&families::PARKED, view, |snapshot| snapshot.parked as u64);
     let connections_max = view.fixed.plan.settings.connections_max as u64;
     page.per_shard(&families::CONNECTIONS_MAX, view, |_| connections_max);
     page.per_shard(&families::UPSTREAM_CONNECTIONS, view, |snapshot| snapshot.upstream_connections as u64);

@@ -63,6 +63,7 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
         "cpu": cpu,
         "state": if snapshot.draining { "draining" } else { "serving" },
         "connections": snapshot.connections,
+        "parked": snapshot.parked,
         "connections_max": plan.settings.connections_max,
         "upstream_connections": snapshot.upstream_connections,
         "streams": phases(&[snapshot]),

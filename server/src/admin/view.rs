@@ -124,6 +124,7 @@ pub(crate) mod tests {
             shard,
             stats,
             connections: 3,
+            parked: 1,
             upstream_connections: 1,
             phases,
             in_flight_bytes: 10,

@@ -390,11 +390,11 @@ pub(crate) mod tests {
     fn defaults_derive_from_the_machine() {
         let values = load_with(&[], &[], "").unwrap().values;
         assert_eq!(values.integer(&table::SHARDS), 4);
-        // (20000 - 128 - 4 * 16) / (2 * 4)
-        assert_eq!(values.integer(&table::CONNS_MAX), 2476);
+        // (20000 - 128 - 4 * (16 + 64)) / (2 * 4)
+        assert_eq!(values.integer(&table::CONNS_MAX), 2444);
         let values = load_with(&[("cpus", "0-1"), ("upstream", "http://a")], &[], "").unwrap().values;
         assert_eq!(values.integer(&table::SHARDS), 2);
-        assert_eq!(values.integer(&table::CONNS_MAX), (20_000 - 128 - 32 - 2 * 64) / 4);
+        assert_eq!(values.integer(&table::CONNS_MAX), (20_000 - 128 - 2 * (16 + 64) - 2 * 64) / 4);
     }
 
     #[test]
@@ -417,7 +417,7 @@ pub(crate) mod tests {
         assert!(error(&[("cpus", "0,9")]).contains("may not run on CPU 9; it may use 0-3"));
         assert!(error(&[("cpus", "0"), ("shards", "2")]).contains("must not exceed the 1 of cpus"));
         assert!(
-            error(&[("conns-max", "5000")]).contains("lower conns_max to 2476"),
+            error(&[("conns-max", "5000")]).contains("lower conns_max to 2444"),
             "{}",
             error(&[("conns-max", "5000")])
         );

@@ -9,12 +9,15 @@ pub(crate) mod plan;
 pub(crate) mod table;
 pub(crate) mod value;
 
+use protocol::limits::ACCEPTS_ARMED_MAX;
 use std::fmt;
 
 /// Descriptors of the process that belong to no connection: listeners, logs, admin clients, DNS, eventfds.
 const DESCRIPTORS_RESERVED: u64 = 128;
 /// Descriptors of one shard that belong to no connection: its rings, eventfds and listeners.
 const DESCRIPTORS_PER_SHARD: u64 = 16;
+/// More of them with several shards: clients that it accepts while others are handed to it.
+const DESCRIPTORS_PARKED: u64 = ACCEPTS_ARMED_MAX as u64;
 /// Descriptors of one relayed client: its own socket and its backend's.
 pub(crate) const DESCRIPTORS_PER_CLIENT: u64 = 2;
 /// Below this many connections per shard a server is of no use; the default never goes lower, the check then complains.
@@ -77,6 +80,12 @@ pub(crate) struct Machine {
     pub(crate) memory: u64,
 }
 
+/// Descriptors that are neither a client's nor its backend's.
+pub(crate) fn descriptors_elsewhere(shards: u64) -> u64 {
+    let parked = if shards > 1 { DESCRIPTORS_PARKED } else { 0 };
+    DESCRIPTORS_RESERVED + shards * (DESCRIPTORS_PER_SHARD + parked)
+}
+
 impl Machine {
     pub(crate) fn detect() -> Self {
         let mut cpus: Vec<usize> =
@@ -105,6 +114,6 @@ impl Machine {
 
     /// Descriptors left for connections of all shards together.
     pub(crate) fn left_for_connections(&self, shards: u64) -> u64 {
-        self.descriptors.saturating_sub(DESCRIPTORS_RESERVED + shards * DESCRIPTORS_PER_SHARD)
+        self.descriptors.saturating_sub(descriptors_elsewhere(shards))
     }
 }

@@ -1,29 +1,38 @@
-//! Accepting clients against slot permits, and leaving: drain and stop.
+//! Accepting clients against slot permits, sharing them out between shards, and leaving: drain and stop.
 //!
-//! A permit is a free client slot. While there are more permits than twice what the kernel's backlogs can hold, the accept is
-//! multishot and cannot overrun them; with fewer it accepts one at a time; with none it is disarmed and the backlog waits.
+//! A permit is a free client slot. With more permits than a turn can bring clients, the accept is multishot. With fewer, as
+//! many one-shot accepts are armed as there are permits; with none all are cancelled and the kernel's backlog waits. What
+//! comes all the same (from a listener whose cancel was late, or from a neighbour) is parked: it is served before the backlog
+//! is.
 
 use super::conn::{Client, Conn, Role, State};
 use super::{Leaving, Shard, TimerOf};
 use crate::io::{Close, Errno, Io, OpId};
-use crate::mesh::Report;
-use protocol::limits::{ACCEPT_RETRY_MS, DRAIN_FRESH_MS, STOP_FLUSH_MS};
+use crate::mesh::{Handed, Neighbours, Report};
+use protocol::limits::{
+    ACCEPT_RETRY_MS, ACCEPTS_ARMED_MAX, COMPLETIONS_PER_ENTRY, DRAIN_FRESH_MS, HANDED_MAX, HANDED_ON_MAX,
+    STOP_FLUSH_MS,
+};
 use protocol::phase::End;
 use protocol::planted::{Bug, is_planted};
 
-/// The accept of one listener.
+/// The accepts of one listener.
 #[derive(Default, Debug)]
 pub(super) struct Acceptor {
-    armed: Option<(OpId, Multishot)>,
-    /// Waits for the retry timer after an error.
+    /// In flight: one multishot, or any number of one-shots.
+    armed: Vec<OpId>,
+    multishot: bool,
+    /// All of them are being cancelled.
+    cancelled: bool,
+    /// Waits for the retry timer, after an error or for clients on their way to neighbours.
     resting: bool,
     paused: bool,
-    /// Clients were accepted, or the accept was armed, since the drain's last look; the queue is empty after a turn
+    /// Clients were accepted, or an accept was armed, since the drain's last look; the queue is empty after a turn
     /// without either.
     accepted_in_turn: bool,
     /// The listener is closed.
     closed: bool,
-    /// Draining: its accept has been cancelled, because a whole turn brought no client.
+    /// Draining: its accepts have been cancelled, because a whole turn brought no client.
     closing: bool,
 }
 
@@ -34,49 +43,77 @@ impl Acceptor {
 
     /// Accepts, or has a reason not to that is not the number of clients.
     pub(super) fn is_at_work(&self) -> bool {
-        self.armed.is_some() || self.resting || self.closed || self.closing
+        !self.armed.is_empty() || self.resting || self.closed || self.closing
+    }
+
+    fn cancel(&mut self, io: &mut impl Io) {
+        if !std::mem::replace(&mut self.cancelled, true) {
+            for &op in &self.armed {
+                io.cancel(op);
+            }
+        }
+    }
+
+    fn arm(&mut self, io: &mut impl Io, listener: usize, multishot: bool) {
+        self.armed.push(io.accept(listener, multishot));
+        self.multishot = multishot;
+        // What is queued is brought in the next turn at the earliest: a drain must not take this one for empty.
+        self.accepted_in_turn = true;
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Multishot {
-    Yes,
-    No,
-    /// Being cancelled.
-    Cancelled,
-}
-
 impl<I: Io> Shard<I> {
+    /// Free client slots. A client keeps the permit it was accepted by until the neighbour it was handed to has taken it: a
+    /// neighbour takes it only when it has a permit itself.
     fn permits(&self) -> usize {
-        self.settings.connections_max.saturating_sub(self.clients)
+        let handed = self.neighbours.as_ref().map_or(0, Neighbours::on_their_way);
+        self.settings.connections_max.saturating_sub(self.clients + handed)
     }
 
     /// Arms, disarms or leaves alone, as the permits say.
     pub(super) fn follow_accept(&mut self, listener: usize) {
         let permits = self.permits();
-        // Until a cancel takes effect every listener may bring its queue, and what has filled it again.
-        let plenty = permits > 2 * self.settings.backlog as usize * self.acceptors.len();
-        let acceptor = &mut self.acceptors[listener];
+        // A multishot takes all that is queued, and what has filled the queue again, until the completion queue is full;
+        // nothing can cancel it meanwhile.
+        let handed_in = if self.neighbours.is_some() { HANDED_MAX } else { 0 };
+        let plenty = permits > (self.settings.ring_depth * COMPLETIONS_PER_ENTRY) as usize + handed_in;
+        // Each listener waits with one accept for the last slot, or one of them might wait forever for a client while the
+        // others' queue.
+        let share = (permits.min(ACCEPTS_ARMED_MAX) / self.acceptors.len()).max(1);
+        let (io, acceptor) = (&mut self.io, &mut self.acceptors[listener]);
         if acceptor.closed || acceptor.resting || acceptor.closing {
             return;
         }
-        match acceptor.armed {
-            Some((op, Multishot::Yes)) if !plenty => {
-                acceptor.armed = Some((op, Multishot::Cancelled));
-                self.io.cancel(op);
+        if permits == 0 {
+            acceptor.cancel(io);
+            if self.clients < self.settings.connections_max {
+                // Nobody tells when those on their way have arrived.
+                acceptor.resting = true;
+                self.wheel.insert(self.now_us / 1000 + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener));
+                return;
             }
-            None if permits > 0 => {
-                acceptor.paused = false;
-                let kind = if plenty { Multishot::Yes } else { Multishot::No };
-                acceptor.armed = Some((self.io.accept(listener, plenty), kind));
-                // What is queued is brought in the next turn at the earliest: a drain must not take this one for empty.
-                acceptor.accepted_in_turn = true;
-            }
-            None if !acceptor.paused => {
-                acceptor.paused = true;
+            if !std::mem::replace(&mut acceptor.paused, true) {
                 self.stats.counters.accept_pauses += 1;
             }
-            _ => {}
+            return;
+        }
+        acceptor.paused = false;
+        if acceptor.armed.is_empty() {
+            acceptor.cancelled = false;
+            if plenty {
+                return acceptor.arm(io, listener, true);
+            }
+        }
+        if acceptor.cancelled {
+            // Armed anew when the last of them has ended.
+        } else if acceptor.multishot && !acceptor.armed.is_empty() {
+            if !plenty {
+                acceptor.cancel(io);
+            }
+        } else if !plenty {
+            while acceptor.armed.len() < share {
+                acceptor.arm(io, listener, false);
+            }
         }
     }
 
@@ -89,14 +126,107 @@ impl<I: Io> Shard<I> {
     pub(super) fn accepted(&mut self, listener: usize, socket: I::Socket) {
         self.acceptors[listener].accepted_in_turn = true;
         self.stats.counters.accepts += 1;
-        // Each listener waits with one accept for the last slot, or one of them might wait forever for a client while the
-        // others' queue; so there may be as many clients too many as there are other listeners.
-        if self.clients >= self.settings.connections_max + self.acceptors.len() - 1 {
-            // Only an accept that was cancelled too late can bring one more.
-            self.io.close(socket, Close::Reset);
-            self.stats.counters.accept_errors += 1;
-            return;
+        if let Some(socket) = self.hand_away(socket) {
+            self.take_in(socket);
         }
+        if self.permits() == 0 {
+            self.follow_accepts();
+        } else {
+            self.follow_accept(listener);
+        }
+    }
+
+    /// Clients of this shard: served, parked, and handed to it but not taken yet.
+    fn load(&self) -> usize {
+        let handed = self.neighbours.as_ref().map_or(0, Neighbours::waiting);
+        self.clients + self.parked.len() + handed
+    }
+
+    /// Hands a client just accepted to a neighbour, if this shard has more than its share; gives it back if not.
+    fn hand_away(&mut self, socket: I::Socket) -> Option<I::Socket> {
+        let with_it = self.load() + 1;
+        let (Leaving::No, Some(neighbours)) = (self.leaving, &mut self.neighbours) else {
+            return Some(socket);
+        };
+        let Some(to) = neighbours.emptier(with_it, self.settings.connections_max) else {
+            return Some(socket);
+        };
+        match neighbours.hand(to, Handed { what: self.io.release(socket), times: 1 }) {
+            Ok(()) => {
+                self.stats.counters.handed_away += 1;
+                None
+            }
+            Err(handed) => Some(self.io.adopt(handed.what)),
+        }
+    }
+
+    /// Takes in what neighbours have handed over, or hands it on, as far as there are permits here or there.
+    pub(super) fn take_handed(&mut self) {
+        for _ in 0..HANDED_MAX {
+            let load = self.load();
+            let Some(neighbours) = &mut self.neighbours else { return };
+            let Some(times) = neighbours.peek().map(|handed| handed.times) else { break };
+            let may_go_on = self.leaving == Leaving::No && times < HANDED_ON_MAX;
+            let most = self.settings.connections_max;
+            let onward = if may_go_on { neighbours.emptier(load, most) } else { None };
+            if onward.is_none() && self.permits() == 0 {
+                break;
+            }
+            let Some(mut handed) = self.next_handed() else { break };
+            if let (Some(to), Some(neighbours)) = (onward, &mut self.neighbours) {
+                handed.times = handed.times.saturating_add(1);
+                match neighbours.hand(to, handed) {
+                    Ok(()) => {
+                        self.stats.counters.handed_away += 1;
+                        continue;
+                    }
+                    Err(back) => handed = back,
+                }
+            }
+            let socket = self.io.adopt(handed.what);
+            self.take_in(socket);
+        }
+        if self.permits() == 0 {
+            self.follow_accepts();
+        }
+    }
+
+    fn next_handed(&mut self) -> Option<Handed<I::Parcel>> {
+        let handed = self.neighbours.as_mut()?.take()?;
+        self.stats.counters.handed_in += 1;
+        Some(handed)
+    }
+
+    /// Neighbours see the load at once.
+    pub(super) fn publish_load(&mut self) {
+        let load = (self.leaving == Leaving::No).then_some(self.clients + self.parked.len());
+        if let Some(neighbours) = &mut self.neighbours {
+            neighbours.publish(load);
+        }
+    }
+
+    /// Neighbours hear once per turn of what was handed to them.
+    pub(super) fn ring_neighbours(&mut self) {
+        if let Some(neighbours) = &mut self.neighbours {
+            neighbours.ring();
+        }
+    }
+
+    /// Serves a client, or parks it until a slot is free.
+    fn take_in(&mut self, socket: I::Socket) {
+        if self.permits() > 0 {
+            self.serve(socket);
+        } else if matches!(self.leaving, Leaving::Stopping { .. }) {
+            self.io.close(socket, Close::Reset);
+            self.stats.counters.closes += 1;
+        } else {
+            self.stats.counters.accept_parks += 1;
+            self.parked.push_back(socket);
+            self.publish_load();
+        }
+    }
+
+    fn serve(&mut self, socket: I::Socket) {
         let mut conn = Conn::new(socket, Role::Client(Client::default()));
         conn.due_ms = self.now_ms() + u64::from(self.idle_ms());
         if self.leaving != Leaving::No {
@@ -106,12 +236,38 @@ impl<I: Io> Shard<I> {
         match self.conns.insert(conn) {
             Ok(key) => {
                 self.clients += 1;
+                self.publish_load();
                 self.follow_receive(key);
                 self.follow_conn_timer(key);
             }
-            Err(conn) => self.io.close(conn.socket, Close::Reset),
+            Err(conn) => {
+                self.io.close(conn.socket, Close::Reset);
+                self.stats.counters.closes += 1;
+            }
         }
-        self.follow_accept(listener);
+    }
+
+    /// Those that wait for a slot, in their order: parked ones, then those that neighbours have handed over.
+    pub(super) fn serve_waiting(&mut self) {
+        while self.permits() > 0
+            && let Some(socket) = self.parked.pop_front()
+        {
+            self.serve(socket);
+        }
+        if self.parked.is_empty() {
+            self.take_handed();
+        }
+    }
+
+    /// What the kernel does with the clients in its backlog when their listener is closed.
+    fn reset_waiting(&mut self) {
+        while let Some(handed) = self.next_handed() {
+            self.parked.push_back(self.io.adopt(handed.what));
+        }
+        for socket in std::mem::take(&mut self.parked) {
+            self.io.close(socket, Close::Reset);
+            self.stats.counters.closes += 1;
+        }
     }
 
     /// Before a request's head is known, the last route (which matches everything) says how long a client may idle.
@@ -122,19 +278,24 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    pub(super) fn accept_ended(&mut self, listener: usize, error: Option<Errno>) {
+    pub(super) fn accept_ended(&mut self, listener: usize, op: OpId, error: Option<Errno>) {
         let now_ms = self.now_ms();
         let acceptor = &mut self.acceptors[listener];
-        acceptor.armed = None;
+        acceptor.armed.retain(|&armed| armed != op);
         if acceptor.closing {
-            acceptor.closed = true;
-            self.io.stop_listening(listener);
+            if acceptor.armed.is_empty() {
+                acceptor.closed = true;
+                self.io.stop_listening(listener);
+            }
             return;
         }
         if error.is_some_and(|error| error != Errno::CANCELED) {
             self.stats.counters.accept_errors += 1;
-            acceptor.resting = true;
-            self.wheel.insert(now_ms + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener));
+            // The others would fail alike.
+            acceptor.cancel(&mut self.io);
+            if !std::mem::replace(&mut acceptor.resting, true) {
+                self.wheel.insert(now_ms + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener));
+            }
             return;
         }
         self.follow_accept(listener);
@@ -142,6 +303,7 @@ impl<I: Io> Shard<I> {
 
     pub(super) fn accept_rested(&mut self, listener: usize) {
         self.acceptors[listener].resting = false;
+        self.serve_waiting();
         self.follow_accept(listener);
     }
 
@@ -150,6 +312,8 @@ impl<I: Io> Shard<I> {
         self.clients -= 1;
         self.stats.counters.closes += 1;
         if !is_planted(Bug::ForgottenAccept) {
+            self.serve_waiting();
+            self.publish_load();
             self.follow_accepts();
         }
     }
@@ -161,6 +325,8 @@ impl<I: Io> Shard<I> {
             Leaving::Stopping { .. } => return,
             Leaving::No | Leaving::Draining { .. } => self.leaving = Leaving::Draining { deadline_ms },
         }
+        self.publish_load();
+        self.ring_neighbours();
         self.arm_leaving(deadline_ms);
         for acceptor in &mut self.acceptors {
             acceptor.accepted_in_turn = true;
@@ -191,10 +357,13 @@ impl<I: Io> Shard<I> {
         let deadline_ms = self.now_ms() + STOP_FLUSH_MS;
         if !matches!(self.leaving, Leaving::Stopping { .. }) {
             self.leaving = Leaving::Stopping { deadline_ms };
+            self.publish_load();
+            self.ring_neighbours();
             self.arm_leaving(deadline_ms);
             for acceptor in &mut self.acceptors {
                 acceptor.accepted_in_turn = false;
             }
+            self.reset_waiting();
             self.force_streams(End::Stopped);
             self.close_pool();
         }
@@ -216,6 +385,7 @@ impl<I: Io> Shard<I> {
         self.leaving_timer = None;
         match self.leaving {
             Leaving::Draining { deadline_ms } if deadline_ms <= now_ms => {
+                self.reset_waiting();
                 self.force_streams(End::Drain);
                 self.leaving = Leaving::Stopping { deadline_ms: now_ms + STOP_FLUSH_MS };
                 self.arm_leaving(now_ms + STOP_FLUSH_MS);
@@ -252,16 +422,22 @@ impl<I: Io> Shard<I> {
                 continue;
             }
             acceptor.closing = true;
-            match acceptor.armed {
-                Some((op, _)) => self.io.cancel(op),
-                None => {
-                    acceptor.closed = true;
-                    self.io.stop_listening(listener);
-                }
+            if acceptor.armed.is_empty() {
+                acceptor.closed = true;
+                self.io.stop_listening(listener);
+            } else {
+                acceptor.cancel(&mut self.io);
             }
         }
-        if self.clients == 0 && self.acceptors.iter().all(|acceptor| acceptor.closed) && self.conns.is_empty()
-        {
+        if !self.acceptors.iter().all(|acceptor| acceptor.closed) || !self.parked.is_empty() {
+            return;
+        }
+        // A neighbour that has not heard of the drain yet may hand a client over; it rings when it has.
+        if self.neighbours.as_ref().is_some_and(|neighbours| !neighbours.hand_no_more()) {
+            return;
+        }
+        self.serve_waiting();
+        if self.load() == 0 && self.conns.is_empty() {
             self.leave();
         }
     }

@@ -17,7 +17,7 @@ mod stream;
 mod transfer;
 
 use crate::io::{Completion, Errno, Io, Wait};
-use crate::mesh::{Command, Report};
+use crate::mesh::{Command, Neighbours, Report};
 use crate::settings::{Route, Settings, UpstreamSet};
 use crate::stats::{SlowConnection, Snapshot, Stats, UpstreamSnapshot};
 use accept::Acceptor;
@@ -88,6 +88,10 @@ pub struct Shard<I: Io> {
     acceptors: Vec<Acceptor>,
     pool: Pool,
     clients: usize,
+    /// Accepted, and waiting for a slot: nothing of theirs has been read.
+    parked: VecDeque<I::Socket>,
+    /// None: the only shard.
+    neighbours: Option<Neighbours<I::Parcel>>,
     stats: Stats,
     completions: Vec<Completion<I::Socket, I::Buffer>>,
     /// Connections that may have something to send.
@@ -122,7 +126,7 @@ impl<I: Io> Shard<I> {
     pub fn new(io: I, index: usize, settings: Arc<Settings>, upstreams: Arc<UpstreamSet>) -> Self {
         let now_us = io.now_us();
         let listeners = io.listeners();
-        let clients_max = settings.connections_max + listeners.saturating_sub(1);
+        let clients_max = settings.connections_max;
         // Each client may hold a backend's connection, while those of its earlier requests or attempts are still being
         // closed; the pool's idle ones come on top.
         let conns_max = clients_max * 4 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
@@ -135,6 +139,8 @@ impl<I: Io> Shard<I> {
             acceptors: (0..listeners).map(|_| Acceptor::default()).collect(),
             pool: Pool::default(),
             clients: 0,
+            parked: VecDeque::new(),
+            neighbours: None,
             stats: Stats::default(),
             completions: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
             dirty: Vec::new(),
@@ -166,6 +172,12 @@ impl<I: Io> Shard<I> {
         shard
     }
 
+    /// From now on clients are shared with other shards.
+    pub fn meet(&mut self, neighbours: Neighbours<I::Parcel>) {
+        self.neighbours = Some(neighbours);
+        self.publish_load();
+    }
+
     /// One turn. Sleeps no longer than the next timer and the caller allow.
     ///
     /// # Errors
@@ -189,7 +201,11 @@ impl<I: Io> Shard<I> {
         self.fire_timers();
         self.pump_dirty();
         self.feed_starved();
+        if !self.parked.is_empty() {
+            self.serve_waiting();
+        }
         self.follow_leaving();
+        self.ring_neighbours();
         self.handed_us = self.io.now_us();
         let turn_us = self.handed_us.saturating_sub(self.now_us);
         self.stats.histograms.turn_us.saturating_record(turn_us);
@@ -301,7 +317,7 @@ impl<I: Io> Shard<I> {
     fn complete(&mut self, completion: Completion<I::Socket, I::Buffer>) {
         match completion {
             Completion::Accepted { listener, socket } => self.accepted(listener, socket),
-            Completion::AcceptEnded { listener, error } => self.accept_ended(listener, error),
+            Completion::AcceptEnded { listener, op, error } => self.accept_ended(listener, op, error),
             Completion::Connected { conn, result } => self.connected(conn, result),
             Completion::Received { conn, buffer } => self.received(conn, buffer),
             Completion::ReceiveEnded { conn, why } if self.is_waiting(conn) => {
@@ -310,7 +326,10 @@ impl<I: Io> Shard<I> {
             Completion::ReceiveEnded { conn, why } => self.receive_ended(conn, why),
             Completion::Sent { conn, result } => self.sent(conn, result),
             Completion::Hangup { conn, result, armed } => self.hung_up(conn, result, armed),
-            Completion::Woken => self.woken = true,
+            Completion::Woken => {
+                self.woken = true;
+                self.serve_waiting();
+            }
         }
     }
 
@@ -372,6 +391,7 @@ impl<I: Io> Shard<I> {
             shard: self.index,
             stats: self.stats.clone(),
             connections: self.clients,
+            parked: self.parked.len(),
             upstream_connections: self.conns.len() - self.clients,
             phases,
             in_flight_bytes,

@@ -18,7 +18,7 @@ pub use buffers::Buffer;
 pub use error::RingError;
 pub(crate) use eventfd::EventFd;
 pub use probe::{DESCRIPTORS_ITEM, ProbeItem, probe, raise_nofile, reserve_descriptors};
-pub use sockets::{Socket, listen};
+pub use sockets::{Parcel, Socket, listen};
 
 use crate::io::{Close, Completion, Confirm, Errno, Half, Hangup, Io, OpId, ReceiveEnd, Wait};
 use crate::settings::Settings;
@@ -26,7 +26,7 @@ use buffers::BufferRing;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
 use ops::{DEFERRED, FORGOTTEN, Memory, OpTable, Owner, Sending};
-use protocol::limits::COMPLETIONS_PER_TURN_MAX;
+use protocol::limits::{COMPLETIONS_PER_ENTRY, COMPLETIONS_PER_TURN_MAX};
 use protocol::log::Lent;
 use protocol::slots::Key;
 use sockets::Descriptors;
@@ -41,8 +41,6 @@ use std::time::Duration;
 
 /// The only buffer group of a ring.
 const BUFFER_GROUP: u16 = 0;
-/// Completions per submission entry: a multishot answers many times.
-const COMPLETIONS_PER_ENTRY: u32 = 4;
 /// Rings of the bell heard at once; one that rang more often is heard again.
 const WAKE_RINGS: usize = 32;
 /// How long the drop of a ring waits for its operations to end before it leaks their memory instead of freeing it.
@@ -422,7 +420,8 @@ impl UringIo {
                         completions.push(Completion::Accepted { listener, socket: Socket(result) });
                     }
                     if !more {
-                        completions.push(Completion::AcceptEnded { listener, error: outcome.err() });
+                        let op = OpId(entry.user_data());
+                        completions.push(Completion::AcceptEnded { listener, op, error: outcome.err() });
                     }
                 }
                 Owner::Connect(conn) => {
@@ -588,6 +587,7 @@ fn build_ring(depth: u32) -> Result<IoUring, RingError> {
 
 impl Io for UringIo {
     type Socket = Socket;
+    type Parcel = Parcel;
     type Buffer = Buffer;
 
     fn now_us(&self) -> u64 {
@@ -684,6 +684,17 @@ impl Io for UringIo {
     fn close(&mut self, socket: Socket, how: Close) {
         self.descriptors.closing(socket.fd());
         self.endings.push(Ending::Close(socket, how));
+    }
+
+    fn release(&mut self, socket: Socket) -> Parcel {
+        self.descriptors.released(socket.fd());
+        Parcel::new(socket)
+    }
+
+    fn adopt(&mut self, parcel: Parcel) -> Socket {
+        let socket = parcel.open();
+        self.descriptors.opened(socket.fd());
+        socket
     }
 
     fn peer(&self, socket: Socket) -> Option<SocketAddr> {

@@ -17,6 +17,22 @@ impl Socket {
     }
 }
 
+/// A socket between two shards: belongs to no [`UringIo`](super::UringIo), and is closed on drop.
+#[derive(Debug)]
+pub struct Parcel(OwnedFd);
+
+impl Parcel {
+    /// Of a socket that its `UringIo` has just given up.
+    pub(super) fn new(socket: Socket) -> Self {
+        // SAFETY: the descriptor is open, and `Descriptors::released` asserted that nothing else will close it.
+        Parcel(unsafe { OwnedFd::from_raw_fd(socket.0) })
+    }
+
+    pub(super) fn open(self) -> Socket {
+        Socket(self.0.into_raw_fd())
+    }
+}
+
 /// A listener that shares its address with those of the other shards (SO_REUSEPORT). What is set here is inherited by the
 /// sockets it accepts: TCP_NODELAY, and TCP_NOTSENT_LOWAT unless 0, so that completions follow the reader. An IPv6
 /// address serves IPv6 only: an address means what it says whatever the sysctl net.ipv6.bindv6only.
@@ -154,6 +170,14 @@ impl Descriptors {
         let state = self.state(fd);
         assert_eq!(*state, 1, "descriptor {fd} is closed twice or with operations in flight");
         *state = CLOSING;
+    }
+
+    /// It was given up, open.
+    pub(super) fn released(&mut self, fd: RawFd) {
+        let state = self.state(fd);
+        assert_eq!(*state, 1, "descriptor {fd} is given up after its close or with operations in flight");
+        *state = 0;
+        self.open -= 1;
     }
 
     /// Its close is queued for the kernel.

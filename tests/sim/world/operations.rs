@@ -6,7 +6,7 @@ use super::{Done, Event, World, hash};
 use crate::io::{SimBuffer, SimSocket};
 use protocol::log::Lent;
 use protocol::slots::Key;
-use shard::io::{Completion, Errno, Hangup, ReceiveEnd};
+use shard::io::{Completion, Errno, Hangup, OpId, ReceiveEnd};
 use std::cell::Cell;
 use std::net::SocketAddr;
 
@@ -59,10 +59,13 @@ impl World {
 
     pub(crate) fn accept(&mut self, listener: usize, multishot: bool) -> u64 {
         assert!(!self.listeners[listener].stopped, "accept on a stopped listener");
-        assert!(self.listeners[listener].accept.is_none(), "two accepts on a listener");
+        let with_multishot = multishot || self.listeners[listener].multishot;
+        let alone = self.listeners[listener].accepts.is_empty();
+        assert!(alone || !with_multishot, "a multishot accept is alone on its listener");
         let conn = Key { slot: u32::MAX, generation: 0 };
         let op = self.op(Kind::Accept { listener, multishot }, usize::MAX, conn);
-        self.listeners[listener].accept = Some(op);
+        self.listeners[listener].accepts.push_back(op);
+        self.listeners[listener].multishot = multishot;
         op
     }
 
@@ -137,7 +140,8 @@ impl World {
                 }
                 let accepts = matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { .. }, .. }));
                 let late_us = match self.faults.cancel_late_us {
-                    _ if accepts => 0,
+                    // A real ring cancels an accept at once.
+                    late_us if accepts => late_us.min(5_000),
                     // What goes on arriving must fit into the bound on memory.
                     late_us if receives => late_us.min(5_000),
                     late_us => late_us,
@@ -171,7 +175,9 @@ impl World {
             }
         }
         if let Kind::Accept { listener, .. } = kind {
-            self.listeners[listener].accept = None;
+            let listener = &mut self.listeners[listener];
+            listener.accepts.retain(|&armed| armed != op);
+            listener.multishot &= !listener.accepts.is_empty();
         }
         if matches!(kind, Kind::Send { .. }) {
             if self.strike(Planted::LostSent) {
@@ -193,7 +199,7 @@ impl World {
 
     pub(super) fn match_accepts(&mut self) {
         for index in 0..self.listeners.len() {
-            while let Some(op) = self.listeners[index].accept
+            while let Some(&op) = self.listeners[index].accepts.front()
                 && !self
                     .submissions
                     .iter()
@@ -203,15 +209,15 @@ impl World {
                 let multishot =
                     matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { multishot: true, .. }, .. }));
                 if self.rng.chance(self.faults.accept_error) {
-                    let error = self.rng.pick(&ACCEPT_ERRORS);
-                    self.complete(op, Completion::AcceptEnded { listener: index, error: Some(error) });
+                    let error = Some(self.rng.pick(&ACCEPT_ERRORS));
+                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId(op), error });
                     continue;
                 }
                 if self.rng.chance(self.faults.accept_aborts) {
                     self.listeners[index].backlog.pop_front();
                     self.abort(socket);
                     let error = Some(ECONNABORTED);
-                    self.complete(op, Completion::AcceptEnded { listener: index, error });
+                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId(op), error });
                     continue;
                 }
                 self.listeners[index].backlog.pop_front();
@@ -221,7 +227,7 @@ impl World {
                 let accepted = SimSocket(socket as u32);
                 self.ready.push_back((lane, Completion::Accepted { listener: index, socket: accepted }));
                 if !multishot || self.rng.chance(self.faults.accept_ends) {
-                    self.complete(op, Completion::AcceptEnded { listener: index, error: None });
+                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId(op), error: None });
                 }
             }
         }
@@ -377,7 +383,7 @@ impl World {
         let conn = *conn;
         let completion = match kind {
             Kind::Accept { listener, .. } => {
-                Completion::AcceptEnded { listener: *listener, error: Some(Errno::CANCELED) }
+                Completion::AcceptEnded { listener: *listener, op: OpId(op), error: Some(Errno::CANCELED) }
             }
             Kind::Connect { .. } => Completion::Connected { conn, result: Err(Errno::CANCELED) },
             Kind::Receive => Completion::ReceiveEnded { conn, why: ReceiveEnd::Error(Errno::CANCELED) },

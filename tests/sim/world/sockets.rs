@@ -38,6 +38,8 @@ pub(crate) struct Socket {
     pub(super) shut_read: bool,
     pub(super) shut_write: bool,
     pub(crate) closed: bool,
+    /// On its way to another shard.
+    away: bool,
     /// When the shard gave it up.
     pub(crate) ended_us: Option<u64>,
     pub(crate) accepted_us: u64,
@@ -63,7 +65,8 @@ pub(super) enum Ending {
 
 #[derive(Debug, Default)]
 pub(crate) struct Listener {
-    pub(super) accept: Option<u64>,
+    pub(super) accepts: VecDeque<u64>,
+    pub(super) multishot: bool,
     pub(super) backlog: VecDeque<usize>,
     pub(crate) stopped: bool,
 }
@@ -104,6 +107,7 @@ impl World {
             shut_read: false,
             shut_write: false,
             closed: false,
+            away: false,
             ended_us: None,
             accepted_us: 0,
             told_us: 0,
@@ -119,7 +123,7 @@ impl World {
 
     pub(super) fn open_socket(&mut self, socket: usize) -> &mut Socket {
         let open = &mut self.sockets[socket];
-        assert!(!open.closed, "an operation on the closed socket s{socket}");
+        assert!(!open.closed && !open.away, "an operation on the closed socket s{socket}");
         open
     }
 
@@ -138,9 +142,25 @@ impl World {
         self.endings.push(Ending::Close(socket, how));
     }
 
+    pub(crate) fn release(&mut self, socket: usize) {
+        self.note(9, socket as u64);
+        let open = self.open_socket(socket);
+        let in_flight = [open.receive, open.send, open.connect, open.hangup];
+        assert!(in_flight == [None; 4], "s{socket} is given away with operations in flight: {in_flight:?}");
+        open.away = true;
+    }
+
+    pub(crate) fn adopt(&mut self, socket: usize) {
+        self.note(10, socket as u64);
+        assert!(
+            std::mem::take(&mut self.sockets[socket].away),
+            "s{socket} is adopted and was not given away"
+        );
+    }
+
     pub(crate) fn stop_listening(&mut self, listener: usize) {
         let listener = &mut self.listeners[listener];
-        assert!(listener.accept.is_none(), "the accept of a listener that is closed is armed");
+        assert!(listener.accepts.is_empty(), "the accept of a listener that is closed is armed");
         assert!(!listener.stopped, "a listener is closed twice");
         listener.stopped = true;
         for socket in std::mem::take(&mut listener.backlog) {
