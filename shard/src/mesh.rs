@@ -335,6 +335,15 @@ impl<T> Neighbours<T> {
         }
     }
 
+    /// Those who have not taken what they were handed are rung again.
+    pub fn remind(&mut self) {
+        for outward in self.outward.iter_mut().flatten() {
+            let waits = on_its_way(&outward.queue) > 0;
+            outward.unrung |= waits;
+            self.unrung |= waits;
+        }
+    }
+
     /// Rings whom something was handed to since the last call.
     pub fn ring(&mut self) {
         if std::mem::take(&mut self.unrung) {

@@ -63,8 +63,13 @@ impl Acceptor {
 }
 
 impl<I: Io> Shard<I> {
-    /// Free client slots. A client keeps the permit it was accepted by until the neighbour it was handed to has taken it: a
-    /// neighbour takes it only when it has a permit itself.
+    fn has_free_slot(&self) -> bool {
+        self.clients < self.settings.connections_max
+    }
+
+    /// Clients that may be accepted: free slots, less the clients that this shard has handed over and no neighbour has taken
+    /// yet, since they hold descriptors. Who has a free slot takes what it is handed all the same: if both sides of a swap
+    /// waited for permits, both would wait for ever.
     fn permits(&self) -> usize {
         let handed = self.neighbours.as_ref().map_or(0, Neighbours::on_their_way);
         self.settings.connections_max.saturating_sub(self.clients + handed)
@@ -87,7 +92,10 @@ impl<I: Io> Shard<I> {
         if permits == 0 {
             acceptor.cancel(io);
             if self.clients < self.settings.connections_max {
-                // Nobody tells when those on their way have arrived.
+                // Nobody tells when those on their way have arrived; who has no room for them may hand them back.
+                if let Some(neighbours) = &mut self.neighbours {
+                    neighbours.remind();
+                }
                 acceptor.resting = true;
                 self.wheel.insert(self.now_us / 1000 + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener));
                 return;
@@ -160,7 +168,7 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    /// Takes in what neighbours have handed over, or hands it on, as far as there are permits here or there.
+    /// Takes in what neighbours have handed over, or hands it on, as far as there are slots here or there.
     pub(super) fn take_handed(&mut self) {
         for _ in 0..HANDED_MAX {
             let load = self.load();
@@ -169,7 +177,9 @@ impl<I: Io> Shard<I> {
             let may_go_on = self.leaving == Leaving::No && times < HANDED_ON_MAX;
             let most = self.settings.connections_max;
             let onward = if may_go_on { neighbours.emptier(load, most) } else { None };
-            if onward.is_none() && self.permits() == 0 {
+            // One that found no room anywhere is parked, so that its sender's slot is free again.
+            let homeless = times >= HANDED_ON_MAX && self.parked.len() < ACCEPTS_ARMED_MAX;
+            if onward.is_none() && !self.has_free_slot() && !homeless {
                 break;
             }
             let Some(mut handed) = self.next_handed() else { break };
@@ -199,7 +209,8 @@ impl<I: Io> Shard<I> {
 
     /// Neighbours see the load at once.
     pub(super) fn publish_load(&mut self) {
-        let load = (self.leaving == Leaving::No).then_some(self.clients + self.parked.len());
+        // Without those that are parked: a slot that waits for a client on its way is free to the one who has that client.
+        let load = (self.leaving == Leaving::No).then_some(self.clients);
         if let Some(neighbours) = &mut self.neighbours {
             neighbours.publish(load);
         }
@@ -214,7 +225,7 @@ impl<I: Io> Shard<I> {
 
     /// Serves a client, or parks it until a slot is free.
     fn take_in(&mut self, socket: I::Socket) {
-        if self.permits() > 0 {
+        if self.has_free_slot() {
             self.serve(socket);
         } else if matches!(self.leaving, Leaving::Stopping { .. }) {
             self.io.close(socket, Close::Reset);
@@ -249,7 +260,7 @@ impl<I: Io> Shard<I> {
 
     /// Those that wait for a slot, in their order: parked ones, then those that neighbours have handed over.
     pub(super) fn serve_waiting(&mut self) {
-        while self.permits() > 0
+        while self.has_free_slot()
             && let Some(socket) = self.parked.pop_front()
         {
             self.serve(socket);
