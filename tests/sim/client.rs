@@ -372,13 +372,13 @@ impl World {
             && message.is_some_and(|message| message.status() == 200);
         let streams =
             message.is_none() && exchange.request.streaming && exchange.request.dialect.is_model_endpoint();
-        let accepted_us = self.sockets[socket].accepted_us;
-        if accepted_us == 0 {
-            // It waits in the queue, or was aborted there.
+        let served_us = self.sockets[socket].served_us;
+        if served_us == 0 {
+            // It waits in the queue or for a slot, or was aborted there.
             return;
         }
         // The first of pipelined requests only: the others' time begins when they are looked at.
-        let since_us = since.0.max(accepted_us);
+        let since_us = since.0.max(served_us);
         let silence_us = (now - since_us).saturating_sub(jumped_us - since.1);
         let bound_us = if events {
             self.silence.heartbeat_us

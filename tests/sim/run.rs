@@ -441,7 +441,7 @@ impl Sim {
                 // Events on their way to the shard are late by at most the run's own delay, twice over.
                 let noticed_us = exchange
                     .left_socket
-                    .map_or(0, |socket| world.sockets[socket].accepted_us.max(world.sockets[socket].told_us));
+                    .map_or(0, |socket| world.sockets[socket].served_us.max(world.sockets[socket].told_us));
                 // A shard that is given few completions per turn has a queue of them.
                 let queued_us = if world.faults.turn_completions > 0 { 1_000_000 } else { 0 };
                 let limit = left_us.max(noticed_us)

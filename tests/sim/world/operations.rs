@@ -86,7 +86,12 @@ impl World {
         assert!(open.receive.is_none(), "two receives on s{socket}");
         assert!(open.connect.is_none(), "a receive on a socket that is being connected");
         let op = self.op(Kind::Receive, socket, conn);
-        self.sockets[socket].receive = Some(op);
+        let now = self.now;
+        let open = &mut self.sockets[socket];
+        open.receive = Some(op);
+        if open.served_us == 0 {
+            open.served_us = now;
+        }
         op
     }
 
@@ -221,7 +226,6 @@ impl World {
                     continue;
                 }
                 self.listeners[index].backlog.pop_front();
-                self.sockets[socket].accepted_us = self.now;
                 self.say(|| format!("s{socket} accepted"));
                 let lane = (usize::MAX, false);
                 let accepted = SimSocket(socket as u32);

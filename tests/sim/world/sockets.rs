@@ -42,7 +42,7 @@ pub(crate) struct Socket {
     away: bool,
     /// When the shard gave it up.
     pub(crate) ended_us: Option<u64>,
-    pub(crate) accepted_us: u64,
+    pub(crate) served_us: u64,
     /// When the shard was told that its peer has gone.
     pub(crate) told_us: u64,
     /// The network broke it.
@@ -109,7 +109,7 @@ impl World {
             closed: false,
             away: false,
             ended_us: None,
-            accepted_us: 0,
+            served_us: 0,
             told_us: 0,
             broken: false,
             read_bytes: 0,
