@@ -222,7 +222,13 @@ impl World {
         if self.ready.len() < 64 {
             self.match_accepts();
         }
+        let hour_later = self.now + 3_600_000_000;
         while self.ready.is_empty() {
+            if wait == Wait::Forever && self.now > hour_later {
+                // Connections go on breaking for a client that waits for ever.
+                self.stuck = true;
+                return;
+            }
             let next = self.events.keys().next().map(|&(time, _)| time);
             let until = match (wait, next) {
                 (Wait::Not, _) => break,
@@ -333,7 +339,8 @@ impl World {
 
     pub(crate) fn break_later(&mut self) {
         if self.faults.break_every_us > 0 && self.clients.iter().any(Client::waits) {
-            let delay = self.rng.below(2 * self.faults.break_every_us);
+            // Not so often that time stands still: a minimised script may say anything.
+            let delay = self.rng.below(2 * self.faults.break_every_us.max(1_000));
             self.after(delay, Event::Break);
         }
     }
