@@ -109,7 +109,7 @@ pub struct Histograms {
     pub first_token_us: Histogram<u64>,
     /// Between two events of a stream, µs.
     pub between_tokens_us: Histogram<u64>,
-    /// Arrival of an event to the completion of the send that carried it, µs.
+    /// Arrival of an event to the completion of the send that carried it (its submission if that was deferred), µs.
     pub relay_us: Histogram<u64>,
     /// Length of a turn's work, sleep excluded, µs.
     pub turn_us: Histogram<u64>,

@@ -65,7 +65,7 @@ families! {
     REFUSALS = "tokenring_refusals_total", Kind::Counter, ["shard", "reason"], "Requests refused for breaking a rule or limit of HTTP.";
     FIRST_TOKEN = "tokenring_time_to_first_token_seconds", Kind::Histogram(FIRST_TOKEN_S), ["shard"], "From the complete request to the first token.";
     BETWEEN_TOKENS = "tokenring_inter_token_latency_seconds", Kind::Histogram(BETWEEN_TOKENS_S), ["shard"], "Between two events of a stream, as they arrive from the backend.";
-    RELAY = "tokenring_relay_latency_seconds", Kind::Histogram(RELAY_S), ["shard"], "What tokenring adds: from the arrival of an event to the completion of the send that carried it.";
+    RELAY = "tokenring_relay_latency_seconds", Kind::Histogram(RELAY_S), ["shard"], "What tokenring adds: from the arrival of an event to the completion of the send that carried it, or to its submission where nothing waits for that.";
     DURATION = "tokenring_stream_duration_seconds", Kind::Histogram(DURATION_S), ["shard"], "From the complete request to the last byte delivered.";
     TURN = "tokenring_turn_seconds", Kind::Histogram(TURN_S), ["shard"], "Work of one turn of a shard's loop, sleep excluded.";
     CONNECTIONS = "tokenring_connections", Kind::Gauge, ["shard"], "Client connections open.";
