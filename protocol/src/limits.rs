@@ -38,6 +38,9 @@ pub const LATE_ERROR_BYTES_MAX: usize = 8 * 1024;
 pub const STALL_CHECKS: u64 = 4;
 /// Milliseconds after something was received at which the socket is looked at for an RST that the kernel did not tell.
 pub const RESET_LOOK_MS: u64 = 1_000;
+/// Milliseconds of which those times are multiples (a slot of the wheel's second level): a shard wakes for all looks of one
+/// step together.
+pub const RESET_LOOK_STEP_MS: u64 = 64;
 /// Bytes of a request body for which one body deadline is granted: a trickle does not extend it.
 pub const BODY_PROGRESS_BYTES: u32 = 64 * 1024;
 /// Connections tried for one request before it is refused.

@@ -5,7 +5,7 @@ use super::Shard;
 use super::conn::{Role, State};
 use crate::io::{Close, Confirm, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
-use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, RESET_LOOK_MS, STALL_CHECKS};
+use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, RESET_LOOK_MS, RESET_LOOK_STEP_MS, STALL_CHECKS};
 use protocol::phase::{End, Phase, Step};
 use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
@@ -86,7 +86,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn look_later(&mut self, key: Key) {
         let now_ms = self.now_ms();
         if let Some(conn) = self.conns.get_mut(key) {
-            conn.look_ms = now_ms + RESET_LOOK_MS;
+            conn.look_ms = look_ms(now_ms);
             self.follow_conn_timer(key);
         }
     }
@@ -101,7 +101,7 @@ impl<I: Io> Shard<I> {
         conn.look_ms = u64::MAX;
         if conn.heard_ms + RESET_LOOK_MS > now_ms {
             // It has been heard since: what is looked for can only have come after that.
-            conn.look_ms = conn.heard_ms + RESET_LOOK_MS;
+            conn.look_ms = look_ms(conn.heard_ms);
             return false;
         }
         // What waits was received before it, and its end is among what waits.
@@ -384,4 +384,9 @@ impl<I: Io> Shard<I> {
             self.client_freed();
         }
     }
+}
+
+/// When to look at a connection that was heard then: at one of few times, so that a shard does not wake for each.
+fn look_ms(heard_ms: u64) -> u64 {
+    (heard_ms + RESET_LOOK_MS).next_multiple_of(RESET_LOOK_STEP_MS)
 }
