@@ -358,7 +358,8 @@ impl World {
     fn client_hears(&mut self, index: usize) {
         let (now, jumped_us) = (self.now, self.jumped_us);
         let client = &mut self.clients[index];
-        let since = std::mem::replace(&mut client.heard, (now, jumped_us));
+        // Of a jump that is under way, all is still to be excused.
+        let since = std::mem::replace(&mut client.heard, (now, self.jumped_before_us));
         let Some(socket) = client.socket else { return };
         let waiting = client.reader.complete() < client.begun && client.sent == client.outgoing.len();
         if !waiting || client.plan.pace != Pace::Eager || client.plan.raw.is_some() || client.half_closed {

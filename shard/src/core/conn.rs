@@ -43,16 +43,12 @@ impl Ops {
 }
 
 /// A client's connection or a backend's.
+/// What each receive and send needs comes first and lies together, as in a stream.
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct Conn<S> {
     pub(crate) socket: S,
     pub(crate) state: State,
-    pub(crate) role: Role,
-    /// The stream it serves; none while idle.
-    pub(crate) stream: Option<Key>,
-    /// Cursor into the stream's response (client) or request (backend).
-    pub(crate) ledger: Ledger,
-    pub(crate) ops: Ops,
     /// Whether bytes are wanted; the receive is armed and cancelled to follow it.
     pub(crate) receive_wanted: bool,
     /// The receive was cancelled and its final completion is awaited.
@@ -63,30 +59,37 @@ pub(crate) struct Conn<S> {
     pub(crate) deferred: bool,
     /// Listed to be pumped at the end of the turn.
     pub(crate) dirty: bool,
-    /// From `held_from` on: a partial head, or the start of pipelined requests.
-    pub(crate) held: Vec<u8>,
-    /// `0 <= held_from <= held.len()`; less than the latter unless both are 0.
-    pub(crate) held_from: usize,
-    /// Memory of it beyond the connection's share, bytes.
-    pub(crate) drawn: u64,
+    /// The stream it serves; none while idle.
+    pub(crate) stream: Option<Key>,
+    /// Completions of its receive that wait for a later turn.
+    pub(crate) waiting: u32,
+    /// Cursor into the stream's response (client) or request (backend).
+    pub(crate) ledger: Ledger,
     /// When something was last received, ms.
     pub(crate) heard_ms: u64,
     /// When to look whether its peer has reset it, ms; `u64::MAX`: nothing came since the last look.
     pub(crate) look_ms: u64,
-    /// Completions of its receive that wait for a later turn.
-    pub(crate) waiting: u32,
     /// Excess pieces, of the turn with that number.
     pub(crate) excess: (u64, u64),
+    pub(crate) role: Role,
+    /// From `held_from` on: a partial head, or the start of pipelined requests.
+    pub(crate) held: Vec<u8>,
+    pub(crate) ops: Ops,
     /// The armed timer and when it fires.
     pub(crate) timer: Option<(TimerId, u64)>,
     /// When the connection's own waiting (head, keep-alive, connect, linger, pool) is over, ms; `u64::MAX` never.
     pub(crate) due_ms: u64,
-    /// When the send in flight was started, or was last seen to have made progress, ms.
-    pub(crate) progress_ms: u64,
     /// When it is looked at next, ms.
     pub(crate) stall_check_ms: u64,
+    /// When the send in flight was started, or was last seen to have made progress, ms.
+    pub(crate) progress_ms: u64,
     /// What the peer had acknowledged at the last look; none before the first.
     pub(crate) acknowledged: Option<u64>,
+
+    /// `0 <= held_from <= held.len()`; less than the latter unless both are 0.
+    pub(crate) held_from: usize,
+    /// Memory of it beyond the connection's share, bytes.
+    pub(crate) drawn: u64,
 }
 
 /// What a connection is for.

@@ -223,16 +223,21 @@ impl<I: Io> Shard<I> {
         }
         for completion in completions {
             if let Some(conn) = completion.conn().and_then(|key| self.conns.get(key)) {
-                black_box((conn.ledger, conn.due_ms, conn.dirty, conn.timer));
+                black_box((conn.ledger, conn.excess, conn.ops.receive, conn.timer));
             }
         }
-        let streams = completions
-            .iter()
-            .filter_map(|completion| self.conns.get(completion.conn()?)?.stream)
-            .filter_map(|key| self.streams.get(key));
-        for stream in streams {
-            black_box((stream.phase, stream.response.end(), stream.spoke_ms, stream.pending_since_us));
-            black_box((stream.last_token_us, stream.first_token_us, stream.events.is_some(), stream.client));
+        let streams = || {
+            completions
+                .iter()
+                .filter_map(|completion| self.conns.get(completion.conn()?)?.stream)
+                .filter_map(|key| self.streams.get(key))
+        };
+        for stream in streams() {
+            black_box((stream.response.end(), stream.first_token_us, stream.phase, stream.client));
+        }
+        // Whom it will be sent to.
+        for conn in streams().filter_map(|stream| self.conns.get(stream.client?)) {
+            black_box((conn.dirty, conn.ledger, conn.timer));
         }
     }
 

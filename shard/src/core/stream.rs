@@ -38,44 +38,39 @@ pub(crate) struct Demo {
 }
 
 /// One request and its answer.
+/// What each event needs comes first and lies together: between two of them, other streams push it out of the cache.
+#[repr(C)]
 pub(crate) struct Stream {
+    pub(crate) response: Log,
+    pub(crate) events: Option<Box<Decoder>>,
+    pub(crate) last_token_us: u64,
+    /// When something was last appended for the client, ms.
+    pub(crate) spoke_ms: u64,
+    /// When the oldest byte not yet lent was appended.
+    pub(crate) pending_since_us: Option<u64>,
+    /// The same of the bytes lent.
+    pub(crate) lent_since_us: u64,
+    pub(crate) first_token_us: Option<u64>,
+    /// Events appended.
+    pub(crate) events_sent: u64,
+    /// When the first token is overdue, ms.
+    pub(crate) token_due_ms: u64,
+    /// Memory beyond the stream's share, bytes.
+    pub(crate) drawn: u64,
+    pub(crate) route: usize,
+    pub(crate) answer: Answer,
     pub(crate) client: Option<Key>,
     pub(crate) backend: Option<Key>,
-    pub(crate) route: usize,
     pub(crate) dialect: Dialect,
     pub(crate) phase: Phase,
     pub(crate) version: Version,
     /// The request's method was HEAD.
     pub(crate) head_only: bool,
-
-    pub(crate) request: Log,
-    /// The request body goes out chunked.
-    pub(crate) request_chunked: bool,
     pub(crate) request_done: bool,
-    pub(crate) scanner: Option<Box<Scanner>>,
-    pub(crate) facts: RequestFacts,
     /// The request asks for an event stream.
     pub(crate) streaming: bool,
-    /// The client's own head, kept while another backend might need one written anew.
-    pub(crate) client_head: Option<Box<[u8]>>,
-    /// Bytes of the request log that are the head.
-    pub(crate) request_head_bytes: u64,
-    /// Backends tried.
-    pub(crate) attempts: u32,
-    pub(crate) retried: bool,
-    pub(crate) upstream: Option<usize>,
-
-    pub(crate) response: Log,
-    pub(crate) answer: Answer,
-    pub(crate) status: u16,
-    pub(crate) events: Option<Box<Decoder>>,
-    pub(crate) demo: Option<Box<Demo>>,
-    /// The body of a backend's error that came after an early commit.
-    pub(crate) late_error: Option<Vec<u8>>,
     /// The dialect's end mark was seen.
     pub(crate) end_mark: bool,
-    /// Where in the response log the end mark's event ends.
-    pub(crate) end_mark_at: u64,
     /// The backend reported a failure in its stream.
     pub(crate) error_seen: bool,
     /// The last byte owed is in the log.
@@ -84,40 +79,45 @@ pub(crate) struct Stream {
     pub(crate) close: bool,
     /// It is closed by RST once what is owed was sent.
     pub(crate) reset: bool,
-    pub(crate) end: Option<End>,
     /// The backend's receive (or the demo model) is paused because the client lags.
     pub(crate) paused: bool,
     /// The client's receive is paused because the backend lags.
     pub(crate) upload_paused: bool,
-    /// The `sequence_number` of the last event that had one (Responses).
-    pub(crate) sequence_number: Option<u64>,
-    /// Events appended.
-    pub(crate) events_sent: u64,
-    /// Memory beyond the stream's share, bytes.
-    pub(crate) drawn: u64,
-
-    pub(crate) started_us: u64,
-    /// When the request was complete; what waiting for the model is measured from.
-    pub(crate) asked_us: u64,
-    pub(crate) first_token_us: Option<u64>,
-    pub(crate) last_token_us: u64,
-    /// When the oldest byte not yet lent was appended.
-    pub(crate) pending_since_us: Option<u64>,
-    /// The same of the bytes lent.
-    pub(crate) lent_since_us: u64,
-    /// When something was last appended for the client, ms.
-    pub(crate) spoke_ms: u64,
-    /// When the rest of the request (body) or the backend's head is overdue, ms; `u64::MAX` never, as below.
-    pub(crate) phase_due_ms: u64,
-    /// When the first token is overdue, ms.
-    pub(crate) token_due_ms: u64,
+    /// The request body goes out chunked.
+    pub(crate) request_chunked: bool,
+    pub(crate) retried: bool,
+    pub(crate) end: Option<End>,
+    pub(crate) status: u16,
+    pub(crate) timer: Option<(TimerId, u64)>,
+    /// Where in the response log the end mark's event ends.
+    pub(crate) end_mark_at: u64,
     /// When the end of the backend's body is overdue after its end mark, ms.
     pub(crate) finish_due_ms: u64,
     /// When the whole stream is overdue, ms.
     pub(crate) total_due_ms: u64,
+    /// The body of a backend's error that came after an early commit.
+    pub(crate) late_error: Option<Vec<u8>>,
+    pub(crate) demo: Option<Box<Demo>>,
+    /// The `sequence_number` of the last event that had one (Responses).
+    pub(crate) sequence_number: Option<u64>,
+    pub(crate) request: Log,
+
+    pub(crate) scanner: Option<Box<Scanner>>,
+    pub(crate) facts: RequestFacts,
+    /// The client's own head, kept while another backend might need one written anew.
+    pub(crate) client_head: Option<Box<[u8]>>,
+    /// Bytes of the request log that are the head.
+    pub(crate) request_head_bytes: u64,
+    /// Backends tried.
+    pub(crate) attempts: u32,
+    pub(crate) upstream: Option<usize>,
+    pub(crate) started_us: u64,
+    /// When the request was complete; what waiting for the model is measured from.
+    pub(crate) asked_us: u64,
+    /// When the rest of the request (body) or the backend's head is overdue, ms; `u64::MAX` never, as below.
+    pub(crate) phase_due_ms: u64,
     /// For a standing backend connection, over all attempts, ms.
     pub(crate) connect_due_ms: u64,
-    pub(crate) timer: Option<(TimerId, u64)>,
     pub(crate) description: Option<Box<Description>>,
 }
 

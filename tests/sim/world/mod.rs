@@ -112,6 +112,8 @@ pub(crate) struct World {
     turns_idle: u32,
     /// By how much the clock has jumped, all together.
     pub(crate) jumped_us: u64,
+    /// The same without the jump that is under way.
+    pub(crate) jumped_before_us: u64,
     pub(crate) control: Control,
     pub(crate) silence: Silence,
     pub(crate) log: bool,
@@ -157,6 +159,7 @@ impl World {
             surplus_sent: false,
             turns_idle: 0,
             jumped_us: 0,
+            jumped_before_us: 0,
             control: Control::default(),
             silence: Silence { heartbeat_us: u64::MAX, commit_us: u64::MAX, total_us: u64::MAX },
             log: false,
@@ -335,6 +338,7 @@ impl World {
         } else {
             self.now += by_us;
         }
+        self.jumped_before_us = self.jumped_us;
     }
 
     pub(crate) fn break_later(&mut self) {
