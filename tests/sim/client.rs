@@ -247,7 +247,7 @@ impl World {
     fn client_writes(&mut self, index: usize) {
         let piece_max = self.clients[index].plan.write_bytes as u64;
         let piece = self.rng.skewed(piece_max) as usize + 1;
-        let (now, jumped_us) = (self.now, self.jumped_us);
+        let (now, jumped_us) = (self.now, self.jumped_before_us);
         let client = &mut self.clients[index];
         client.write_due = false;
         let Some(socket) = client.socket else { return };

@@ -2,9 +2,10 @@
 #![allow(clippy::disallowed_methods, reason = "tests measure how long the kernel took")]
 
 use super::*;
-use crate::io::Completion as C;
+use crate::io::{Completion as C, Hangup, ReceiveEnd};
 use crate::settings::Sleep;
 use protocol::http::HeadLimits;
+use protocol::limits::COMPLETIONS_PER_TURN_MAX;
 use protocol::log::Log;
 use protocol::phase::Deadlines;
 use std::io::{Read, Write};
