@@ -406,7 +406,13 @@ impl<I: Io> Shard<I> {
                     let stream = self.conns.get(key).and_then(|conn| conn.stream);
                     let how = stream.map_or(Close::Orderly, |stream| self.how_to_cut(stream));
                     if let Some(stream) = stream {
-                        self.end_stream(stream, End::Stopped);
+                        let end = self.streams.get(stream).and_then(|stream| stream.end);
+                        if !matches!(end, Some(End::Drain | End::Stopped)) {
+                            // Begun since the others were ended; or all was said, and the client has not heard it.
+                            self.forced += 1;
+                            self.end_stream(stream, End::Stopped);
+                            self.override_end(stream, End::Stopped);
+                        }
                         self.settle(stream);
                     }
                     self.join(key, how);
