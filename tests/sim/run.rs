@@ -444,7 +444,14 @@ impl Sim {
                     .map_or(0, |socket| world.sockets[socket].served_us.max(world.sockets[socket].told_us));
                 // A shard that is given few completions per turn has a queue of them.
                 let queued_us = if world.faults.turn_completions > 0 { 1_000_000 } else { 0 };
+                // What came before the end is received first, in pieces as small as the run has them.
+                let pieces = match world.faults.receive_bytes {
+                    0 => 0,
+                    bytes => 2 * world.pipe_bytes as u64 / bytes as u64,
+                };
+                let read_us = pieces * (world.faults.work_us + world.faults.delay_us + 1);
                 let limit = left_us.max(noticed_us)
+                    + read_us
                     + 100_000
                     + 4 * world.faults.delay_us
                     + world.faults.overshoot_us
