@@ -26,6 +26,8 @@ pub(super) struct Acceptor {
     cancelled: bool,
     /// Waits for the retry timer, after an error or for clients on their way to neighbours.
     resting: bool,
+    /// The last one failed: one at a time, until one succeeds.
+    probing: bool,
     paused: bool,
     /// Clients were accepted, or an accept was armed, since the drain's last look; the queue is empty after a turn
     /// without either.
@@ -106,6 +108,7 @@ impl<I: Io> Shard<I> {
             return;
         }
         acceptor.paused = false;
+        let (plenty, share) = if acceptor.probing { (false, 1) } else { (plenty, share) };
         if acceptor.armed.is_empty() {
             acceptor.cancelled = false;
             if plenty {
@@ -133,6 +136,7 @@ impl<I: Io> Shard<I> {
 
     pub(super) fn accepted(&mut self, listener: usize, socket: I::Socket) {
         self.acceptors[listener].accepted_in_turn = true;
+        self.acceptors[listener].probing = false;
         self.stats.counters.accepts += 1;
         if let Some(socket) = self.hand_away(socket) {
             self.take_in(socket);
@@ -304,6 +308,7 @@ impl<I: Io> Shard<I> {
             self.stats.counters.accept_errors += 1;
             // The others would fail alike.
             acceptor.cancel(&mut self.io);
+            acceptor.probing = true;
             if !std::mem::replace(&mut acceptor.resting, true) {
                 self.wheel.insert(now_ms + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener));
             }
