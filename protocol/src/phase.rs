@@ -35,6 +35,8 @@ macro_rules! closed_enum {
 closed_enum! {
     /// Where a stream stands.
     Phase {
+        /// A client's TLS handshake is under way, or awaited; there is no stream yet.
+        Handshake = "handshake",
         /// The request's head is arriving.
         Head = "head",
         /// The request's body is arriving (and goes to the backend as it comes).
@@ -111,7 +113,7 @@ impl Phase {
             (P::Streaming, S::LagHigh) => P::Paused,
             (P::Paused, S::LagLow) => P::Streaming,
             (P::Finishing, S::Delivered) => P::KeptAlive,
-            (P::KeptAlive, _) | (P::Finishing, S::ProducerDone) => return None,
+            (P::Handshake | P::KeptAlive, _) | (P::Finishing, S::ProducerDone) => return None,
             // Refusals, errors and ends may come at any time.
             (_, S::ProducerDone) => P::Finishing,
             _ => return None,
@@ -138,6 +140,8 @@ closed_enum! {
         NoUpstream = "no_upstream",
         /// No backend accepted a connection.
         UpstreamRefused = "upstream_refused",
+        /// TLS with the backend failed: its certificate is not to be trusted, or it speaks none that we do.
+        UpstreamTls = "upstream_tls",
         /// No backend accepted a connection in time.
         ConnectTimeout = "connect_timeout",
         /// The backend did not take the request in time.
@@ -182,6 +186,9 @@ impl End {
             End::Refused => (400, Client, false, "The request is not valid HTTP."),
             End::NoUpstream => (503, Operator, true, "No model backend is available for this path."),
             End::UpstreamRefused => (502, Upstream, true, "The model backend could not be reached."),
+            End::UpstreamTls => {
+                (502, Upstream, false, "No secure connection to the model backend could be made.")
+            }
             End::ConnectTimeout => {
                 (504, Upstream, true, "The model backend did not accept a connection in time.")
             }
@@ -269,6 +276,7 @@ mod tests {
             table.push('\n');
         }
         let expected = "\
+handshake:
 head: head_done>body producer_done>finishing
 body: body_done>connect connected>body retry>body event_stream>await_first_token plain_body>streaming producer_done>finishing
 connect: connected>await_head retry>connect event_stream>await_first_token plain_body>streaming producer_done>finishing

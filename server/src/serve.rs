@@ -116,6 +116,7 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
                 cpu: plan.cpus[index],
                 settings: Arc::clone(&settings),
                 upstreams: Arc::clone(&upstreams),
+                tls: Arc::default(),
                 listeners,
                 port,
                 neighbours: neighbours.next().filter(|_| several),

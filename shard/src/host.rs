@@ -13,7 +13,7 @@
 use crate::core::{Shard, Sleepy};
 use crate::io::{Errno, Io, Wait};
 use crate::mesh::{Command, Neighbours, Report, ShardPort};
-use crate::settings::{Settings, Sleep, UpstreamSet};
+use crate::settings::{Settings, Sleep, TlsSet, UpstreamSet};
 use crate::uring::{EventFd, Parcel, RingError, UringIo};
 use futures_lite::future::{BoxedLocal, or};
 use glommio::io::BufferedFile;
@@ -51,6 +51,8 @@ pub struct ShardPlan {
     pub settings: Arc<Settings>,
     /// The backends to begin with.
     pub upstreams: Arc<UpstreamSet>,
+    /// Certificates, keys and roots to begin with.
+    pub tls: Arc<TlsSet>,
     /// This shard's own listeners, made by [`crate::uring::listen`].
     pub listeners: Vec<TcpListener>,
     /// This shard's end of its mailbox.
@@ -197,6 +199,7 @@ fn host(plan: &mut ShardPlan, beside: impl FnOnce(&Background)) -> Result<(), Ho
         let io = UringIo::new(&plan.settings, std::mem::take(&mut plan.listeners), plan.port.bell())
             .map_err(HostError::Ring)?;
         let mut shard = Shard::new(io, plan.index, Arc::clone(&plan.settings), Arc::clone(&plan.upstreams));
+        shard.command(Command::Tls(Arc::clone(&plan.tls)));
         if let Some(neighbours) = plan.neighbours.take() {
             shard.meet(neighbours);
         }
@@ -380,6 +383,7 @@ mod tests {
                 cpu: None,
                 settings: Arc::new(settings.clone()),
                 upstreams: Arc::default(),
+                tls: Arc::default(),
                 listeners: std::mem::take(&mut listeners),
                 port,
                 neighbours: Some(neighbours),
@@ -496,6 +500,7 @@ mod tests {
                 cpu: Some(0),
                 settings: Arc::new(settings),
                 upstreams: Arc::default(),
+                tls: Arc::default(),
                 listeners: vec![listener],
                 port,
                 neighbours: None,
@@ -613,6 +618,7 @@ mod tests {
             cpu: Some(100_000),
             settings: Arc::new(settings()),
             upstreams: Arc::default(),
+            tls: Arc::default(),
             listeners: Vec::new(),
             port,
             neighbours: None,
@@ -644,6 +650,7 @@ mod tests {
                 cpu: Some(0),
                 settings: Arc::new(with(sleep)),
                 upstreams: Arc::default(),
+                tls: Arc::default(),
                 listeners: vec![listener],
                 port,
                 neighbours: None,

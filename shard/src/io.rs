@@ -8,7 +8,7 @@ use protocol::log::Lent;
 use protocol::slots::Key;
 use std::fmt::Debug;
 use std::net::SocketAddr;
-use std::ops::Deref;
+use std::ops::DerefMut;
 
 /// An error number of the kernel, positive.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -174,7 +174,7 @@ pub trait Io: Sized {
     /// A socket on its way to another shard's `Io`; closed on drop.
     type Parcel: Debug;
     /// Received bytes in a lent buffer; given back on drop.
-    type Buffer: Deref<Target = [u8]> + Debug;
+    type Buffer: DerefMut<Target = [u8]> + Debug;
 
     /// Microseconds of the monotonic clock. Called when a turn wakes and when its work is done, nowhere else.
     fn now_us(&self) -> u64;

@@ -4,12 +4,13 @@
 //! And the mesh between shards: a bounded lock-free queue for each ordered pair, and a word in which each tells its load.
 //! Nobody waits for anybody: who finds a queue full keeps what it has.
 
-use crate::settings::UpstreamSet;
+use crate::settings::{TlsSet, UpstreamSet};
 use crate::stats::{Snapshot, StreamRecord};
 use crate::uring::{Bell, EventFd};
 use protocol::limits::HANDED_MAX;
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -24,6 +25,8 @@ pub const REPORTS_MAX: usize = 8192;
 pub enum Command {
     /// The backends changed.
     Upstreams(Arc<UpstreamSet>),
+    /// Certificates, keys or roots changed: connections that begin from now on use these.
+    Tls(Arc<TlsSet>),
     /// Report a [`Snapshot`].
     Snapshot {
         /// Returned with it.
@@ -52,6 +55,8 @@ pub enum Report {
     },
     /// A stream ended.
     Ended(Box<StreamRecord>),
+    /// A TLS handshake failed, or TLS broke off later. Not told of all when there are many; all are counted.
+    TlsFailed(Box<TlsFailure>),
     /// The shard has drained or stopped, and its thread ends. `forced` streams were ended by the deadline.
     Left {
         /// Streams that did not end in peace.
@@ -59,6 +64,17 @@ pub enum Report {
     },
     /// The shard failed and is gone.
     Failed(String),
+}
+
+/// Why TLS with some peer failed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TlsFailure {
+    /// The backend it was with; `None`: a client.
+    pub upstream: Option<usize>,
+    /// The peer's address.
+    pub peer: Option<SocketAddr>,
+    /// What was wrong, in words.
+    pub error: String,
 }
 
 /// A new mailbox: the control thread's end and the shard's. Both may be sent to their threads.

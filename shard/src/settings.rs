@@ -3,13 +3,22 @@
 use protocol::demo::DemoSettings;
 use protocol::http::HeadLimits;
 use protocol::phase::Deadlines;
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ServerConfig};
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 /// Everything of one process that does not change while it runs; shared read-only by its shards.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Client connections of one shard at a time, > 0.
     pub connections_max: usize,
+    /// What the listeners speak, in their order; those beyond speak plain HTTP.
+    pub listeners: Vec<Listener>,
+    /// Milliseconds from a client's connection to its complete TLS handshake; 0 is off.
+    pub tls_handshake_ms: u32,
+    /// Clients of one shard whose TLS handshake is under way at a time, > 0.
+    pub tls_handshakes_max: usize,
     /// Pending connections in the kernel per listener (`listen(2)`).
     pub backlog: u32,
     /// Entries of the submission queue, a power of two; the completion queue has four times as many.
@@ -56,6 +65,24 @@ pub struct Settings {
     pub unix_time_at_start_s: u64,
     /// Seed of everything random in a shard (the shard's number is mixed in).
     pub seed: u64,
+}
+
+/// What is spoken on one listening address.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Listener {
+    /// TLS, as this one of [`TlsSet::servers`] says; `None`: plain HTTP.
+    pub tls: Option<usize>,
+}
+
+/// Certificates, keys and roots as last read; a new one replaces the old one whole, for connections that begin after it.
+#[derive(Clone, Debug, Default)]
+pub struct TlsSet {
+    /// Counts up with every change.
+    pub epoch: u64,
+    /// By [`Listener::tls`].
+    pub servers: Vec<Arc<ServerConfig>>,
+    /// By [`UpstreamTls::config`]. Each shard keeps sessions for resumption of its own, whatever store these name.
+    pub clients: Vec<Arc<ClientConfig>>,
 }
 
 /// Where an idle shard sleeps (docs/decisions/002-where-a-shard-sleeps.md).
@@ -118,4 +145,15 @@ pub struct Upstream {
     pub base_path: String,
     /// Its addresses in order of preference; empty while its name cannot be resolved.
     pub addresses: Vec<SocketAddr>,
+    /// `https`; `None`: `http`.
+    pub tls: Option<UpstreamTls>,
+}
+
+/// How a backend is spoken to over TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamTls {
+    /// Which of [`TlsSet::clients`].
+    pub config: usize,
+    /// The name (or address) that its certificate must be for, sent as SNI if it is a name.
+    pub name: ServerName<'static>,
 }

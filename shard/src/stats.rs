@@ -84,6 +84,32 @@ counters! {
     upstream_reuses => "tokenring_upstream_reuses_total",
     /// Requests sent again because a reused backend connection died before its first response byte.
     upstream_retries => "tokenring_upstream_retries_total",
+    /// TLS handshakes with clients that were completed.
+    tls_handshakes => "tokenring_tls_handshakes_total",
+    /// Those of them that resumed an earlier session.
+    tls_resumptions => "tokenring_tls_resumptions_total",
+    /// TLS handshakes with clients that failed.
+    tls_handshake_failures => "tokenring_tls_handshake_failures_total",
+    /// TLS handshakes with clients that took too long.
+    tls_handshake_timeouts => "tokenring_tls_handshake_timeouts_total",
+    /// TLS handshakes with clients that had to wait because too many were under way.
+    tls_handshakes_delayed => "tokenring_tls_handshakes_delayed_total",
+    /// TLS handshakes with clients given up, slow ones first, for others that waited.
+    tls_handshakes_displaced => "tokenring_tls_handshakes_displaced_total",
+    /// Clients that spoke plain HTTP to a TLS port.
+    tls_plain_refused => "tokenring_tls_plain_refused_total",
+    /// Clients that spoke TLS to a plain port.
+    tls_hello_refused => "tokenring_tls_hello_refused_total",
+    /// TLS connections with clients or backends that broke off after the handshake: a broken record, a fatal alert.
+    tls_failures => "tokenring_tls_failures_total",
+    /// TLS handshakes with backends that were completed.
+    upstream_tls_handshakes => "tokenring_upstream_tls_handshakes_total",
+    /// Those of them that resumed an earlier session.
+    upstream_tls_resumptions => "tokenring_upstream_tls_resumptions_total",
+    /// TLS handshakes with backends that failed: not trusted, not understood, broken off.
+    upstream_tls_handshake_failures => "tokenring_upstream_tls_handshake_failures_total",
+    /// Answers of backends that were cut: the connection ended without TLS's own end (close_notify).
+    upstream_tls_truncations => "tokenring_upstream_tls_truncations_total",
     /// Pooled backend connections closed by the idle, age or count limit.
     pool_evictions => "tokenring_pool_evictions_total",
     /// Pooled backend connections closed by the backend.
@@ -171,6 +197,8 @@ pub struct Snapshot {
     pub stats: Stats,
     /// Client connections open.
     pub connections: usize,
+    /// Clients whose TLS handshake is under way; among `connections`.
+    pub handshakes: usize,
     /// Client connections accepted that wait for a slot; not among `connections`.
     pub parked: usize,
     /// Backend connections open, pooled ones included.

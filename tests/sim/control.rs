@@ -158,6 +158,7 @@ impl World {
             authority: authority(upstream),
             base_path: base_path(upstream),
             addresses: addresses(upstream).map(|host| host.address).collect(),
+            tls: None,
         });
         UpstreamSet { epoch, upstreams: upstreams.collect() }
     }

@@ -6,7 +6,7 @@ use protocol::slots::Key;
 use shard::io::{Close, Confirm, Errno, Half, Io, OpId, Wait};
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,6 +36,12 @@ impl Deref for SimBuffer {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         &self.bytes
+    }
+}
+
+impl DerefMut for SimBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
     }
 }
 

@@ -42,6 +42,9 @@ pub(crate) fn settings() -> Settings {
         Route { name: "all".to_owned(), path_prefix: "/".to_owned(), upstreams: vec![0], ..route.clone() };
     Settings {
         connections_max: 1000,
+        listeners: Vec::new(),
+        tls_handshake_ms: 10_000,
+        tls_handshakes_max: 1000,
         backlog: 16,
         ring_depth: 64,
         buffers: 64,
@@ -268,7 +271,7 @@ impl Sim {
                 assert_eq!(ticket, self.snapshots + self.snapshots_dropped, "each is answered, in order");
                 *(if room { &mut self.snapshots } else { &mut self.snapshots_dropped }) += 1;
             }
-            Report::Started | Report::Left { .. } | Report::Failed(_) => {}
+            Report::Started | Report::TlsFailed(_) | Report::Left { .. } | Report::Failed(_) => {}
         }
     }
 

@@ -99,6 +99,7 @@ pub(crate) mod tests {
             authority: "ab:1".to_owned(),
             base_path: String::new(),
             addresses: vec![([10, 0, 0, 1], 1).into()],
+            tls: None,
         };
         View {
             stage: Stage::Serving,
@@ -124,6 +125,7 @@ pub(crate) mod tests {
             shard,
             stats,
             connections: 3,
+            handshakes: 0,
             parked: 1,
             upstream_connections: 1,
             phases,

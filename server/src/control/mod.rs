@@ -212,6 +212,7 @@ impl Control {
                 }
             }
             Report::Ended(record) => access::log(shard, &record, &self.fixed.plan.settings, &self.upstreams),
+            Report::TlsFailed(failure) => log::warn!("TLS: {}", failure.error),
             Report::Left { forced } => {
                 self.links[shard].state = LinkState::Gone;
                 self.forced += forced;

@@ -43,6 +43,7 @@ pub(crate) fn initial(urls: &[UpstreamUrl]) -> UpstreamSet {
             authority: url.authority.clone(),
             base_path: url.base_path.clone(),
             addresses: literal(&url.host).into_iter().map(|ip| SocketAddr::new(ip, url.port)).collect(),
+            tls: None,
         })
         .collect();
     UpstreamSet { epoch: 1, upstreams }

@@ -33,6 +33,9 @@ impl Plan {
         let values = &effective.values;
         let settings = Settings {
             connections_max: narrow(values.integer(&table::CONNS_MAX)),
+            listeners: Vec::new(),
+            tls_handshake_ms: 10_000,
+            tls_handshakes_max: 1024,
             backlog: narrow(values.integer(&table::BACKLOG)),
             ring_depth: narrow(values.integer(&table::RING_DEPTH)),
             buffers: narrow(values.integer(&table::BUFFERS)),

@@ -18,7 +18,7 @@ mod transfer;
 
 use crate::io::{Completion, Errno, Io, Wait};
 use crate::mesh::{Command, Neighbours, Report};
-use crate::settings::{Route, Settings, UpstreamSet};
+use crate::settings::{Route, Settings, TlsSet, UpstreamSet};
 use crate::stats::{SlowConnection, Snapshot, Stats, UpstreamSnapshot};
 use accept::Acceptor;
 pub use audit::Holding;
@@ -79,6 +79,7 @@ pub struct Shard<I: Io> {
     index: usize,
     settings: Arc<Settings>,
     upstreams: Arc<UpstreamSet>,
+    tls: Arc<TlsSet>,
     /// The clock, read once when a turn wakes.
     now_us: u64,
     started_us: u64,
@@ -163,6 +164,7 @@ impl<I: Io> Shard<I> {
             started_us: now_us,
             settings,
             upstreams,
+            tls: Arc::default(),
         };
         shard.pool.follow(shard.upstreams.upstreams.len());
         for listener in 0..listeners {
@@ -310,6 +312,7 @@ impl<I: Io> Shard<I> {
                 self.pool.follow(upstreams.upstreams.len());
                 self.upstreams = upstreams;
             }
+            Command::Tls(tls) => self.tls = tls,
             Command::Snapshot { ticket } => {
                 let snapshot = Box::new(self.snapshot());
                 self.reports.push_back(Report::Snapshot { ticket, snapshot });
@@ -396,6 +399,7 @@ impl<I: Io> Shard<I> {
             shard: self.index,
             stats: self.stats.clone(),
             connections: self.clients,
+            handshakes: 0,
             parked: self.parked.len(),
             upstream_connections: self.conns.len() - self.clients,
             phases,

@@ -9,7 +9,7 @@
 use io_uring::types::BufRingEntry;
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -207,6 +207,13 @@ impl Deref for Buffer {
         // SAFETY: `bytes <= buffer_bytes`, the mapping lives as long as `ring`, and the kernel writes the buffer only after it
         // was put back, which takes dropping `self`.
         unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.bytes as usize) }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`; and between the kernel's completion and this buffer's drop nobody else reads or writes it.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.bytes as usize) }
     }
 }
 

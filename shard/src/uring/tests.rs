@@ -18,6 +18,9 @@ type Completions = Vec<Completion<Socket, Buffer>>;
 pub(crate) fn settings() -> Settings {
     Settings {
         connections_max: 100,
+        listeners: Vec::new(),
+        tls_handshake_ms: 10_000,
+        tls_handshakes_max: 1000,
         backlog: 128,
         ring_depth: 64,
         buffers: 64,
