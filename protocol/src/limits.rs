@@ -32,6 +32,22 @@ pub const LAG_HIGH_BYTES: u64 = 64 * 1024;
 /// Lag below which the producer's receive is resumed.
 pub const LAG_LOW_BYTES: u64 = 16 * 1024;
 
+/// Bytes of one TLS record: a head of 5, 2^14 of content, and 2048 that TLS 1.2 allows for its cipher (RFC 5246 section 6.2.3).
+pub const TLS_RECORD_BYTES_MAX: usize = 5 + 16 * 1024 + 2048;
+/// Bytes of a handshake kept until its message is complete. A message has at most 2^16 of them where rustls takes it, in records.
+pub const TLS_HANDSHAKE_BYTES_MAX: usize = 64 * 1024 + 2 * TLS_RECORD_BYTES_MAX;
+/// Bytes by which encryption makes a record longer, at most: head, explicit nonce, content type, tag.
+pub const TLS_SEALED_OVERHEAD_BYTES: usize = 64;
+/// Bytes of plaintext that are encrypted as one batch, and sent as one send: three full records, in one segment of a log.
+pub const TLS_BATCH_BYTES_MAX: usize = 3 * 16 * 1024;
+/// Sessions of backends that a shard remembers in order to resume them.
+pub const TLS_SESSIONS_MAX: usize = 256;
+/// Milliseconds that a client has for its TLS handshake when others wait for its place.
+pub const TLS_HANDSHAKE_GRACE_MS: u64 = 1_000;
+/// Receives of TLS handshakes that are taken in one turn: each may cost a signature, a quarter of a millisecond or more.
+pub const TLS_HANDSHAKE_STEPS_PER_TURN_MAX: u32 = 8;
+/// TLS failures told to the control thread in one turn; all are counted.
+pub const TLS_FAILURES_TOLD_PER_TURN_MAX: usize = 8;
 /// Bytes kept of a backend's error body that must be told in-band because the answer was committed before it came.
 pub const LATE_ERROR_BYTES_MAX: usize = 8 * 1024;
 /// Times that a send in flight is looked at within one write stall deadline.
@@ -93,5 +109,10 @@ pub const TURN_FAULT_MS: u64 = 10;
 
 const _: () =
     assert!(LAG_LOW_BYTES < LAG_HIGH_BYTES, "marks need a gap, or pause and resume alternate per event");
+const _: () = assert!(
+    TLS_BATCH_BYTES_MAX + (TLS_BATCH_BYTES_MAX / (16 * 1024) + 2) * TLS_SEALED_OVERHEAD_BYTES
+        <= LOG_SEGMENT_BYTES_MAX,
+    "a batch goes out as one send"
+);
 const _: () = assert!(LOG_SEGMENT_FIRST_BYTES <= LOG_SEGMENT_BYTES_MAX, "segments grow");
 const _: () = assert!(TARGET_BYTES_MAX < HEAD_BYTES_MAX, "a target that fits must leave room for its head");

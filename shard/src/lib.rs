@@ -10,6 +10,7 @@ pub mod memory;
 pub mod mesh;
 pub mod settings;
 pub mod stats;
+mod tls;
 #[allow(
     unsafe_code,
     reason = "io_uring is a shared-memory interface; all unsafe code of the project lives here"

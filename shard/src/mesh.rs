@@ -245,6 +245,8 @@ pub struct Neighbours<T> {
 pub struct Handed<T> {
     /// What it is.
     pub what: T,
+    /// Index of the listener it came from.
+    pub listener: usize,
     /// How often it was handed on.
     pub times: u8,
 }
@@ -442,7 +444,7 @@ mod tests {
     }
 
     fn once(what: u32) -> Handed<u32> {
-        Handed { what, times: 1 }
+        Handed { what, listener: 0, times: 1 }
     }
 
     fn mesh(shards: usize) -> Vec<Neighbours<u32>> {

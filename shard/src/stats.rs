@@ -211,6 +211,8 @@ pub struct Snapshot {
     pub pending_bytes: u64,
     /// Memory held by event logs, bytes.
     pub log_bytes: u64,
+    /// Memory of TLS connections beside their sessions: partial records, and records on their way to sockets; bytes.
+    pub tls_bytes: u64,
     /// Memory that streams and connections hold beyond the share of each, bytes.
     pub overdraft_bytes: u64,
     /// Receive buffers free, of [`crate::settings::Settings::buffers`].

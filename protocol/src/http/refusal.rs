@@ -68,6 +68,8 @@ refusals! {
     NotFound 404 "not_found" "Nothing is served under this path."
     MethodNotAllowed 405 "method_not_allowed" "This path does not support the request's method."
     Misdirected 421 "misdirected" "The target names a scheme that this connection does not speak."
+    PlainOnTls 400 "plain_on_tls" "This port speaks TLS: use https:// instead of http://."
+    TlsOnPlain 400 "tls_on_plain" "This port speaks plain HTTP: use http:// instead of https://."
     BadDemoQuery 400 "bad_demo_query" "The demo model takes tokens_per_s and tokens from 1 to 100000 and first_token_ms from 0 to 600000."
     LengthRequired 411 "length_required" "This request needs a body with Content-Length or chunked transfer coding."
     BodyTooLarge 413 "body_too_large" "The message body has more bytes than this server accepts."

@@ -132,6 +132,7 @@ pub(crate) mod tests {
             in_flight_bytes: 10,
             pending_bytes: 20,
             log_bytes: 30,
+            tls_bytes: 0,
             overdraft_bytes: 35,
             buffers_free: 40,
             timers: 50,

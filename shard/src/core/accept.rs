@@ -5,7 +5,7 @@
 //! comes all the same (from a listener whose cancel was late, or from a neighbour) is parked: it is served before the backlog
 //! is.
 
-use super::conn::{Client, Conn, Role, State};
+use super::conn::{Client, Conn, Handshake, Role, State};
 use super::{Leaving, Shard, TimerOf};
 use crate::io::{Close, Errno, Io, OpId};
 use crate::mesh::{Handed, Neighbours, Report};
@@ -138,8 +138,8 @@ impl<I: Io> Shard<I> {
         self.acceptors[listener].accepted_in_turn = true;
         self.acceptors[listener].probing = false;
         self.stats.counters.accepts += 1;
-        if let Some(socket) = self.hand_away(socket) {
-            self.take_in(socket);
+        if let Some(socket) = self.hand_away(socket, listener) {
+            self.take_in(socket, listener);
         }
         if self.permits() == 0 {
             self.follow_accepts();
@@ -155,7 +155,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// Hands a client just accepted to a neighbour, if this shard has more than its share; gives it back if not.
-    fn hand_away(&mut self, socket: I::Socket) -> Option<I::Socket> {
+    fn hand_away(&mut self, socket: I::Socket, listener: usize) -> Option<I::Socket> {
         let with_it = self.load() + 1;
         let (Leaving::No, Some(neighbours)) = (self.leaving, &mut self.neighbours) else {
             return Some(socket);
@@ -163,7 +163,7 @@ impl<I: Io> Shard<I> {
         let Some(to) = neighbours.emptier(with_it, self.settings.connections_max) else {
             return Some(socket);
         };
-        match neighbours.hand(to, Handed { what: self.io.release(socket), times: 1 }) {
+        match neighbours.hand(to, Handed { what: self.io.release(socket), listener, times: 1 }) {
             Ok(()) => {
                 self.stats.counters.handed_away += 1;
                 None
@@ -198,7 +198,7 @@ impl<I: Io> Shard<I> {
                 }
             }
             let socket = self.io.adopt(handed.what);
-            self.take_in(socket);
+            self.take_in(socket, handed.listener);
         }
         if self.permits() == 0 {
             self.follow_accepts();
@@ -228,22 +228,29 @@ impl<I: Io> Shard<I> {
     }
 
     /// Serves a client, or parks it until a slot is free.
-    fn take_in(&mut self, socket: I::Socket) {
+    fn take_in(&mut self, socket: I::Socket, listener: usize) {
         if self.has_free_slot() {
-            self.serve(socket);
+            self.serve(socket, listener);
         } else if matches!(self.leaving, Leaving::Stopping { .. }) {
             self.io.close(socket, Close::Reset);
             self.stats.counters.closes += 1;
         } else {
             self.stats.counters.accept_parks += 1;
-            self.parked.push_back(socket);
+            self.parked.push_back((socket, listener));
             self.publish_load();
         }
     }
 
-    fn serve(&mut self, socket: I::Socket) {
-        let mut conn = Conn::new(socket, Role::Client(Client::default()));
-        conn.due_ms = self.now_ms() + u64::from(self.idle_ms());
+    fn serve(&mut self, socket: I::Socket, listener: usize) {
+        let tls = self.settings.listeners.get(listener).and_then(|listener| listener.tls);
+        let handshake = tls.map_or(Handshake::None, Handshake::Awaited);
+        let mut conn = Conn::new(socket, Role::Client(Client { handshake, ..Client::default() }));
+        let first_ms = match (tls, self.settings.tls_handshake_ms) {
+            (Some(_), 0) => u32::MAX,
+            (Some(_), ms) => ms,
+            (None, _) => self.idle_ms(),
+        };
+        conn.due_ms = self.now_ms() + u64::from(first_ms);
         if self.leaving != Leaving::No {
             conn.due_ms = conn.due_ms.min(self.now_ms() + DRAIN_FRESH_MS);
         }
@@ -265,9 +272,9 @@ impl<I: Io> Shard<I> {
     /// Those that wait for a slot, in their order: parked ones, then those that neighbours have handed over.
     pub(super) fn serve_waiting(&mut self) {
         while self.has_free_slot()
-            && let Some(socket) = self.parked.pop_front()
+            && let Some((socket, listener)) = self.parked.pop_front()
         {
-            self.serve(socket);
+            self.serve(socket, listener);
         }
         if self.parked.is_empty() {
             self.take_handed();
@@ -277,16 +284,16 @@ impl<I: Io> Shard<I> {
     /// What the kernel does with the clients in its backlog when their listener is closed.
     fn reset_waiting(&mut self) {
         while let Some(handed) = self.next_handed() {
-            self.parked.push_back(self.io.adopt(handed.what));
+            self.parked.push_back((self.io.adopt(handed.what), handed.listener));
         }
-        for socket in std::mem::take(&mut self.parked) {
+        for (socket, _) in std::mem::take(&mut self.parked) {
             self.io.close(socket, Close::Reset);
             self.stats.counters.closes += 1;
         }
     }
 
     /// Before a request's head is known, the last route (which matches everything) says how long a client may idle.
-    fn idle_ms(&self) -> u32 {
+    pub(super) fn idle_ms(&self) -> u32 {
         match self.settings.routes.last().map_or(0, |route| route.deadlines.keep_alive_ms) {
             0 => u32::MAX,
             ms => ms,

@@ -1,7 +1,7 @@
 //! The shard examined between two turns, for simulations: what the kernel holds of each connection, and whether what the
 //! shard keeps agrees with itself. Nothing here runs in a serving process.
 
-use super::conn::{Conn, Role, State};
+use super::conn::{Conn, Handshake, Role, State};
 use super::{Leaving, Shard};
 use crate::io::Io;
 use protocol::slots::Key;
@@ -34,7 +34,7 @@ impl<I: Io> Shard<I> {
         self.conns.iter().map(|(key, conn)| {
             let holding = Holding {
                 receive: conn.ops.receive.is_some(),
-                lent_bytes: conn.ledger.in_flight(),
+                lent_bytes: conn.lent_bytes(),
                 connect: conn.ops.connect.is_some(),
                 hangup: conn.ops.hangup.is_some(),
             };
@@ -48,13 +48,18 @@ impl<I: Io> Shard<I> {
     /// The first thing that is not as it should be.
     pub fn audit(&self) -> Result<(), String> {
         demand!(self.dirty.is_empty() && self.starved.is_empty(), "a turn left work undone");
-        let mut timers = usize::from(self.leaving_timer.is_some());
+        let mut timers =
+            usize::from(self.leaving_timer.is_some()) + usize::from(self.handshakes.is_timer_armed());
+        let mut handshakes = 0;
         let mut clients = 0;
         let mut active = vec![0; self.pool.upstreams.len()];
         let mut idle = 0;
         for (key, conn) in self.conns.iter() {
             timers += usize::from(conn.timer.is_some());
             clients += usize::from(conn.is_client());
+            handshakes += usize::from(
+                matches!(&conn.role, Role::Client(client) if client.handshake == Handshake::Active),
+            );
             if let (Role::Backend(backend), Some(_)) = (&conn.role, conn.stream) {
                 active[backend.upstream] += 1;
             }
@@ -72,6 +77,7 @@ impl<I: Io> Shard<I> {
             timers += usize::from(stream.timer.is_some());
             self.audit_stream(key)?;
         }
+        demand!(handshakes == self.handshakes.count, "{handshakes} handshakes: {}", self.handshakes.count);
         demand!(clients == self.clients, "{clients} clients hold {} slots", self.clients);
         for (upstream, (state, active)) in self.pool.upstreams.iter().zip(active).enumerate() {
             let counted = state.active;
@@ -90,7 +96,7 @@ impl<I: Io> Shard<I> {
 
     fn audit_conn(&self, key: Key, conn: &Conn<I::Socket>) -> Result<(), String> {
         let sending = conn.ops.send.is_some();
-        demand!(sending == (conn.ledger.in_flight() > 0), "lent without a send, or sent without: {conn:?}");
+        demand!(sending == (conn.lent_bytes() > 0), "lent without a send, or sent without: {conn:?}");
         demand!(!conn.dirty, "marked and not looked at: {conn:?}");
         if let State::Joining(_) = conn.state {
             demand!(!conn.ops.none(), "nothing holds it, and it is not freed: {conn:?}");
@@ -126,7 +132,7 @@ impl<I: Io> Shard<I> {
         let cursor = conn.ledger.sent() + u64::from(conn.ledger.in_flight());
         demand!(cursor <= log.end(), "more was sent than the log has: {conn:?} {log:?}");
         // A backend's send may have failed, and its receive is to tell why.
-        let idle = conn.state == State::Open && conn.is_client() && conn.ledger.may_lend();
+        let idle = conn.state == State::Open && conn.is_client() && conn.ops.send.is_none();
         demand!(!idle || conn.ledger.lag(log.end()) == 0, "it owes bytes, and sends none: {conn:?} {log:?}");
         Ok(())
     }

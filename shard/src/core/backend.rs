@@ -188,7 +188,6 @@ impl<I: Io> Shard<I> {
     }
 
     pub(super) fn connected(&mut self, key: Key, result: Result<(), Errno>) {
-        let now_ms = self.now_ms();
         let Some(conn) = self.conns.get_mut(key) else {
             debug_assert!(false, "a completion for a freed connection");
             return;
@@ -197,15 +196,29 @@ impl<I: Io> Shard<I> {
         if matches!(conn.state, State::Joining(_)) {
             return self.follow_join(key);
         }
+        match result {
+            Ok(()) => self.begin_upstream_tls(key),
+            Err(_) => self.unconnected(key, End::UpstreamRefused),
+        }
+    }
+
+    /// The connection stands, TLS included.
+    pub(super) fn stands(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        conn.due_ms = u64::MAX;
+        let Some(backend) = conn.backend() else { return };
+        let state = &mut self.pool.upstreams[backend.upstream];
+        (state.failures, state.resting_until_ms) = (0, 0);
+        self.ready(key);
+    }
+
+    /// A connection could not be made: the stream gets another, or ends with `end`.
+    pub(super) fn unconnected(&mut self, key: Key, end: End) {
+        let now_ms = self.now_ms();
+        let Some(conn) = self.conns.get_mut(key) else { return };
         let stream = conn.stream;
         let Some(backend) = conn.backend() else { return };
         let (upstream, address) = (backend.upstream, backend.address);
-        if result.is_ok() {
-            conn.due_ms = u64::MAX;
-            let state = &mut self.pool.upstreams[upstream];
-            (state.failures, state.resting_until_ms) = (0, 0);
-            return self.ready(key);
-        }
         self.stats.counters.upstream_connect_errors += 1;
         let addresses = self.upstreams.upstreams.get(upstream).map_or(1, |upstream| upstream.addresses.len());
         let state = &mut self.pool.upstreams[upstream];
@@ -217,12 +230,12 @@ impl<I: Io> Shard<I> {
         }
         self.disengage(key, Close::Orderly);
         if let Some(stream) = stream {
-            self.engage_another(stream, upstream);
+            self.engage_another(stream, upstream, end);
         }
     }
 
     /// After a connection could not be made: another address or another backend, within the attempts allowed.
-    fn engage_another(&mut self, key: Key, failed: usize) {
+    fn engage_another(&mut self, key: Key, failed: usize, end: End) {
         let Some(stream) = self.streams.get_mut(key) else { return };
         if stream.end.is_some() {
             return;
@@ -234,16 +247,16 @@ impl<I: Io> Shard<I> {
             .map(|upstream| upstream.addresses.len())
             .sum();
         if stream.attempts >= CONNECT_ATTEMPTS_MAX.min(addresses as u32) || stream.request.start() > 0 {
-            return self.end_stream(key, End::UpstreamRefused);
+            return self.end_stream(key, end);
         }
         stream.step(Step::Retry);
         let route = stream.route;
         // The failed backend's next address while it is not resting, else another backend.
         let Some(upstream) = self.pick(route, self.is_resting(failed).then_some(failed)) else {
-            return self.end_stream(key, End::UpstreamRefused);
+            return self.end_stream(key, end);
         };
         if upstream != failed && !self.rewrite_head(key, upstream) {
-            return self.end_stream(key, End::UpstreamRefused);
+            return self.end_stream(key, end);
         }
         self.engage(key, upstream);
     }
@@ -322,7 +335,7 @@ impl<I: Io> Shard<I> {
         let pool_idle_ms = u64::from(self.settings.pool_idle_ms);
         let Some(conn) = self.conns.get_mut(key) else { return };
         let reusable =
-            conn.state == State::Open && !conn.peer_fin && conn.held.is_empty() && conn.ledger.may_lend();
+            conn.state == State::Open && !conn.peer_fin && conn.held.is_empty() && conn.ops.send.is_none();
         let Some(backend) = conn.backend() else { return };
         // A backend that names its own patience is left a second before it runs out.
         let promised_ms = backend.keep_alive_s.map_or(u64::MAX, |s| u64::from(s.saturating_sub(1)) * 1000);
@@ -376,6 +389,11 @@ impl<I: Io> Shard<I> {
             return;
         }
         let stream_key = conn.stream;
+        if stream_key.is_some() && conn.is_handshaking() {
+            self.stats.counters.upstream_tls_handshake_failures += 1;
+            self.tell_failure(key, format!("the connection ended during the handshake ({})", end.name()));
+            return self.unconnected(key, End::UpstreamTls);
+        }
         let Some(backend) = conn.backend() else { return };
         if backend.idle {
             return self.leave_pool(key, true);
@@ -404,7 +422,7 @@ impl<I: Io> Shard<I> {
             return if addresses > 0 {
                 self.engage(stream_key, upstream)
             } else {
-                self.engage_another(stream_key, upstream)
+                self.engage_another(stream_key, upstream, end)
             };
         }
         self.backend_broke(stream_key, end);

@@ -6,8 +6,11 @@
 //! everybody else.
 
 use super::Shard;
+use super::conn::Conn;
 use crate::io::{Close, Completion, Io};
-use protocol::limits::{PIECE_BYTES, PIECES_EXCESS_OF_WAITING_MAX, PIECES_EXCESS_PER_TURN_MAX};
+use protocol::limits::{
+    PIECE_BYTES, PIECES_EXCESS_OF_WAITING_MAX, PIECES_EXCESS_PER_TURN_MAX, TLS_HANDSHAKE_STEPS_PER_TURN_MAX,
+};
 use protocol::log::Log;
 use protocol::phase::End;
 use protocol::slots::Key;
@@ -18,7 +21,7 @@ impl<I: Io> Shard<I> {
         self.conns.get(key).is_some_and(|conn| conn.waiting > 0)
     }
 
-    pub(super) fn received(&mut self, key: Key, buffer: I::Buffer) {
+    pub(super) fn received(&mut self, key: Key, mut buffer: I::Buffer) {
         let (turn, now_ms) = (self.stats.counters.turns, self.now_ms());
         let Some(conn) = self.conns.get_mut(key) else {
             debug_assert!(false, "a completion for a freed connection");
@@ -29,11 +32,13 @@ impl<I: Io> Shard<I> {
             self.look_later(key);
         }
         let Some(conn) = self.conns.get(key) else { return };
-        if conn.waiting > 0 || (conn.excess.0 == turn && conn.excess.1 >= PIECES_EXCESS_PER_TURN_MAX) {
+        let wait = conn.waiting > 0 || (conn.excess.0 == turn && conn.excess.1 >= PIECES_EXCESS_PER_TURN_MAX);
+        let handshaking = conn.is_handshaking();
+        if wait || (handshaking && !self.handshakes.may_step(turn, TLS_HANDSHAKE_STEPS_PER_TURN_MAX)) {
             self.stats.counters.receives_deferred += 1;
             return self.make_wait(key, Completion::Received { conn: key, buffer });
         }
-        let excess = self.take_apart(key, &buffer);
+        let excess = self.take_apart(key, &mut buffer);
         if excess > 0
             && let Some(conn) = self.conns.get_mut(key)
         {
@@ -43,9 +48,11 @@ impl<I: Io> Shard<I> {
     }
 
     /// Handles received bytes; gives the pieces that were more than the bytes pay for.
-    fn take_apart(&mut self, key: Key, bytes: &[u8]) -> u64 {
+    fn take_apart(&mut self, key: Key, bytes: &mut [u8]) -> u64 {
         let before = self.stats.counters.pieces;
+        let tls = self.conns.get(key).is_some_and(|conn| conn.tls.is_some() || conn.is_handshaking());
         match self.role(key) {
+            Some(_) if tls => self.tls_received(key, bytes),
             Some(true) => self.client_received(key, bytes),
             Some(false) => self.backend_received(key, bytes),
             None => {}
@@ -69,9 +76,12 @@ impl<I: Io> Shard<I> {
             && let Some(completion) = self.waiting.pop_front()
         {
             match completion {
-                Completion::Received { conn, buffer } => {
+                Completion::Received { conn, mut buffer } => {
                     self.waited(conn);
-                    excess += self.take_apart(conn, &buffer);
+                    if self.conns.get(conn).is_some_and(Conn::is_handshaking) {
+                        excess += PIECES_EXCESS_OF_WAITING_MAX / u64::from(TLS_HANDSHAKE_STEPS_PER_TURN_MAX);
+                    }
+                    excess += self.take_apart(conn, &mut buffer);
                     self.follow_receive(conn);
                 }
                 Completion::ReceiveEnded { conn, why } => {

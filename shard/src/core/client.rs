@@ -3,9 +3,10 @@
 use super::Shard;
 use super::conn::State;
 use super::relay::waits_for_line_end;
-use super::stream::{Description, Stream};
+use super::stream::{Answer, Description, Stream};
 use crate::io::{Close, Io};
 use crate::settings::Route;
+use crate::tls::{HANDSHAKE_FAILURE, HELLO_BYTE};
 use protocol::dialect::Dialect;
 use protocol::facts::Scanner;
 use protocol::http::{
@@ -45,6 +46,9 @@ impl<I: Io> Shard<I> {
                 return;
             }
             State::Open => {}
+        }
+        if bytes[0] == HELLO_BYTE && conn.tls.is_none() && conn.held.is_empty() && conn.stream.is_none() {
+            return self.refuse_hello(key);
         }
         if conn.held.is_empty() {
             let left = self.client_input(key, bytes);
@@ -151,12 +155,26 @@ impl<I: Io> Shard<I> {
     }
 
     /// A stream that consists of nothing but its refusal.
-    fn begin_refused(&mut self, key: Key, dialect: Dialect, refusal: Refusal) {
+    pub(super) fn begin_refused(&mut self, key: Key, dialect: Dialect, refusal: Refusal) {
         let route = self.settings.routes.len() - 1;
         let stream = Stream::new(key, route, dialect, Version::Http11, self.now_us);
         if let Some(stream) = self.attach(key, stream) {
             self.refuse(stream, refusal);
         }
+    }
+
+    /// TLS on a plain port is told so in its own words.
+    fn refuse_hello(&mut self, key: Key) {
+        self.stats.counters.tls_hello_refused += 1;
+        let route = self.settings.routes.len() - 1;
+        let stream = Stream::new(key, route, Dialect::Plain, Version::Http11, self.now_us);
+        let Some(stream_key) = self.attach(key, stream) else { return };
+        if let Some(stream) = self.streams.get_mut(stream_key) {
+            stream.append_response(&HANDSHAKE_FAILURE, self.now_us);
+            stream.answer = Answer::Body(Framing::Length(HANDSHAKE_FAILURE.len() as u64));
+            (stream.produced, stream.close) = (true, true);
+        }
+        self.refuse(stream_key, Refusal::TlsOnPlain);
     }
 
     /// A head that did not arrive in time.
@@ -263,9 +281,13 @@ impl<I: Io> Shard<I> {
             Framing::Length(length) => length,
             _ => 0,
         };
+        let client = self.streams.get(key).and_then(|stream| self.conns.get(stream.client?));
+        let secure = client.is_some_and(|conn| conn.tls.is_some());
         let refusal = if head.method == "CONNECT" || head.method == "TRACE" {
             Some(Refusal::MethodNotAllowed)
-        } else if target_of_start(raw).get(..8).is_some_and(|start| start.eq_ignore_ascii_case(b"https://")) {
+        } else if !secure
+            && target_of_start(raw).get(..8).is_some_and(|start| start.eq_ignore_ascii_case(b"https://"))
+        {
             // RFC 9110 section 7.4: this connection is not secured.
             Some(Refusal::Misdirected)
         } else if self.settings.routes.len() > 1 && head.has_dot_segments() {
@@ -365,10 +387,8 @@ impl<I: Io> Shard<I> {
         }
         if stream.phase == protocol::phase::Phase::Connect {
             stream.phase_due_ms = u64::MAX;
-            let connected = stream
-                .backend
-                .and_then(|key| self.conns.get(key))
-                .is_some_and(|conn| conn.ops.connect.is_none());
+            let connected =
+                stream.backend.and_then(|key| self.conns.get(key)).is_some_and(|conn| !conn.is_connecting());
             if connected {
                 self.await_head(key);
             }
@@ -412,6 +432,12 @@ impl<I: Io> Shard<I> {
 
     /// The client is gone: its stream ends, and its backend is let go at once.
     pub(super) fn client_gone(&mut self, key: Key) {
+        let how = self.client_cut(key);
+        self.join(key, how);
+    }
+
+    /// Ends what a client that is gone was being told; gives how its connection is to be closed.
+    pub(super) fn client_cut(&mut self, key: Key) -> Close {
         let stream = self.conns.get(key).and_then(|conn| conn.stream);
         let how = stream.map_or(Close::Orderly, |stream| self.how_to_cut(stream));
         if let Some(stream) = stream {
@@ -425,7 +451,7 @@ impl<I: Io> Shard<I> {
             self.override_end(stream, if served { End::Done } else { End::ClientLeft });
             self.settle(stream);
         }
-        self.join(key, how);
+        how
     }
 
     /// After an answer was delivered: the requests that were pipelined behind it, or the wait for the next one.
@@ -488,7 +514,7 @@ fn target_of_start(start: &[u8]) -> &[u8] {
 }
 
 /// The dialect of such a head's path: an error has the shape of the path's API even when nothing else is known.
-fn dialect_of_start(start: &[u8]) -> Dialect {
+pub(super) fn dialect_of_start(start: &[u8]) -> Dialect {
     str::from_utf8(target_of_start(start)).map_or(Dialect::Plain, Dialect::of_path)
 }
 

@@ -7,6 +7,7 @@
 //! `Joining` is the second of three steps: shut down, wait until every operation has completed, close and free.
 
 use crate::io::{Close, OpId};
+use crate::tls::Tls;
 use protocol::http::BodyDecoder;
 use protocol::ledger::Ledger;
 use protocol::slots::Key;
@@ -71,6 +72,8 @@ pub(crate) struct Conn<S> {
     pub(crate) look_ms: u64,
     /// Excess pieces, of the turn with that number.
     pub(crate) excess: (u64, u64),
+    /// It speaks TLS; none before a client's hello.
+    pub(crate) tls: Option<Box<Tls>>,
     pub(crate) role: Role,
     /// From `held_from` on: a partial head, or the start of pipelined requests.
     pub(crate) held: Vec<u8>,
@@ -99,6 +102,20 @@ pub(crate) enum Role {
     Backend(Backend),
 }
 
+/// Where a client's TLS handshake stands.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(crate) enum Handshake {
+    /// Complete, or there is none.
+    #[default]
+    None,
+    /// Its hello is to come, on a listener with that configuration.
+    Awaited(usize),
+    /// Its hello waits until there is room for one more handshake.
+    Waiting(usize),
+    /// Under way.
+    Active,
+}
+
 /// The client's side of a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Client {
@@ -112,6 +129,7 @@ pub(crate) struct Client {
     pub(crate) refused: u32,
     /// A partial head is held, and its deadline runs.
     pub(crate) in_head: bool,
+    pub(crate) handshake: Handshake,
     /// Bytes dropped while lingering.
     pub(crate) dropped: u64,
 }
@@ -145,6 +163,7 @@ impl<S> Conn<S> {
         Conn {
             socket,
             state: State::Open,
+            tls: None,
             role,
             stream: None,
             ledger: Ledger::default(),

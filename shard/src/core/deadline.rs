@@ -39,6 +39,7 @@ impl<I: Io> Shard<I> {
                     }
                 }
                 TimerOf::Drain => self.leaving_timer = None,
+                TimerOf::Handshakes => self.handshake_timer_gone(),
                 TimerOf::Acceptor(_) => {}
             }
         }
@@ -47,6 +48,7 @@ impl<I: Io> Shard<I> {
                 TimerOf::Conn(key) => self.conn_timer_fired(key),
                 TimerOf::Stream(key) => self.stream_timer_fired(key),
                 TimerOf::Acceptor(listener) => self.accept_rested(listener),
+                TimerOf::Handshakes => self.handshakes_due(),
                 TimerOf::Drain => self.leaving_due(),
             }
         }
@@ -59,7 +61,7 @@ impl<I: Io> Shard<I> {
     }
 
     pub(super) fn conn_due_ms(conn: &Conn<I::Socket>) -> u64 {
-        let stall_check_ms = if conn.ledger.may_lend() { u64::MAX } else { conn.stall_check_ms };
+        let stall_check_ms = if conn.ops.send.is_none() { u64::MAX } else { conn.stall_check_ms };
         conn.due_ms.min(stall_check_ms).min(conn.look_ms)
     }
 
@@ -69,7 +71,7 @@ impl<I: Io> Shard<I> {
         let now_ms = self.now_ms();
         let Some(conn) = self.conns.get(key) else { return false };
         let stall_ms = self.write_stall_ms(conn);
-        if conn.ledger.may_lend() || conn.stall_check_ms > now_ms || stall_ms == 0 {
+        if conn.ops.send.is_none() || conn.stall_check_ms > now_ms || stall_ms == 0 {
             return false;
         }
         let acknowledged = self.io.acknowledged(conn.socket);
@@ -123,6 +125,11 @@ impl<I: Io> Shard<I> {
                     self.join(key, Close::Reset);
                 }
                 Some(_) => {}
+                None if conn.is_handshaking() => {
+                    self.stats.counters.tls_handshake_timeouts += 1;
+                    self.handshake_over(key);
+                    self.join(key, Close::Orderly);
+                }
                 None if conn.held.is_empty() => {
                     self.stats.counters.keep_alive_closes += 1;
                     self.linger(key);
@@ -131,7 +138,7 @@ impl<I: Io> Shard<I> {
             },
             (Role::Backend(backend), State::Open) => match stream {
                 Some(stream) if stalled => self.end_stream(stream, End::UpstreamStalled),
-                Some(stream) if conn.ops.connect.is_some() => self.end_stream(stream, End::ConnectTimeout),
+                Some(stream) if conn.is_connecting() => self.end_stream(stream, End::ConnectTimeout),
                 Some(_) => {}
                 None if backend.idle => self.leave_pool(key, false),
                 None => self.join(key, Close::Orderly),

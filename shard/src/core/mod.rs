@@ -13,6 +13,7 @@ mod deadline;
 mod demo;
 mod finish;
 mod relay;
+mod secure;
 mod stream;
 mod transfer;
 
@@ -20,6 +21,7 @@ use crate::io::{Completion, Errno, Io, Wait};
 use crate::mesh::{Command, Neighbours, Report};
 use crate::settings::{Route, Settings, TlsSet, UpstreamSet};
 use crate::stats::{SlowConnection, Snapshot, Stats, UpstreamSnapshot};
+use crate::tls::Scratch;
 use accept::Acceptor;
 pub use audit::Holding;
 use backend::Pool;
@@ -29,6 +31,7 @@ use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
 use protocol::phase::Phase;
 use protocol::slots::{Key, Slots};
 use protocol::wheel::{TimerId, Wheel};
+use secure::Handshakes;
 use std::collections::VecDeque;
 use std::hint::black_box;
 use std::sync::Arc;
@@ -51,6 +54,7 @@ enum TimerOf {
     Conn(Key),
     Stream(Key),
     Acceptor(usize),
+    Handshakes,
     Drain,
 }
 
@@ -89,8 +93,10 @@ pub struct Shard<I: Io> {
     acceptors: Vec<Acceptor>,
     pool: Pool,
     clients: usize,
-    /// Accepted, and waiting for a slot: nothing of theirs has been read.
-    parked: VecDeque<I::Socket>,
+    /// Accepted on a listener, and waiting for a slot: nothing of theirs has been read.
+    parked: VecDeque<(I::Socket, usize)>,
+    handshakes: Handshakes,
+    tls_scratch: Scratch,
     /// None: the only shard.
     neighbours: Option<Neighbours<I::Parcel>>,
     stats: Stats,
@@ -141,6 +147,8 @@ impl<I: Io> Shard<I> {
             pool: Pool::default(),
             clients: 0,
             parked: VecDeque::new(),
+            handshakes: Handshakes::default(),
+            tls_scratch: Scratch::default(),
             neighbours: None,
             stats: Stats::default(),
             completions: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
@@ -312,7 +320,10 @@ impl<I: Io> Shard<I> {
                 self.pool.follow(upstreams.upstreams.len());
                 self.upstreams = upstreams;
             }
-            Command::Tls(tls) => self.tls = tls,
+            Command::Tls(tls) => {
+                self.handshakes.follow(&tls);
+                self.tls = tls;
+            }
             Command::Snapshot { ticket } => {
                 let snapshot = Box::new(self.snapshot());
                 self.reports.push_back(Report::Snapshot { ticket, snapshot });
@@ -376,12 +387,17 @@ impl<I: Io> Shard<I> {
             phases[stream.phase as usize] += 1;
             log_bytes += (stream.request.memory_bytes() + stream.response.memory_bytes()) as u64;
         }
-        let mut lagging = Vec::new();
+        let (mut lagging, mut tls_bytes) = (Vec::new(), 0);
         for (key, conn) in self.conns.iter() {
-            in_flight_bytes += u64::from(conn.ledger.in_flight());
+            in_flight_bytes += u64::from(conn.lent_bytes());
+            tls_bytes += conn.tls.as_ref().map_or(0, |tls| tls.held_bytes() as u64);
             let Some(stream) = conn.stream.and_then(|key| self.streams.get(key)) else {
                 if conn.is_client() {
-                    let phase = if conn.held.is_empty() { Phase::KeptAlive } else { Phase::Head };
+                    let phase = match conn.held.is_empty() {
+                        _ if conn.is_handshaking() => Phase::Handshake,
+                        true => Phase::KeptAlive,
+                        false => Phase::Head,
+                    };
                     phases[phase as usize] += 1;
                 }
                 continue;
@@ -399,13 +415,14 @@ impl<I: Io> Shard<I> {
             shard: self.index,
             stats: self.stats.clone(),
             connections: self.clients,
-            handshakes: 0,
+            handshakes: self.handshakes.count,
             parked: self.parked.len(),
             upstream_connections: self.conns.len() - self.clients,
             phases,
             in_flight_bytes,
             pending_bytes,
             log_bytes,
+            tls_bytes,
             overdraft_bytes: self.overdraft_bytes,
             buffers_free: self.io.buffers_free(),
             timers: self.wheel.len(),

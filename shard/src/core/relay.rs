@@ -298,11 +298,14 @@ impl<I: Io> Shard<I> {
         match &backend.body {
             None => self.backend_lost(key, End::UpstreamTruncated),
             Some(body) if body.eof_is_end() => {
-                let cut = self
-                    .streams
-                    .get(stream_key)
-                    .and_then(|stream| stream.events.as_ref())
-                    .is_some_and(|events| events.partial_bytes() > 0 && !events.is_at_boundary());
+                let open_ended = conn.is_cut();
+                self.stats.counters.upstream_tls_truncations += u64::from(open_ended);
+                let cut = open_ended
+                    || self
+                        .streams
+                        .get(stream_key)
+                        .and_then(|stream| stream.events.as_ref())
+                        .is_some_and(|events| events.partial_bytes() > 0 && !events.is_at_boundary());
                 if cut {
                     self.backend_broke(stream_key, End::UpstreamTruncated)
                 } else {

@@ -2,7 +2,7 @@
 //! pause and resume the other side, and the three steps in which a connection ends.
 
 use super::Shard;
-use super::conn::{Role, State};
+use super::conn::{Handshake, Role, State};
 use crate::io::{Close, Confirm, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
 use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, RESET_LOOK_MS, RESET_LOOK_STEP_MS, STALL_CHECKS};
@@ -60,16 +60,7 @@ impl<I: Io> Shard<I> {
                 self.stats.counters.buffer_shortages += 1;
                 self.starved.push(key);
             }
-            ReceiveEnd::Fin => {
-                conn.peer_fin = true;
-                if conn.state == State::Lingering {
-                    return self.join(key, Close::Orderly);
-                }
-                match conn.role {
-                    Role::Client(_) => self.client_fin(key),
-                    Role::Backend(_) => self.backend_fin(key),
-                }
-            }
+            ReceiveEnd::Fin => self.peer_finished(key),
             ReceiveEnd::Error(_) => {
                 conn.peer_fin = true;
                 match conn.role {
@@ -77,6 +68,22 @@ impl<I: Io> Shard<I> {
                     Role::Backend(_) => self.backend_lost(key, End::UpstreamReset),
                 }
             }
+        }
+    }
+
+    /// The peer's end, by FIN or by TLS's own: it says no more.
+    pub(super) fn peer_finished(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        if conn.state == State::Lingering {
+            conn.peer_fin = true;
+            return self.join(key, Close::Orderly);
+        }
+        if std::mem::replace(&mut conn.peer_fin, true) {
+            return;
+        }
+        match conn.role {
+            Role::Client(_) => self.client_fin(key),
+            Role::Backend(_) => self.backend_fin(key),
         }
     }
 
@@ -185,8 +192,14 @@ impl<I: Io> Shard<I> {
     fn pump(&mut self, key: Key) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         conn.dirty = false;
-        if !conn.ledger.may_lend() {
+        if conn.ops.send.is_some() {
             self.hurried |= conn.deferred;
+            return;
+        }
+        if conn.tls.is_some() && conn.ops.connect.is_none() && !matches!(conn.state, State::Joining(_)) {
+            if !self.pump_tls(key) {
+                self.follow_delivered(key);
+            }
             return;
         }
         if conn.state != State::Open || conn.ops.connect.is_some() {
@@ -213,8 +226,7 @@ impl<I: Io> Shard<I> {
         conn.ops.send = Some(self.io.send(key, conn.socket, range, confirm));
         let stall_ms = u64::from(self.settings.routes[stream.route].deadlines.write_stall_ms);
         conn.progress_ms = self.now_us / 1000;
-        conn.stall_check_ms =
-            if stall_ms == 0 { u64::MAX } else { conn.progress_ms + stall_ms.div_ceil(STALL_CHECKS) };
+        conn.stall_check_ms = stall_check_ms(conn.progress_ms, stall_ms);
         conn.acknowledged = None;
         if client {
             stream.lent_since_us = stream.pending_since_us.take().unwrap_or(self.now_us);
@@ -222,27 +234,46 @@ impl<I: Io> Shard<I> {
         self.follow_conn_timer(key);
     }
 
+    /// Nothing is left to be sent on a connection: its answer may be delivered.
+    fn follow_delivered(&mut self, key: Key) {
+        let Some(conn) = self.conns.get(key) else { return };
+        let produced =
+            conn.stream.and_then(|key| self.streams.get(key)).is_some_and(|stream| stream.produced);
+        if conn.is_client() && produced && conn.state == State::Open {
+            self.delivered(key);
+        }
+    }
+
     pub(super) fn sent(&mut self, key: Key, result: Result<u32, Errno>) {
-        let now_us = self.now_us;
         let Some(conn) = self.conns.get_mut(key) else {
             debug_assert!(false, "a completion for a freed connection");
             return;
         };
         conn.ops.send = None;
         let deferred = std::mem::take(&mut conn.deferred);
+        if conn.tls.is_some() {
+            return self.tls_sent(key, result, deferred);
+        }
         let lent = conn.ledger.in_flight();
         let bytes = *result.as_ref().unwrap_or(&0);
+        self.stats.counters.sends += 1;
+        self.stats.counters.sends_short += u64::from(bytes < lent);
+        self.confirmed(key, bytes, result.is_err(), deferred);
+    }
+
+    /// So many bytes of a log were sent, of those that were lent.
+    pub(super) fn confirmed(&mut self, key: Key, bytes: u32, failed: bool, deferred: bool) {
+        let now_us = self.now_us;
+        let Some(conn) = self.conns.get_mut(key) else { return };
         conn.ledger.complete(bytes);
         let client = conn.is_client();
         let counters = &mut self.stats.counters;
-        counters.sends += 1;
-        counters.sends_short += u64::from(bytes < lent);
         *(if client { &mut counters.client_sent_bytes } else { &mut counters.upstream_sent_bytes }) +=
             u64::from(bytes);
         if matches!(conn.state, State::Joining(_)) {
             return self.follow_join(key);
         }
-        if result.is_err() {
+        if failed {
             return if client { self.client_gone(key) } else { self.backend_send_failed(key) };
         }
         let sent = conn.ledger.sent();
@@ -336,7 +367,13 @@ impl<I: Io> Shard<I> {
         conn.drop_held();
         conn.due_ms = now_ms + LINGER_MS;
         conn.receive_wanted = true;
-        self.io.shutdown(conn.socket, Half::Write);
+        let socket = conn.socket;
+        if self.say_close(key) {
+            // Its FIN follows.
+            self.mark_dirty(key);
+        } else {
+            self.io.shutdown(socket, Half::Write);
+        }
         self.follow_held(key);
         self.follow_receive(key);
         self.follow_conn_timer(key);
@@ -348,6 +385,10 @@ impl<I: Io> Shard<I> {
         if matches!(conn.state, State::Joining(_)) {
             return;
         }
+        if how == Close::Orderly {
+            self.say_close_at_once(key);
+        }
+        let Some(conn) = self.conns.get_mut(key) else { return };
         conn.state = State::Joining(how);
         conn.stream = None;
         conn.drop_held();
@@ -355,6 +396,7 @@ impl<I: Io> Shard<I> {
             self.wheel.remove(timer);
         }
         self.overdraft_bytes -= std::mem::take(&mut conn.drawn);
+        let handshaking = matches!(&conn.role, Role::Client(client) if client.handshake == Handshake::Active);
         if !conn.ops.none() {
             if how == Close::Orderly {
                 self.io.shutdown(conn.socket, Half::Both);
@@ -364,6 +406,10 @@ impl<I: Io> Shard<I> {
             }
             self.hurried |= conn.deferred;
         }
+        if handshaking {
+            self.stats.counters.tls_handshake_failures += 1;
+        }
+        self.handshake_over(key);
         self.follow_join(key);
     }
 
@@ -384,6 +430,11 @@ impl<I: Io> Shard<I> {
             self.client_freed();
         }
     }
+}
+
+/// When a send that was started then is looked at first, ms.
+pub(super) fn stall_check_ms(started_ms: u64, stall_ms: u64) -> u64 {
+    if stall_ms == 0 { u64::MAX } else { started_ms + stall_ms.div_ceil(STALL_CHECKS) }
 }
 
 /// When to look at a connection that was heard then: at one of few times, so that a shard does not wake for each.
