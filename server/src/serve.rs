@@ -192,7 +192,7 @@ async fn first_upstreams(
     names: usize,
     answers: &mut mpsc::Receiver<Answer>,
 ) -> (UpstreamSet, Vec<usize>) {
-    let mut set = resolve::initial(&plan.upstreams);
+    let mut set = resolve::initial(&plan.upstreams, &plan.upstream_tls);
     let mut failed = Vec::new();
     let mut heard = std::collections::HashSet::new();
     let until = clock::now() + RESOLVE_AT_START;
