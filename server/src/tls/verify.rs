@@ -19,8 +19,15 @@ pub(super) struct Verifier {
 }
 
 /// Why a backend's certificate is not trusted.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq)]
 pub(super) struct NotTrusted(String);
+
+/// The same as to display it: rustls' own error shows what is within it in this form alone.
+impl fmt::Debug for NotTrusted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 impl fmt::Display for NotTrusted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
