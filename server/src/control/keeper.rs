@@ -168,3 +168,97 @@ impl Keeper {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::load::tests::{load_with, machine};
+    use crate::tls::tests::{Authority, Folder};
+
+    /// Of a listener with a certificate that is valid until 2100, and a backend.
+    fn keeper(folder: &Folder, authority: &Authority, now: Instant) -> Keeper {
+        let issued = authority.issue(&["*.a.example", "a.example"]);
+        let pair = folder.pair("a", &issued.pem, &issued.key_pem);
+        let (certificate, key) = (pair.certificate.display().to_string(), pair.key.display().to_string());
+        let authorities = folder.write("ca.pem", &authority.pem).display().to_string();
+        let flags = [
+            ("listen-tls", "127.0.0.1:443"),
+            ("tls-cert", certificate.as_str()),
+            ("tls-key", key.as_str()),
+            ("upstream", "http://plain https://model"),
+            ("upstream-ca", authorities.as_str()),
+        ];
+        let plan = Plan::new(&load_with(&flags, &[], "").unwrap(), &machine(), 1, 1);
+        Keeper::new(Store::load(&plan.tls).unwrap(), &plan, now, 0)
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn files_are_looked_at_every_two_seconds_and_read_when_they_have_settled() {
+        let (folder, authority, begin) = (Folder::new(), Authority::new("authority"), crate::clock::now());
+        let mut keeper = keeper(&folder, &authority, begin);
+        assert_eq!(keeper.name().as_deref(), Some("a.example"));
+        assert_eq!(keeper.next(), Some(begin + POLL));
+        let issued = authority.issue(&["b.example"]);
+        folder.pair("a", &issued.pem, &issued.key_pem);
+        assert!(!keeper.tick(begin + SECOND, 10), "not yet looked at");
+        assert!(!keeper.tick(begin + POLL, 11), "seen for the first time");
+        assert!(keeper.tick(begin + 2 * POLL, 12));
+        let view = keeper.view();
+        assert_eq!((view.status.epoch, view.reloads, view.reload_failures), (2, 1, 0));
+        assert_eq!((view.last_reload_unix_s, &view.last_error), (Some(12), &None));
+        assert_eq!(view.status.servers[0].certificates[0].facts.title(), "b.example");
+        assert_eq!(keeper.set().epoch, 2);
+
+        folder.write("a.key", "nonsense");
+        assert!(!keeper.tick(begin + 3 * POLL, 13) && !keeper.tick(begin + 4 * POLL, 14));
+        let view = keeper.view();
+        assert_eq!((view.status.epoch, view.reloads, view.reload_failures), (2, 1, 1));
+        assert_eq!(view.status.errors.len(), 1);
+        let (when, error) = view.last_error.clone().unwrap();
+        assert!(when == 14 && error.contains("a.key: no private key"), "{error}");
+
+        // On a signal all is read, changed or not.
+        folder.write("a.key", &issued.key_pem);
+        assert!(!keeper.reload(15), "it is what is in use");
+        let view = keeper.view();
+        assert_eq!((view.reloads, view.reload_failures, view.status.errors.len()), (2, 1, 0));
+        assert!(view.last_error.is_some(), "the last one is remembered");
+    }
+
+    #[test]
+    fn tickets_have_new_keys_every_six_hours() {
+        let (folder, authority, begin) = (Folder::new(), Authority::new("authority"), crate::clock::now());
+        let mut keeper = keeper(&folder, &authority, begin);
+        let before = keeper.set();
+        assert!(!keeper.tick(begin + KEY_AGE - SECOND, 0));
+        assert!(keeper.tick(begin + KEY_AGE, 0));
+        let set = keeper.set();
+        assert_eq!((set.epoch, keeper.view().status.epoch), (2, 2));
+        assert!(!Arc::ptr_eq(&before.servers[0].ticketer, &set.servers[0].ticketer));
+        assert_eq!(keeper.view().reloads, 0);
+        assert!(!keeper.tick(begin + 2 * KEY_AGE - SECOND, 0));
+        assert!(keeper.tick(begin + 2 * KEY_AGE, 0));
+    }
+
+    #[test]
+    fn what_failed_with_a_backend_is_remembered_and_what_failed_with_a_client_is_not() {
+        let (folder, authority) = (Folder::new(), Authority::new("authority"));
+        let mut keeper = keeper(&folder, &authority, crate::clock::now());
+        let failure = |upstream| TlsFailure { upstream, peer: None, error: "it has expired".to_owned() };
+        keeper.peer_failed(&failure(None), None, 6);
+        assert_eq!(keeper.view().upstream_errors, [None, None]);
+        keeper.peer_failed(&failure(Some(1)), Some("https://model"), 7);
+        assert_eq!(keeper.view().upstream_errors, [None, Some((7, "it has expired".to_owned()))]);
+    }
+
+    #[test]
+    fn without_tls_nothing_is_ever_due() {
+        let now = crate::clock::now();
+        let plan = Plan::new(&load_with(&[], &[], "").unwrap(), &machine(), 1, 1);
+        let mut keeper = Keeper::new(Store::load(&plan.tls).unwrap(), &plan, now, 0);
+        assert_eq!((keeper.next(), keeper.name()), (None, None));
+        assert!(!keeper.tick(now + 10 * KEY_AGE, 0) && !keeper.reload(0));
+    }
+}
