@@ -389,6 +389,28 @@ fn a_certificate_that_is_not_trusted_is_told_of_with_its_name_its_dates_and_the_
     }
 }
 
+/// What `openssl req -x509` makes is an authority's certificate, and shown as a server's it is refused, even where it is trusted.
+#[test]
+fn a_self_signed_certificate_is_trusted_by_itself_unless_it_is_an_authoritys() {
+    let folder = Folder::new();
+    let shake = |name: &str, is_ca: IsCa| {
+        let mut params = params(&["a.example"]);
+        params.is_ca = is_ca;
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.self_signed(&key).unwrap().pem();
+        let pair = folder.pair(name, &certificate, &key.serialize_pem());
+        let clients = vec![trusting(pair.certificate.clone(), None)];
+        let set = store(vec![listener(&[&pair], ClientAuth::Off)], clients).set();
+        handshake(&set.clients[0], &set.servers[0], "a.example").map(|_| ())
+    };
+    assert_eq!(shake("server", IsCa::ExplicitNoCa), Ok(()));
+    let (_, error) = shake("authority", IsCa::Ca(BasicConstraints::Unconstrained)).unwrap_err();
+    assert!(
+        error.to_string().contains("it is an authority's own (CA:TRUE), which cannot be a server's"),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_new_pair_is_taken_and_a_bad_one_leaves_the_old_one_in_use() {
     let Simple { folder, authority, pair, .. } = simple();

@@ -77,8 +77,8 @@ impl Verifier {
                 "it is not for servers (extendedKeyUsage)".to_owned()
             }
             E::BadSignature => "its signature is not that of its issuer".to_owned(),
-            E::Other(other) if self_signed => {
-                format!("{other} (an authority's own certificate cannot be a server's)")
+            E::Other(_) if facts.as_ref().is_ok_and(|facts| facts.is_authority) => {
+                "it is an authority's own (CA:TRUE), which cannot be a server's".to_owned()
             }
             other => other.to_string(),
         };
