@@ -172,6 +172,23 @@ mod tests {
         assert_eq!(printable(&"x".repeat(1000)).len(), NAME_CHARS_MAX);
     }
 
+    /// A backend's certificate is read before it is trusted.
+    #[test]
+    fn no_changed_certificate_is_more_than_an_error() {
+        let issued = Authority::new("authority").issue(&["a.example", "10.0.0.1"]);
+        let mut read = 0;
+        for bit in 0..issued.certificate.len() * 8 {
+            let mut changed = issued.certificate.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            if let Ok(facts) = Facts::of(&changed) {
+                assert!(facts.to_string().chars().all(|c| !c.is_control()));
+                read += 1;
+            }
+        }
+        // Most of it is a key and a signature, which are nobody's words.
+        assert!(read > 1000, "{read}");
+    }
+
     #[test]
     fn dates_and_spans() {
         assert_eq!(date(1_700_000_000), "2023-11-14 22:13 UTC");
