@@ -13,6 +13,7 @@ import time
 
 import anthropic
 import httpx
+import httpx2
 import openai
 import pytest
 from certificates import DAY, Authority
@@ -125,7 +126,8 @@ def test_s_client_verifies_and_is_told_http_1_1(demo, authority, option, version
 def test_what_is_old_or_another_protocol_is_refused_with_an_alert(demo):
     before = counter(demo, "tls_handshake_failures")
     old = s_client(demo.tls_port, "-tls1_1", "-cipher", "ALL:@SECLEVEL=0")
-    assert old.returncode != 0 and "alert protocol version" in old.stderr, old.stderr
+    # A hello of TLS 1.1 lacks what 1.2 demands, and it depends on what is missed first.
+    assert old.returncode != 0 and re.search("alert (protocol version|handshake failure)", old.stderr), old.stderr
     other = s_client(demo.tls_port, "-alpn", "h2")
     assert other.returncode != 0 and "alert no application protocol" in other.stderr, other.stderr
     weak = s_client(demo.tls_port, "-tls1_2", "-cipher", "AES128-SHA:@SECLEVEL=0")
@@ -190,6 +192,8 @@ def test_the_python_sdks(demo, trust):
         said = [{"role": "user", "content": PROMPT}]
         chunks = list(client.chat.completions.create(model="demo", messages=said, stream=True))
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] in ("stop", "length")
+    # It has its own httpx.
+    with httpx2.Client(verify=trust) as http_client:
         client = anthropic.Anthropic(base_url=demo.url, api_key="k", max_retries=0, http_client=http_client)
         with client.messages.stream(model="demo", max_tokens=100, messages=said) as answer:
             assert len("".join(answer.text_stream)) > 10
