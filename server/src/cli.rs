@@ -23,9 +23,11 @@ Examples:
   tokenring                                          the built-in demo model on 127.0.0.1:8080
   tokenring --upstream http://127.0.0.1:8000         relay vLLM, llama.cpp, Ollama, SGLang ...
   tokenring serve --config tokenring.toml --listen 0.0.0.0:8080
+  tokenring --listen-tls 0.0.0.0:443 --tls-cert fullchain.pem --tls-key privkey.pem --upstream https://api.example.com
 
 Signals:
   TERM, INT   drain: accept no more, let streams finish until --drain-deadline-ms; a second one ends them now
+  HUP         read certificates and keys again
   QUIT        print the state as JSON and stop at once
 
 Exit codes:
@@ -140,6 +142,7 @@ pub(crate) fn configuration(matches: &ArgMatches, machine: &Machine) -> Result<E
         for value in matches.get_many::<Value>(setting.name).unwrap_or_default() {
             match (flags.get_mut(setting.name), value) {
                 (Some(Value::Listen(all)), Value::Listen(more)) => all.extend(more),
+                (Some(Value::Files(all)), Value::Files(more)) => all.extend(more.iter().cloned()),
                 (Some(Value::Upstreams(all)), Value::Upstreams(more)) => all.extend(more.iter().cloned()),
                 _ => {
                     flags.insert(setting.name, value.clone());
@@ -215,7 +218,7 @@ mod tests {
             parse(["tokenring", "--ring-depth", "1000"].iter().map(Into::into)).err().unwrap().to_string();
         assert!(error.contains("expected a power of two from 64 to 32768, found \"1000\""), "{error}");
         let error =
-            parse(["tokenring", "--upstream", "https://x"].iter().map(Into::into)).err().unwrap().to_string();
-        assert!(error.contains("TLS to backends is not there yet"), "{error}");
+            parse(["tokenring", "--upstream", "ftp://x"].iter().map(Into::into)).err().unwrap().to_string();
+        assert!(error.contains("only the schemes http and https"), "{error}");
     }
 }

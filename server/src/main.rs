@@ -11,6 +11,7 @@ mod exit;
 mod logs;
 mod serve;
 mod settings;
+mod tls;
 
 use cli::Request;
 use exit::{Exit, Fatal};
@@ -47,11 +48,16 @@ fn run(request: Request) -> Result<Exit, Fatal> {
             let machine = settings::Machine::detect();
             let effective = cli::configuration(&matches, &machine)?;
             let plan = settings::plan::Plan::new(&effective, &machine, 0, 0);
-            let page = settings::page::effective(&effective) + &settings::page::memory(&plan.worst_case());
+            let store = tls::Store::load(&plan.tls)
+                .map_err(|problems| Fatal::new(Exit::Configuration, problems.join("\n")))?;
+            let now = clock::since_1970().as_secs();
+            let page = settings::page::effective(&effective)
+                + &tls::status::page(&store.status(), &plan, now)
+                + &settings::page::memory(&plan.worst_case());
             print(page.as_bytes())
         }
         Request::Doctor => {
-            let (report, exit) = doctor::report(&shard::uring::probe());
+            let (report, exit) = doctor::report(&shard::uring::probe(), &doctor::authorities());
             print(report.as_bytes()).map(|_| exit)
         }
         Request::ConfigDoc => print(settings::page::config_page().as_bytes()),

@@ -3,6 +3,7 @@
 use crate::admin::view::Fixed;
 use crate::admin::{self, QUESTIONS_MAX};
 use crate::clock;
+use crate::control::keeper::Keeper;
 use crate::control::resolve::{self, ANSWERS_MAX, Answer};
 use crate::control::{Control, Signals};
 use crate::doctor;
@@ -13,6 +14,7 @@ use crate::settings::load::Effective;
 use crate::settings::plan::Plan;
 use crate::settings::table;
 use crate::settings::{DESCRIPTORS_PER_CLIENT, Machine, descriptors_elsewhere};
+use crate::tls::Store;
 use shard::host::{self, ShardPlan, ShardThread};
 use shard::mesh;
 use shard::settings::{Settings, UpstreamSet};
@@ -71,6 +73,9 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
             machine.memory >> 20
         );
     }
+    let store =
+        Store::load(&plan.tls).map_err(|problems| Fatal::new(Exit::Configuration, problems.join("\n")))?;
+    let keeper = Keeper::new(store, &plan, clock::now(), clock::since_1970().as_secs());
     let shards = plan.cpus.len() as u64;
     let connections = shards * plan.settings.connections_max as u64;
     let descriptors = descriptors_elsewhere(shards) + connections * DESCRIPTORS_PER_CLIENT;
@@ -100,6 +105,8 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
         let unix_time_at_start_s = clock::since_1970().as_secs();
         let settings = Arc::new(Settings { unix_time_at_start_s, ..plan.settings.clone() });
         let upstreams = Arc::new(upstreams);
+        let tls = Arc::new(keeper.set());
+        let name = keeper.name();
         let (mut ports, mut shard_ports) = (Vec::new(), Vec::new());
         for _ in &plan.cpus {
             let (port, shard_port) =
@@ -116,7 +123,7 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
                 cpu: plan.cpus[index],
                 settings: Arc::clone(&settings),
                 upstreams: Arc::clone(&upstreams),
-                tls: Arc::default(),
+                tls: Arc::clone(&tls),
                 listeners,
                 port,
                 neighbours: neighbours.next().filter(|_| several),
@@ -124,7 +131,7 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
             threads.push(host::spawn(plan).map_err(|error| refused(&format!("shard {index}: {error}")))?);
         }
         let fixed = Arc::new(Fixed { plan, listening });
-        let mut control = Control::new(ports, Arc::clone(&fixed), upstreams, logs.clone())
+        let mut control = Control::new(ports, Arc::clone(&fixed), upstreams, keeper, logs.clone())
             .map_err(|error| Fatal::internal(format!("the shards' mailboxes: {error}")))?;
         control.count_failures(&failed);
         control.started().await.map_err(|fatal| match fatal.exit {
@@ -138,7 +145,7 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
         }
         let admin = admin.as_ref().map_or("off", |admin| admin.address.as_str());
         // A closed stdout is no reason not to serve.
-        std::io::stdout().write_all(banner(&fixed, admin).as_bytes()).ok();
+        std::io::stdout().write_all(banner(&fixed, admin, name.as_deref()).as_bytes()).ok();
         Ok::<_, Fatal>((control.run(signals, questions, answers).await, threads))
     })?;
     runtime.shutdown_background();
@@ -192,7 +199,7 @@ async fn first_upstreams(
     names: usize,
     answers: &mut mpsc::Receiver<Answer>,
 ) -> (UpstreamSet, Vec<usize>) {
-    let mut set = resolve::initial(&plan.upstreams);
+    let mut set = resolve::initial(&plan.upstreams, &plan.upstream_tls);
     let mut failed = Vec::new();
     let mut heard = std::collections::HashSet::new();
     let until = clock::now() + RESOLVE_AT_START;
@@ -223,10 +230,14 @@ fn refused(why: &str) -> Fatal {
     Fatal::unavailable(lines.join("\n"))
 }
 
-/// What is printed once everything accepts.
-fn banner(fixed: &Fixed, admin: &str) -> String {
+/// What is printed once everything accepts. `name`: one that a certificate is for.
+fn banner(fixed: &Fixed, admin: &str, name: Option<&str>) -> String {
     let plan = &fixed.plan;
-    let addresses: Vec<_> = fixed.listening.iter().map(|address| format!("http://{address}")).collect();
+    let of = |index: usize| plan.settings.listeners.get(index).and_then(|listener| listener.tls);
+    let scheme = |index| if of(index).is_some() { "https" } else { "http" };
+    let listening = fixed.listening.iter().enumerate();
+    let addresses: Vec<_> =
+        listening.map(|(index, address)| format!("{}://{address}", scheme(index))).collect();
     let pinned: Vec<usize> = plan.cpus.iter().copied().flatten().collect();
     let shards = match (plan.cpus.len(), pinned.len()) {
         (1, 0) => "1, on any CPU".to_owned(),
@@ -241,13 +252,15 @@ fn banner(fixed: &Fixed, admin: &str) -> String {
         upstreams.join(" ")
     };
     let model = if plan.upstreams.is_empty() { "demo" } else { "MODEL" };
-    let target = fixed
-        .listening
-        .first()
-        .copied()
-        .map(reachable)
-        .map(|address| address.to_string())
-        .unwrap_or_default();
+    let plain = (0..fixed.listening.len()).find(|&index| of(index).is_none());
+    let address = fixed.listening.get(plain.unwrap_or(0)).copied().map(reachable);
+    let address = address.map(|address| address.to_string()).unwrap_or_default();
+    let curl = match (plain, name) {
+        (Some(_), _) => format!("curl -N http://{address}"),
+        // The name that the certificate is for, wherever it leads to.
+        (None, Some(name)) => format!("curl -N --connect-to ::{address} https://{name}"),
+        (None, None) => format!("curl -N https://{address}"),
+    };
     format!(
         "tokenring {version}\n\
          \x20 listening  {addresses}\n\
@@ -255,7 +268,7 @@ fn banner(fixed: &Fixed, admin: &str) -> String {
          \x20 upstreams  {upstreams}\n\
          \x20 admin      {admin}\n\
          \n\
-         \x20 curl -N http://{target}/v1/chat/completions -H 'Content-Type: application/json' \\\n\
+         \x20 {curl}/v1/chat/completions -H 'Content-Type: application/json' \\\n\
          \x20   -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hello\"}}]}}'\n\
          \n",
         version = env!("CARGO_PKG_VERSION"),
@@ -311,13 +324,21 @@ mod tests {
             |flags: &[(&'static str, &str)]| Plan::new(&load_with(flags, &[], "").unwrap(), &machine(), 1, 1);
         let fixed =
             Fixed { plan: plan(&[("cpus", "0-2")]), listening: vec![SocketAddr::from(([0, 0, 0, 0], 8080))] };
-        let text = banner(&fixed, "off");
+        let text = banner(&fixed, "off", None);
         assert!(text.contains("listening  http://0.0.0.0:8080\n  shards     3, on CPUs 0-2\n"), "{text}");
         assert!(
             text.contains("upstreams  none: the built-in demo model answers\n  admin      off\n"),
             "{text}"
         );
         assert!(text.contains("curl -N http://127.0.0.1:8080/v1/chat/completions"), "{text}");
+        let tls = [("listen-tls", "0.0.0.0:443"), ("tls-cert", "a"), ("tls-key", "b")];
+        let fixed = Fixed { plan: plan(&tls), listening: vec![SocketAddr::from(([0, 0, 0, 0], 443))] };
+        let text = banner(&fixed, "off", Some("chat.example"));
+        assert!(text.contains("listening  https://0.0.0.0:443\n"), "{text}");
+        assert!(
+            text.contains("curl -N --connect-to ::127.0.0.1:443 https://chat.example/v1/chat/"),
+            "{text}"
+        );
     }
 
     /// This test's own process, started anew, is the child that panics.

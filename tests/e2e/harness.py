@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -137,7 +138,7 @@ class Process:
                 self.child.kill()
                 self.child.wait()
 
-    def wait_ready(self, url, seconds):
+    def wait_ready(self, url, seconds, verify=True):
         """Wait for a 200 from `url`."""
 
         def answers():
@@ -147,7 +148,7 @@ class Process:
                     f"$ {' '.join(self.arguments)}\n{self.log()[-4000:]}"
                 )
             try:
-                return httpx.get(url, timeout=2).status_code == 200
+                return httpx.get(url, timeout=2, verify=verify).status_code == 200
             except httpx.HTTPError:
                 return False
 
@@ -200,13 +201,15 @@ class Tokenring(Process):
 
 
 class UvicornBackend(Process):
-    """tests/upstreams/uvicorn_backend.py"""
+    """tests/upstreams/uvicorn_backend.py; with a certificate (of `certificates.Issued`) and who vouches for it, over TLS."""
 
-    def __init__(self, log_folder):
+    def __init__(self, log_folder, pair=None, ca=None):
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        super().__init__("uvicorn", [sys.executable, UPSTREAMS / "uvicorn_backend.py", self.port], log_folder)
-        self.wait_ready(f"{self.url}/health", 20)
+        self.url = f"{'https' if pair else 'http'}://127.0.0.1:{self.port}"
+        arguments = [sys.executable, UPSTREAMS / "uvicorn_backend.py", self.port]
+        arguments += [pair.certificate, pair.key] if pair else []
+        super().__init__("uvicorn", arguments, log_folder)
+        self.wait_ready(f"{self.url}/health", 20, ssl.create_default_context(cafile=ca))
 
     def seen(self, tag):
         """What became of the request with that tag; None while it has not arrived."""

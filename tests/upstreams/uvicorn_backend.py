@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A fake OpenAI- and Anthropic-compatible backend on uvicorn, Starlette and sse-starlette (CRLF lines, its own pings).
 
-usage: uvicorn_backend.py PORT
+usage: uvicorn_backend.py PORT [CERTIFICATE KEY]
 needs: pip install uvicorn starlette sse-starlette
 
 What it says depends on the prompt alone, so the bytes repeat. How it behaves is asked for per request, by query
@@ -575,7 +575,8 @@ app = Starlette(
 )
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 4):
         sys.exit(__doc__)
+    tls = dict(zip(("ssl_certfile", "ssl_keyfile"), sys.argv[2:], strict=False))
     logging.getLogger("uvicorn.error").addFilter(not_as_asked)
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", lifespan="off")
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", lifespan="off", **tls)

@@ -85,6 +85,14 @@ families! {
     UPSTREAM_FAILURES = "tokenring_upstream_failures", Kind::Gauge, ["shard", "upstream"], "Connection attempts to a backend that failed in a row.";
     UPSTREAM_ADDRESSES = "tokenring_upstream_addresses", Kind::Gauge, ["upstream"], "Addresses a backend's name resolves to; 0 while it cannot be resolved.";
     RESOLVE_FAILURES = "tokenring_resolve_failures_total", Kind::Counter, ["upstream"], "Look-ups of a backend's name that failed.";
+    TLS_HANDSHAKING = "tokenring_tls_handshakes_under_way", Kind::Gauge, ["shard"], "Clients whose TLS handshake is under way.";
+    TLS_EPOCH = "tokenring_tls_epoch", Kind::Gauge, [], "Counts up when certificates, roots or the keys of session tickets change.";
+    TLS_RELOADS = "tokenring_tls_reloads_total", Kind::Counter, [], "Times that certificates and keys were read again without a fault.";
+    TLS_RELOAD_FAILURES = "tokenring_tls_reload_failures_total", Kind::Counter, [], "Times that some file could not be taken when they were read again; what was read before stays in use.";
+    TLS_FILES_REFUSED = "tokenring_tls_files_refused", Kind::Gauge, [], "Certificates, keys and roots whose files now hold what cannot be taken.";
+    TLS_EXPIRY = "tokenring_tls_certificate_expiry_timestamp_seconds", Kind::Gauge, ["listener", "name"], "When a listener's certificate expires, seconds since 1970; the name is its first.";
+    TLS_CLIENT_EXPIRY = "tokenring_tls_client_certificate_expiry_timestamp_seconds", Kind::Gauge, ["upstream"], "When the certificate shown to a backend expires, seconds since 1970.";
+    TLS_UNVERIFIED = "tokenring_tls_verification_off", Kind::Gauge, ["upstream"], "1 where a backend's certificate is not verified (upstream_tls_insecure).";
     LOG_LINES_DROPPED = "tokenring_log_lines_dropped_total", Kind::Counter, [], "Log lines dropped because the reader of stderr did not keep up.";
     OPEN_FDS = "process_open_fds", Kind::Gauge, [], "Open descriptors.";
     MAX_FDS = "process_max_fds", Kind::Gauge, [], "The limit of open descriptors.";

@@ -7,6 +7,7 @@ use hdrhistogram::Histogram;
 use protocol::http::Refusal;
 use protocol::phase::{End, Phase};
 use shard::stats::{Snapshot, UpstreamSnapshot};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -50,6 +51,8 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     page.per_shard(&families::BUFFERS_FREE, view, |snapshot| snapshot.buffers_free as u64);
     page.per_shard(&families::TIMERS, view, |snapshot| snapshot.timers as u64);
     page.upstreams(view);
+    page.per_shard(&families::TLS_HANDSHAKING, view, |snapshot| snapshot.handshakes as u64);
+    page.tls(view);
     page.one(&families::LOG_LINES_DROPPED, &[], view.log_lines_dropped);
 
     page.one(&families::OPEN_FDS, &[], process.open_descriptors);
@@ -89,6 +92,41 @@ impl Page {
     fn one(&mut self, family: &Family, labels: &[&str], value: impl std::fmt::Display) {
         self.head_of(family);
         self.sample(family, labels, value);
+    }
+
+    fn tls(&mut self, view: &View) {
+        let (plan, tls) = (&view.fixed.plan, &view.tls);
+        self.one(&families::TLS_EPOCH, &[], tls.status.epoch);
+        self.one(&families::TLS_RELOADS, &[], tls.reloads);
+        self.one(&families::TLS_RELOAD_FAILURES, &[], tls.reload_failures);
+        self.one(&families::TLS_FILES_REFUSED, &[], tls.status.errors.len());
+        self.head_of(&families::TLS_EXPIRY);
+        for (address, server) in view.tls_listeners() {
+            // Two certificates of one name, for two kinds of keys, are one series: the first to expire counts.
+            let mut first: BTreeMap<&str, u64> = BTreeMap::new();
+            for certificate in &server.certificates {
+                let expiry = first.entry(certificate.facts.title()).or_insert(u64::MAX);
+                *expiry = certificate.facts.not_after_s.min(*expiry);
+            }
+            for (name, expiry) in first {
+                self.sample(&families::TLS_EXPIRY, &[&address.to_string(), name], expiry);
+            }
+        }
+        let clients = || {
+            let upstreams = plan.upstreams.iter().zip(&plan.upstream_tls);
+            upstreams
+                .filter_map(|(url, upstream)| Some((url, tls.status.clients.get(upstream.as_ref()?.config)?)))
+        };
+        self.head_of(&families::TLS_CLIENT_EXPIRY);
+        for (url, client) in clients() {
+            if let Some(certificate) = &client.certificate {
+                self.sample(&families::TLS_CLIENT_EXPIRY, &[&url.url], certificate.facts.not_after_s);
+            }
+        }
+        self.head_of(&families::TLS_UNVERIFIED);
+        for (url, client) in clients() {
+            self.sample(&families::TLS_UNVERIFIED, &[&url.url], u64::from(client.authorities.is_none()));
+        }
     }
 
     fn per_shard(&mut self, family: &Family, view: &View, value: impl Fn(&Snapshot) -> u64) {
@@ -201,7 +239,7 @@ impl std::fmt::Display for Labels<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::view::tests::view;
+    use super::super::view::tests::{tls_view, view};
     use super::*;
     use std::collections::{HashMap, HashSet};
 
@@ -247,6 +285,7 @@ mod tests {
         assert_eq!(samples["tokenring_upstream_pool_idle{shard=\"0\",upstream=\"http://ab:1\"}"], 2.0);
         assert_eq!(samples["tokenring_resolve_failures_total{upstream=\"http://ab:1\"}"], 3.0);
         assert_eq!(samples["tokenring_ready"], 1.0);
+        assert_eq!(samples["tokenring_tls_handshakes_under_way{shard=\"1\"}"], 0.0);
         for family in families::ALL {
             assert!(
                 page.contains(&format!("# TYPE {} {}\n", family.name, family.kind.name())),
@@ -254,6 +293,25 @@ mod tests {
                 family.name
             );
         }
+    }
+
+    #[test]
+    fn certificates_have_an_expiry_and_what_is_not_verified_shows() {
+        let samples = parse(&page(&tls_view(), &Process::default()));
+        let expiry = |listener: &str, name: &str| {
+            samples.get(&format!(
+                "tokenring_tls_certificate_expiry_timestamp_seconds{{listener=\"{listener}\",name=\"{name}\"}}"
+            ))
+        };
+        assert_eq!(expiry("127.0.0.1:443", "a.example"), Some(&4_102_444_800.0));
+        assert_eq!(expiry("127.0.0.1:443", "b.example"), Some(&4_102_444_800.0));
+        assert_eq!(expiry("127.0.0.1:80", "a.example"), None);
+        assert_eq!(samples["tokenring_tls_reload_failures_total"], 2.0);
+        assert_eq!(samples["tokenring_tls_files_refused"], 1.0);
+        assert_eq!(samples["tokenring_tls_verification_off{upstream=\"https://open\"}"], 1.0);
+        assert_eq!(samples["tokenring_tls_verification_off{upstream=\"https://model\"}"], 0.0);
+        let client = "tokenring_tls_client_certificate_expiry_timestamp_seconds{upstream=\"https://model\"}";
+        assert_eq!(samples[client], 4_102_444_800.0);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! /status and the dump of SIGQUIT: a view as JSON for people and scripts.
 
-use super::view::{ShardState, View};
+use super::view::{ShardState, TlsView, View};
+use crate::tls::certificate::date;
+use crate::tls::status::{Authorities, CertificateStatus};
 use protocol::phase::{End, Phase};
 use serde_json::{Map, Value, json};
 use shard::stats::{SlowConnection, Snapshot};
@@ -23,6 +25,7 @@ pub(crate) fn page(view: &View, unix_time_s: u64) -> Value {
         "started_unix_s": started,
         "uptime_s": unix_time_s.saturating_sub(started),
         "listen": view.fixed.listening.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "tls": tls(view, &snapshots),
         "connections": snapshots.iter().map(|snapshot| snapshot.connections).sum::<usize>(),
         "streams": phases(&snapshots),
         "ends": ends(&snapshots),
@@ -63,6 +66,7 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
         "cpu": cpu,
         "state": if snapshot.draining { "draining" } else { "serving" },
         "connections": snapshot.connections,
+        "tls_handshakes": snapshot.handshakes,
         "parked": snapshot.parked,
         "connections_max": plan.settings.connections_max,
         "upstream_connections": snapshot.upstream_connections,
@@ -78,6 +82,76 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
         "counters": counters,
         "slowest": slowest(&[snapshot]),
     })
+}
+
+/// Certificates and how backends' are checked; `null` where nothing speaks TLS.
+fn tls(view: &View, snapshots: &[&Snapshot]) -> Value {
+    let plan = &view.fixed.plan;
+    let TlsView { status, reloads, reload_failures, last_reload_unix_s, last_error, upstream_errors } =
+        &*view.tls;
+    if status.servers.is_empty() && status.clients.is_empty() {
+        return Value::Null;
+    }
+    let listeners: Vec<Value> = view
+        .tls_listeners()
+        .map(|(address, server)| {
+            json!({
+                "address": address.to_string(),
+                "versions": server.versions,
+                "certificates": server.certificates.iter().map(certificate).collect::<Vec<_>>(),
+                "client_auth": server.client_auth,
+                "client_authorities": server.client_authorities.as_ref().map(authorities),
+            })
+        })
+        .collect();
+    let error = |(unix_s, error): &(u64, String)| json!({ "unix_s": unix_s, "error": error });
+    let upstreams = plan.upstreams.iter().zip(&plan.upstream_tls).enumerate();
+    let upstreams: Vec<Value> = upstreams
+        .filter_map(|(index, (url, tls))| {
+            let tls = tls.as_ref()?;
+            let client = status.clients.get(tls.config)?;
+            Some(json!({
+                "url": url.url,
+                "server_name": tls.name.to_str(),
+                "tls_verification": if client.authorities.is_some() { "on" } else { "off" },
+                "authorities": client.authorities.as_ref().map(authorities),
+                "certificate": client.certificate.as_ref().map(certificate),
+                "last_error": upstream_errors.get(index).and_then(Option::as_ref).map(error),
+            }))
+        })
+        .collect();
+    json!({
+        "epoch": status.epoch,
+        "handshakes": snapshots.iter().map(|snapshot| snapshot.handshakes).sum::<usize>(),
+        "listeners": listeners,
+        "upstreams": upstreams,
+        "reloads": reloads,
+        "reload_failures": reload_failures,
+        "last_reload_unix_s": last_reload_unix_s,
+        "last_error": last_error.as_ref().map(error),
+        // What is wrong with the files as they are now; what was read before is in use.
+        "refused": status.errors,
+    })
+}
+
+fn certificate(certificate: &CertificateStatus) -> Value {
+    let CertificateStatus { files, facts, remarks } = certificate;
+    json!({
+        "file": files.certificate.display().to_string(),
+        "names": facts.names,
+        "subject": facts.subject,
+        "issuer": facts.issuer,
+        "serial": facts.serial,
+        "not_before_unix_s": facts.not_before_s,
+        "not_after_unix_s": facts.not_after_s,
+        "not_after": date(facts.not_after_s),
+        "sha256": facts.fingerprint,
+        "remarks": remarks,
+    })
+}
+
+fn authorities(authorities: &Authorities) -> Value {
+    json!({ "number": authorities.number, "source": authorities.source })
 }
 
 fn phases(snapshots: &[&Snapshot]) -> Value {
@@ -144,7 +218,7 @@ fn upstreams(view: &View, snapshots: &[&Snapshot]) -> Vec<Value> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::view::tests::view;
+    use super::super::view::tests::{tls_view, view};
     use super::*;
 
     #[test]
@@ -164,5 +238,33 @@ mod tests {
         assert_eq!(page["shards"][0]["counters"]["accepts"], 7);
         assert_eq!(page["shards"][2]["state"], "silent");
         assert_eq!(page["routes"][0]["upstreams"][0], "http://ab:1");
+    }
+
+    #[test]
+    fn certificates_and_what_was_wrong_with_them_are_told() {
+        assert_eq!(page(&view(), 1_700_000_060)["tls"], Value::Null);
+        let page = page(&tls_view(), 1_700_000_060);
+        let tls = &page["tls"];
+        assert_eq!(
+            (&tls["epoch"], &tls["reloads"], &tls["reload_failures"]),
+            (&json!(1), &json!(3), &json!(2))
+        );
+        let listener = &tls["listeners"][0];
+        assert_eq!(tls["listeners"].as_array().unwrap().len(), 1);
+        assert_eq!(
+            (&listener["address"], &listener["client_auth"]),
+            (&json!("127.0.0.1:443"), &json!("required"))
+        );
+        assert_eq!(listener["client_authorities"]["number"], 1);
+        assert_eq!(listener["certificates"][1]["names"], json!(["b.example"]));
+        assert_eq!(listener["certificates"][1]["not_after"], "2100-01-01 00:00 UTC");
+        assert_eq!(listener["certificates"][1]["sha256"].as_str().unwrap().len(), 64);
+        let (model, open) = (&tls["upstreams"][0], &tls["upstreams"][1]);
+        assert_eq!((&model["tls_verification"], &model["server_name"]), (&json!("on"), &json!("model")));
+        assert_eq!(model["certificate"]["names"], json!(["client.example"]));
+        assert_eq!(model["last_error"], json!({ "unix_s": 1_700_000_030, "error": "it has expired" }));
+        assert_eq!((&open["tls_verification"], &open["authorities"]), (&json!("off"), &Value::Null));
+        assert_eq!(tls["last_error"]["unix_s"], 1_700_000_040);
+        assert_eq!(tls["refused"], json!(["a.pem: there is no such file"]));
     }
 }

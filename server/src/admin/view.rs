@@ -1,6 +1,7 @@
 //! What the control thread hands to the admin pages: the shards' snapshots of one round and its own state.
 
 use crate::settings::plan::Plan;
+use crate::tls::status::{ServerStatus, Status};
 use shard::settings::UpstreamSet;
 use shard::stats::Snapshot;
 use std::net::SocketAddr;
@@ -15,7 +16,23 @@ pub(crate) struct View {
     /// Failed look-ups since the start, per upstream.
     pub(crate) resolve_failures: Vec<u64>,
     pub(crate) log_lines_dropped: u64,
+    pub(crate) tls: Arc<TlsView>,
     pub(crate) fixed: Arc<Fixed>,
+}
+
+/// What is known of TLS.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TlsView {
+    pub(crate) status: Status,
+    /// Files taken anew since the start, and attempts of which some part failed.
+    pub(crate) reloads: u64,
+    pub(crate) reload_failures: u64,
+    /// Seconds since 1970 of the last of either.
+    pub(crate) last_reload_unix_s: Option<u64>,
+    /// The last reason for which a file was not taken, though it may have been taken since.
+    pub(crate) last_error: Option<(u64, String)>,
+    /// The last failure with each upstream, and when, seconds since 1970.
+    pub(crate) upstream_errors: Vec<Option<(u64, String)>>,
 }
 
 /// What does not change while the process runs.
@@ -62,6 +79,13 @@ impl View {
         })
     }
 
+    /// The addresses that speak TLS, and what is shown there.
+    pub(crate) fn tls_listeners(&self) -> impl Iterator<Item = (SocketAddr, &ServerStatus)> {
+        let listeners = self.fixed.listening.iter().zip(&self.fixed.plan.settings.listeners);
+        listeners
+            .filter_map(|(&address, listener)| Some((address, self.tls.status.servers.get(listener.tls?)?)))
+    }
+
     /// Why no new client should be sent here: a stable word and a sentence. `None`: ready.
     pub(crate) fn unready(&self) -> Option<(&'static str, String)> {
         if self.stage != Stage::Serving {
@@ -86,6 +110,8 @@ impl View {
 pub(crate) mod tests {
     use super::*;
     use crate::settings::load::tests::{load_with, machine};
+    use crate::tls::Store;
+    use crate::tls::tests::{Authority, Folder};
     use protocol::phase::Phase;
     use shard::settings::Upstream;
     use shard::stats::{SlowConnection, Stats, UpstreamSnapshot};
@@ -107,7 +133,46 @@ pub(crate) mod tests {
             upstreams: Arc::new(UpstreamSet { epoch: 1, upstreams: vec![upstream] }),
             resolve_failures: vec![3],
             log_lines_dropped: 4,
+            tls: Arc::default(),
             fixed: Arc::new(Fixed { plan, listening }),
+        }
+    }
+
+    /// One plain listener and one with two certificates; a backend that is verified and one that is not.
+    pub(crate) fn tls_view() -> View {
+        let folder = Folder::new();
+        let authority = Authority::new("authority of a test");
+        folder.write("ca.pem", &authority.pem);
+        for name in ["a", "b", "client"] {
+            let issued = authority.issue(&[&format!("{name}.example")]);
+            folder.pair(name, &issued.pem, &issued.key_pem);
+        }
+        let text = "[[listener]]\naddress = \"127.0.0.1:80\"\n\
+                    [[listener]]\naddress = \"127.0.0.1:443\"\ncert = [\"DIR/a.pem\", \"DIR/b.pem\"]\n\
+                    key = [\"DIR/a.key\", \"DIR/b.key\"]\nclient_ca = \"DIR/ca.pem\"\n\
+                    [[upstream]]\nurl = \"https://model\"\nca = \"DIR/ca.pem\"\ncert = \"DIR/client.pem\"\nkey = \"DIR/client.key\"\n\
+                    [[upstream]]\nurl = \"https://open\"\ntls_insecure = true\n";
+        let effective =
+            load_with(&[], &[], &text.replace("DIR", &folder.path().display().to_string())).unwrap();
+        let plan = Plan::new(&effective, &machine(), 1_700_000_000, 1);
+        let store = Store::load(&plan.tls).unwrap();
+        let upstreams = crate::control::resolve::initial(&plan.upstreams, &plan.upstream_tls);
+        let mut status = store.status();
+        status.errors = vec!["a.pem: there is no such file".to_owned()];
+        let tls = TlsView {
+            status,
+            reloads: 3,
+            reload_failures: 2,
+            last_reload_unix_s: Some(1_700_000_050),
+            last_error: Some((1_700_000_040, "a.pem: there is no such file".to_owned())),
+            upstream_errors: vec![Some((1_700_000_030, "it has expired".to_owned())), None],
+        };
+        let listening = plan.listen.clone();
+        View {
+            upstreams: Arc::new(upstreams),
+            tls: Arc::new(tls),
+            fixed: Arc::new(Fixed { plan, listening }),
+            ..view()
         }
     }
 
@@ -120,7 +185,7 @@ pub(crate) mod tests {
             stats.histograms.first_token_us.record(us).unwrap();
         }
         let mut phases = [0; Phase::COUNT];
-        phases[0] = 1;
+        phases[Phase::Head as usize] = 1;
         Snapshot {
             shard,
             stats,

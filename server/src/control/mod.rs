@@ -8,6 +8,7 @@
 //! ```
 
 mod access;
+pub(crate) mod keeper;
 pub(crate) mod resolve;
 mod round;
 
@@ -16,6 +17,7 @@ use crate::admin::{Question, status};
 use crate::clock;
 use crate::exit::{Exit, Fatal};
 use crate::logs::Logs;
+use keeper::Keeper;
 use resolve::Answer;
 use round::Round;
 use shard::mesh::{Command, ControlPort, Report};
@@ -62,6 +64,7 @@ pub(crate) struct Control {
     fixed: Arc<Fixed>,
     upstreams: Arc<UpstreamSet>,
     resolve_failures: Vec<u64>,
+    keeper: Keeper,
     logs: Logs,
     stage: Stage,
     /// When the stage is given up.
@@ -78,6 +81,7 @@ impl Control {
         ports: Vec<ControlPort>,
         fixed: Arc<Fixed>,
         upstreams: Arc<UpstreamSet>,
+        keeper: Keeper,
         logs: Logs,
     ) -> std::io::Result<Self> {
         let links = ports
@@ -93,6 +97,7 @@ impl Control {
             fixed,
             upstreams,
             resolve_failures,
+            keeper,
             logs,
             stage: Stage::Serving,
             until: None,
@@ -147,6 +152,9 @@ impl Control {
                 }
                 () = tokio::time::sleep_until(deadline.into()) => {}
             }
+            if self.keeper.tick(clock::now(), clock::since_1970().as_secs()) {
+                self.tell_tls();
+            }
             self.resend();
             self.finish_round();
             if self.links.iter().all(|link| link.state == LinkState::Gone) {
@@ -185,7 +193,11 @@ impl Control {
         let resend = self.links.iter().any(|link| !link.owed.is_empty()).then(|| now + RESEND);
         let round = self.round.as_ref().map(|round| round.until);
         // An hour stands for never.
-        [self.until, resend, round].into_iter().flatten().min().unwrap_or(now + Duration::from_secs(3600))
+        [self.until, resend, round, self.keeper.next()]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(now + Duration::from_secs(3600))
     }
 
     fn take_reports(&mut self) {
@@ -212,7 +224,11 @@ impl Control {
                 }
             }
             Report::Ended(record) => access::log(shard, &record, &self.fixed.plan.settings, &self.upstreams),
-            Report::TlsFailed(failure) => log::warn!("TLS: {}", failure.error),
+            Report::TlsFailed(failure) => {
+                let upstream = failure.upstream.and_then(|index| self.upstreams.upstreams.get(index));
+                let url = upstream.map(|upstream| upstream.url.as_str());
+                self.keeper.peer_failed(&failure, url, clock::since_1970().as_secs());
+            }
             Report::Left { forced } => {
                 self.links[shard].state = LinkState::Gone;
                 self.forced += forced;
@@ -281,6 +297,7 @@ impl Control {
             upstreams: Arc::clone(&self.upstreams),
             resolve_failures: self.resolve_failures.clone(),
             log_lines_dropped: self.logs.dropped(),
+            tls: self.keeper.view(),
             fixed: Arc::clone(&self.fixed),
         }
     }
@@ -316,10 +333,18 @@ impl Control {
         } else if signal == SignalKind::quit() {
             log::info!("SIGQUIT: state dump, then stop");
             self.begin_round().dump = true;
+        } else if signal == SignalKind::hangup() {
+            if self.keeper.reload(clock::since_1970().as_secs()) {
+                self.tell_tls();
+            }
         } else {
             log::info!("signal {} is reserved and ignored", signal.as_raw_value());
         }
         false
+    }
+
+    fn tell_tls(&mut self) {
+        self.tell(&Command::Tls(Arc::new(self.keeper.set())));
     }
 
     fn drain(&mut self) {
@@ -339,9 +364,10 @@ impl Control {
     /// Sends to every shard; to one whose mailbox is full, as soon as there is room.
     fn tell(&mut self, command: &Command) {
         for link in self.links.iter_mut().filter(|link| link.state != LinkState::Gone) {
-            if matches!(command, Command::Upstreams(_)) {
+            if matches!(command, Command::Upstreams(_) | Command::Tls(_)) {
                 // Only the newest set is of use.
-                link.owed.retain(|owed| !matches!(owed, Command::Upstreams(_)));
+                let kind = std::mem::discriminant(command);
+                link.owed.retain(|owed| std::mem::discriminant(owed) != kind);
             }
             link.owed.push_back(command.clone());
         }

@@ -5,7 +5,7 @@ use crate::settings::address::{Host, UpstreamUrl};
 use hickory_resolver::Resolver;
 use hickory_resolver::config::{LookupIpStrategy, ResolveHosts, ResolverConfig, ResolverOpts};
 use hickory_resolver::name_server::TokioConnectionProvider;
-use shard::settings::{Upstream, UpstreamSet};
+use shard::settings::{Upstream, UpstreamSet, UpstreamTls};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,15 +35,16 @@ pub(crate) struct Answer {
 }
 
 /// The upstreams with the addresses that need no look-up.
-pub(crate) fn initial(urls: &[UpstreamUrl]) -> UpstreamSet {
+pub(crate) fn initial(urls: &[UpstreamUrl], tls: &[Option<UpstreamTls>]) -> UpstreamSet {
     let upstreams = urls
         .iter()
-        .map(|url| Upstream {
+        .zip(tls)
+        .map(|(url, tls)| Upstream {
             url: url.url.clone(),
             authority: url.authority.clone(),
             base_path: url.base_path.clone(),
             addresses: literal(&url.host).into_iter().map(|ip| SocketAddr::new(ip, url.port)).collect(),
-            tls: None,
+            tls: tls.clone(),
         })
         .collect();
     UpstreamSet { epoch: 1, upstreams }
@@ -169,6 +170,7 @@ mod tests {
         initial(
             &["http://10.0.0.1:1", "http://localhost:2", "http://model.internal:3"]
                 .map(|url| UpstreamUrl::parse(url).unwrap()),
+            &[None, None, None],
         )
     }
 

@@ -1,5 +1,7 @@
 //! The settings that name places: upstream URLs, listen and admin addresses, CPU lists.
 
+use super::value::server_name;
+use rustls::pki_types::ServerName;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -12,6 +14,8 @@ const CPU_MAX: usize = 8191;
 pub(crate) struct UpstreamUrl {
     /// Normalised: lower-case scheme and host, no default port, no trailing slash.
     pub(crate) url: String,
+    /// `https`.
+    pub(crate) tls: bool,
     pub(crate) host: Host,
     pub(crate) port: u16,
     /// What `Host` says.
@@ -26,20 +30,26 @@ pub(crate) enum Host {
     Name(String),
 }
 
+impl Host {
+    /// What a certificate of this host must be for.
+    pub(crate) fn server_name(&self) -> Option<ServerName<'static>> {
+        match self {
+            Host::Address(address) => Some(ServerName::from(*address)),
+            Host::Name(name) => server_name(name),
+        }
+    }
+}
+
 impl UpstreamUrl {
-    /// Parses `http://host[:port][/base]`. The error says what was expected and what to do.
+    /// Parses `http[s]://host[:port][/base]`. The error says what was expected and what to do.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
-        let expected = |why: &str| format!("expected http://host[:port][/base], found {text:?}: {why}");
+        let expected = |why: &str| format!("expected http[s]://host[:port][/base], found {text:?}: {why}");
         let Some((scheme, rest)) = text.split_once("://") else {
             return Err(expected("it has no scheme"));
         };
-        if scheme.eq_ignore_ascii_case("https") {
-            return Err(format!(
-                "{text:?}: TLS to backends is not there yet; use http://, through a TLS-terminating proxy next to tokenring if need be"
-            ));
-        }
-        if !scheme.eq_ignore_ascii_case("http") {
-            return Err(expected("only the scheme http is served"));
+        let tls = scheme.eq_ignore_ascii_case("https");
+        if !tls && !scheme.eq_ignore_ascii_case("http") {
+            return Err(expected("only the schemes http and https are served"));
         }
         if rest.contains(['?', '#']) {
             return Err(expected("a query or fragment has no place here"));
@@ -63,18 +73,23 @@ impl UpstreamUrl {
         } else {
             return Err(expected("the host is not a name or an address (IPv6 goes in brackets)"));
         };
+        if tls && host.server_name().is_none() {
+            return Err(expected("a certificate cannot be for this name"));
+        }
         if !path.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(expected("the base path must be visible ASCII"));
         }
         let base_path = path.trim_end_matches('/').to_owned();
-        let port = port.unwrap_or(80);
+        let (scheme, default) = if tls { ("https", 443) } else { ("http", 80) };
+        let port = port.unwrap_or(default);
         let host_text = match &host {
             Host::Address(IpAddr::V6(address)) => format!("[{address}]"),
             Host::Address(address) => address.to_string(),
             Host::Name(name) => name.clone(),
         };
-        let authority = if port == 80 { host_text } else { format!("{host_text}:{port}") };
-        Ok(UpstreamUrl { url: format!("http://{authority}{base_path}"), host, port, authority, base_path })
+        let authority = if port == default { host_text } else { format!("{host_text}:{port}") };
+        let url = format!("{scheme}://{authority}{base_path}");
+        Ok(UpstreamUrl { url, tls, host, port, authority, base_path })
     }
 }
 
@@ -220,14 +235,19 @@ mod tests {
         assert_eq!((url.authority.as_str(), url.port, url.base_path.as_str()), ("[::1]", 80, ""));
         assert_eq!(url.host, Host::Address("::1".parse().unwrap()));
         assert_eq!(UpstreamUrl::parse("http://10.0.0.1:80/").unwrap().url, "http://10.0.0.1");
+        let url = UpstreamUrl::parse("HTTPS://API.example.com./v1").unwrap();
+        assert_eq!((url.authority.as_str(), url.port, url.tls), ("api.example.com.", 443, true));
+        assert_eq!(url.host.server_name(), ServerName::try_from("api.example.com").ok());
+        assert_eq!(UpstreamUrl::parse("https://a:80").unwrap().url, "https://a:80");
+        assert_eq!(UpstreamUrl::parse("https://[::1]:443").unwrap().url, "https://[::1]");
     }
 
     #[test]
     fn bad_upstream_urls_say_why() {
         for (text, why) in [
             ("localhost:8000", "it has no scheme"),
-            ("https://api.example.com", "TLS to backends is not there yet"),
-            ("ftp://x", "only the scheme http"),
+            ("https://a..b", "a certificate cannot be for this name"),
+            ("ftp://x", "only the schemes http and https"),
             ("http://x:0", "the port must be"),
             ("http://x:+80", "the port must be"),
             ("http://x:99999/", "the port must be"),

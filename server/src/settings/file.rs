@@ -1,11 +1,14 @@
 //! Reads tokenring.toml. Every complaint names file, line and column, what was expected, and the key that was probably meant.
 
-use super::address::UpstreamUrl;
+use super::address::{UpstreamUrl, parse_listen};
 use super::table::{self, Setting};
 use super::value::{Kind, Unit, Value};
 use super::{Place, Problem};
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::ops::Range;
+use std::path::PathBuf;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -14,6 +17,27 @@ use toml::de::{DeTable, DeValue};
 pub(crate) struct File {
     pub(crate) values: HashMap<&'static str, (Value, Place)>,
     pub(crate) routes: Vec<RouteTable>,
+    pub(crate) listeners: Vec<ListenerTable>,
+    /// What is said of single backends, in `[[upstream]]` or in a route's list.
+    pub(crate) upstreams: Vec<UpstreamTable>,
+}
+
+/// One `[[listener]]`.
+#[derive(Debug)]
+pub(crate) struct ListenerTable {
+    pub(crate) place: Place,
+    pub(crate) address: SocketAddr,
+    /// `None`: TLS if it has a setting of TLS.
+    pub(crate) tls: Option<bool>,
+    pub(crate) values: HashMap<&'static str, (Value, Place)>,
+}
+
+/// One `[[upstream]]`, or a table in a list of upstreams.
+#[derive(Debug)]
+pub(crate) struct UpstreamTable {
+    pub(crate) place: Place,
+    pub(crate) url: UpstreamUrl,
+    pub(crate) values: HashMap<&'static str, (Value, Place)>,
 }
 
 /// One `[[route]]`.
@@ -37,6 +61,13 @@ pub(crate) enum UpstreamReference {
 
 /// Keys of a route that are not settings.
 const ROUTE_KEYS: [&str; 3] = ["path", "name", "upstreams"];
+/// What a route's `upstreams` is.
+const ROUTE_UPSTREAMS: &str =
+    "expected a list of URLs, tables with a `url`, or indexes into `upstream` from 0";
+/// Keys of a listener that are not settings.
+const LISTENER_KEYS: [&str; 2] = ["address", "tls"];
+/// Listeners of one file: every shard binds each of them.
+const LISTENERS_MAX: usize = 64;
 /// Routes of one file: every request is compared with each in turn.
 const ROUTES_MAX: usize = 256;
 
@@ -76,7 +107,11 @@ impl Reader<'_> {
         for (key, value) in root.get_ref() {
             let name: &str = key.get_ref();
             if name == "route" {
-                self.routes(value, &mut file.routes);
+                self.routes(value, &mut file);
+            } else if name == "listener" {
+                self.listeners(value, &mut file.listeners);
+            } else if name == "upstream" && matches!(value.get_ref(), DeValue::Array(_) | DeValue::Table(_)) {
+                self.upstreams(value, &mut file);
             } else if let Some(setting) = table::by_key(name) {
                 self.setting(setting, value, &mut file.values);
             } else {
@@ -87,7 +122,7 @@ impl Reader<'_> {
         file
     }
 
-    fn routes(&mut self, value: &Spanned<DeValue<'_>>, routes: &mut Vec<RouteTable>) {
+    fn routes(&mut self, value: &Spanned<DeValue<'_>>, file: &mut File) {
         let DeValue::Array(items) = value.get_ref() else {
             return self.complain(value.span(), "routes are written as [[route]], with two brackets");
         };
@@ -98,8 +133,8 @@ impl Reader<'_> {
         for item in items.iter() {
             match item.get_ref() {
                 DeValue::Table(table) => {
-                    if let Some(route) = self.route(item.span(), table) {
-                        routes.push(route);
+                    if let Some(route) = self.route(item.span(), table, &mut file.upstreams) {
+                        file.routes.push(route);
                     }
                 }
                 other => self
@@ -108,7 +143,12 @@ impl Reader<'_> {
         }
     }
 
-    fn route(&mut self, span: Range<usize>, table: &DeTable<'_>) -> Option<RouteTable> {
+    fn route(
+        &mut self,
+        span: Range<usize>,
+        table: &DeTable<'_>,
+        upstreams: &mut Vec<UpstreamTable>,
+    ) -> Option<RouteTable> {
         let mut route = RouteTable {
             place: self.place(span.start),
             path: String::new(),
@@ -139,17 +179,19 @@ impl Reader<'_> {
                     let message = format!("name: expected text of 1 to 64 bytes, found {}", describe(other));
                     self.complain(value.span(), &message);
                 }
-                ("upstreams", _) => match route_upstreams(value) {
-                    Ok(references) => {
-                        route.upstreams = Some(
-                            references
-                                .into_iter()
-                                .map(|(reference, span)| (reference, self.place(span.start)))
-                                .collect(),
-                        );
+                ("upstreams", DeValue::Array(items)) => {
+                    let mut references = Vec::new();
+                    for item in items.iter() {
+                        if let Some(reference) = self.route_upstream(item, upstreams) {
+                            references.push((reference, self.place(item.span().start)));
+                        }
                     }
-                    Err((span, message)) => self.complain(span, &format!("upstreams: {message}")),
-                },
+                    route.upstreams = Some(references);
+                }
+                ("upstreams", other) => {
+                    let message = format!("upstreams: {ROUTE_UPSTREAMS}, found {}", describe(other));
+                    self.complain(value.span(), &message);
+                }
                 ("upstream", _) => {
                     self.complain(key.span(), "unknown key `upstream` in a route; did you mean `upstreams`?");
                 }
@@ -175,8 +217,192 @@ impl Reader<'_> {
         (self.problems.len() == problems).then_some(route)
     }
 
+    /// One of a route's upstreams.
+    fn route_upstream(
+        &mut self,
+        item: &Spanned<DeValue<'_>>,
+        upstreams: &mut Vec<UpstreamTable>,
+    ) -> Option<UpstreamReference> {
+        let mismatch = || format!("upstreams: {ROUTE_UPSTREAMS}, found {}", describe(item.get_ref()));
+        let message = match item.get_ref() {
+            DeValue::String(url) => match UpstreamUrl::parse(url) {
+                Ok(url) => return Some(UpstreamReference::Url(url)),
+                Err(message) => format!("upstreams: {message}"),
+            },
+            DeValue::Integer(index) => match index.as_str().parse() {
+                Ok(index) => return Some(UpstreamReference::Index(index)),
+                Err(_) => mismatch(),
+            },
+            DeValue::Table(table) => {
+                let table = self.upstream(item.span(), table)?;
+                let reference = UpstreamReference::Url(table.url.clone());
+                upstreams.push(table);
+                return Some(reference);
+            }
+            _ => mismatch(),
+        };
+        self.complain(item.span(), &message);
+        None
+    }
+
+    /// The overall list, of URLs and tables.
+    fn upstreams(&mut self, value: &Spanned<DeValue<'_>>, file: &mut File) {
+        let DeValue::Array(items) = value.get_ref() else {
+            return self.complain(value.span(), "upstreams are written as [[upstream]], with two brackets");
+        };
+        let mut urls = Vec::new();
+        for item in items.iter() {
+            if let DeValue::Table(table) = item.get_ref() {
+                if let Some(table) = self.upstream(item.span(), table) {
+                    urls.push(table.url.clone());
+                    file.upstreams.push(table);
+                }
+                continue;
+            }
+            match from_toml(&table::UPSTREAM.kind, item) {
+                Ok(Value::Upstreams(some)) => urls.extend(some),
+                Ok(other) => unreachable!("upstreams are not {other:?}"),
+                Err((span, message)) => self.complain(span, &format!("upstream: {message}")),
+            }
+        }
+        let place = self.place(value.span().start);
+        file.values.insert(table::UPSTREAM.name, (Value::Upstreams(urls), place));
+    }
+
+    fn upstream(&mut self, span: Range<usize>, table: &DeTable<'_>) -> Option<UpstreamTable> {
+        let mut url = None;
+        let mut values = HashMap::new();
+        let problems = self.problems.len();
+        for (key, value) in table {
+            match (key.get_ref().as_ref(), value.get_ref()) {
+                ("url", DeValue::String(text)) => match UpstreamUrl::parse(text) {
+                    Ok(parsed) => url = Some(parsed),
+                    Err(message) => self.complain(value.span(), &format!("url: {message}")),
+                },
+                ("url", other) => {
+                    let message = format!(
+                        "url: expected {}, found {}",
+                        table::UPSTREAM.kind.expectation(),
+                        describe(other)
+                    );
+                    self.complain(value.span(), &message);
+                }
+                _ => {
+                    self.inner("upstream", &["url"], |setting| setting.per_upstream, key, value, &mut values)
+                }
+            }
+        }
+        if url.is_none() && self.problems.len() == problems {
+            self.complain(
+                span.clone(),
+                "an [[upstream]] needs a `url`, such as url = \"https://api.example.com\"",
+            );
+        }
+        let place = self.place(span.start);
+        url.filter(|_| self.problems.len() == problems).map(|url| UpstreamTable { place, url, values })
+    }
+
+    fn listeners(&mut self, value: &Spanned<DeValue<'_>>, listeners: &mut Vec<ListenerTable>) {
+        let DeValue::Array(items) = value.get_ref() else {
+            return self.complain(value.span(), "listeners are written as [[listener]], with two brackets");
+        };
+        if items.len() > LISTENERS_MAX {
+            let message = format!("at most {LISTENERS_MAX} listeners, found {}", items.len());
+            return self.complain(value.span(), &message);
+        }
+        for item in items.iter() {
+            match item.get_ref() {
+                DeValue::Table(table) => listeners.extend(self.listener(item.span(), table)),
+                other => {
+                    let message = format!("expected a [[listener]] table, found {}", describe(other));
+                    self.complain(item.span(), &message);
+                }
+            }
+        }
+    }
+
+    fn listener(&mut self, span: Range<usize>, table: &DeTable<'_>) -> Option<ListenerTable> {
+        let (mut address, mut tls) = (None, None);
+        let mut values = HashMap::new();
+        let problems = self.problems.len();
+        for (key, value) in table {
+            match (key.get_ref().as_ref(), value.get_ref()) {
+                ("address", DeValue::String(text)) => match parse_listen(text) {
+                    Ok(parsed) => address = Some(parsed),
+                    Err(message) => self.complain(value.span(), &format!("address: {message}")),
+                },
+                ("tls", DeValue::Boolean(on)) => tls = Some(*on),
+                (name @ ("address" | "tls"), other) => {
+                    let kind = if name == "tls" { Kind::Switch } else { Kind::Listen };
+                    let message =
+                        format!("{name}: expected {}, found {}", kind.expectation(), describe(other));
+                    self.complain(value.span(), &message);
+                }
+                _ => self.inner(
+                    "listener",
+                    &LISTENER_KEYS,
+                    |setting| setting.per_listener,
+                    key,
+                    value,
+                    &mut values,
+                ),
+            }
+        }
+        if address.is_none() && self.problems.len() == problems {
+            self.complain(
+                span.clone(),
+                "a [[listener]] needs an `address`, such as address = \"0.0.0.0:443\"",
+            );
+        }
+        let place = self.place(span.start);
+        address.filter(|_| self.problems.len() == problems).map(|address| ListenerTable {
+            place,
+            address,
+            tls,
+            values,
+        })
+    }
+
+    /// A key of a table within the file, where some settings have names of their own.
+    fn inner(
+        &mut self,
+        table: &str,
+        others: &[&str],
+        inner: fn(&Setting) -> Option<&'static str>,
+        key: &Spanned<Cow<'_, str>>,
+        value: &Spanned<DeValue<'_>>,
+        into: &mut HashMap<&'static str, (Value, Place)>,
+    ) {
+        let name: &str = key.get_ref();
+        if let Some(setting) = table::ALL.iter().find(|setting| inner(setting) == Some(name)) {
+            return self.named_setting(name, setting, value, into);
+        }
+        let message = match table::by_key(name).map(inner) {
+            Some(Some(short)) => format!("in a [[{table}]] `{name}` is called `{short}`"),
+            Some(None) => {
+                format!("`{name}` is a setting of the whole server: move it above the first table")
+            }
+            None => {
+                let keys =
+                    table::ALL.iter().filter_map(|setting| inner(setting)).chain(others.iter().copied());
+                unknown(name, keys.map(str::to_owned))
+            }
+        };
+        self.complain(key.span(), &message);
+    }
+
     fn setting(
         &mut self,
+        setting: &'static Setting,
+        value: &Spanned<DeValue<'_>>,
+        into: &mut HashMap<&'static str, (Value, Place)>,
+    ) {
+        self.named_setting(&setting.key(), setting, value, into);
+    }
+
+    fn named_setting(
+        &mut self,
+        name: &str,
         setting: &'static Setting,
         value: &Spanned<DeValue<'_>>,
         into: &mut HashMap<&'static str, (Value, Place)>,
@@ -186,7 +412,7 @@ impl Reader<'_> {
                 let place = self.place(value.span().start);
                 into.insert(setting.name, (parsed, place));
             }
-            Err((span, message)) => self.complain(span, &format!("{}: {message}", setting.key())),
+            Err((span, message)) => self.complain(span, &format!("{name}: {message}")),
         }
     }
 
@@ -245,48 +471,19 @@ fn from_toml(kind: &Kind, value: &Spanned<DeValue<'_>>) -> Result<Value, Complai
             }
             Ok(Value::Listen(all))
         }
-        (Kind::Upstreams, DeValue::Array(items)) => {
+        (Kind::Files, DeValue::Array(items)) => {
             let mut all = Vec::new();
             for item in items.iter() {
-                match from_toml(kind, item)? {
-                    Value::Upstreams(some) => all.extend(some),
+                match item.get_ref() {
+                    DeValue::String(path) if !path.is_empty() => all.push(PathBuf::from(path.as_ref())),
                     _ => return Err(mismatch(item)),
                 }
             }
-            Ok(Value::Upstreams(all))
+            Ok(Value::Files(all))
         }
         (_, DeValue::String(string)) => text(value, string),
         _ => Err(mismatch(value)),
     }
-}
-
-fn route_upstreams(
-    value: &Spanned<DeValue<'_>>,
-) -> Result<Vec<(UpstreamReference, Range<usize>)>, Complaint> {
-    let expected = |value: &Spanned<DeValue<'_>>| {
-        let found = describe(value.get_ref());
-        (
-            value.span(),
-            format!("expected a list of URLs, or of indexes into `upstream` from 0, found {found}"),
-        )
-    };
-    let DeValue::Array(items) = value.get_ref() else {
-        return Err(expected(value));
-    };
-    items
-        .iter()
-        .map(|item| match item.get_ref() {
-            DeValue::String(url) => UpstreamUrl::parse(url)
-                .map(|url| (UpstreamReference::Url(url), item.span()))
-                .map_err(|message| (item.span(), message)),
-            DeValue::Integer(index) => index
-                .as_str()
-                .parse()
-                .map(|index| (UpstreamReference::Index(index), item.span()))
-                .map_err(|_| expected(item)),
-            _ => Err(expected(item)),
-        })
-        .collect()
 }
 
 fn describe(value: &DeValue<'_>) -> String {
@@ -303,10 +500,12 @@ fn describe(value: &DeValue<'_>) -> String {
 
 fn unknown_overall(name: &str, value: &DeValue<'_>) -> String {
     if matches!(value, DeValue::Table(_)) && name != "routes" {
-        return format!("unknown table `{name}`: settings stand at the top level, and routes in [[route]]");
+        return format!(
+            "unknown table `{name}`: settings stand at the top level, and there are [[route]], [[listener]] and [[upstream]]"
+        );
     }
     let keys = table::ALL.iter().map(|setting| setting.key());
-    unknown(name, keys.chain(["route".to_owned()]))
+    unknown(name, keys.chain(["route".to_owned(), "listener".to_owned()]))
 }
 
 /// Complains of an unknown key and names the one that was probably meant.
@@ -378,7 +577,7 @@ mod tests {
             ]
         );
         assert_eq!(
-            problems("upstream = [\"http://ok\", \"https://x\"]")[0].split(": ").next(),
+            problems("upstream = [\"http://ok\", \"ftp://x\"]")[0].split(": ").next(),
             Some("tokenring.toml:1:26")
         );
         assert_eq!(
@@ -413,6 +612,68 @@ mod tests {
     }
 
     #[test]
+    fn listeners_and_upstreams() {
+        let text = "tls_min = \"1.3\"\n\
+                    [[listener]]\naddress = \"[::1]:443\"\ncert = [\"a, b.pem\", \"c.pem\"]\nkey = \"k.pem,l.pem\"\n\
+                    [[upstream]]\nurl = \"https://a\"\nca = \"ca.pem\"\n[[upstream]]\nurl = \"http://b\"\n\
+                    [[route]]\npath = \"/\"\nupstreams = [{ url = \"https://c\", tls_insecure = true }, 0]\n";
+        let file = read("f", text).unwrap();
+        let listener = &file.listeners[0];
+        assert_eq!((listener.address.to_string(), listener.tls), ("[::1]:443".to_owned(), None));
+        let files = |names: &[&str]| Value::Files(names.iter().map(PathBuf::from).collect());
+        assert_eq!(listener.values["tls-cert"].0, files(&["a, b.pem", "c.pem"]));
+        assert_eq!(listener.values["tls-key"].0, files(&["k.pem", "l.pem"]));
+        let urls = [UpstreamUrl::parse("https://a").unwrap(), UpstreamUrl::parse("http://b").unwrap()];
+        assert_eq!(file.values["upstream"].0, Value::Upstreams(urls.to_vec()));
+        let said: Vec<_> =
+            file.upstreams.iter().map(|table| (table.url.url.as_str(), table.values.len())).collect();
+        // In the order of the keys, as TOML's tables have none of their own.
+        assert_eq!(said, [("https://c", 1), ("https://a", 1), ("http://b", 0)]);
+        assert_eq!(file.routes[0].upstreams.as_ref().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn mistakes_in_listeners_and_upstreams() {
+        for (text, expected) in [
+            (
+                "[[listener]]\ntls = true",
+                "1:1: a [[listener]] needs an `address`, such as address = \"0.0.0.0:443\"",
+            ),
+            ("[[listener]]\naddress = \"x\"", "2:11: address: expected ADDRESS:PORT such as"),
+            ("[[listener]]\naddress = 1", "2:11: address: expected ADDRESS:PORT such as"),
+            ("[[listener]]\ntls = \"yes\"", "2:7: tls: expected on or off (true or false), found \"yes\""),
+            ("[[listener]]\ntls_cert = \"a\"", "2:1: in a [[listener]] `tls_cert` is called `cert`"),
+            ("[[listener]]\nserts = \"a\"", "2:1: unknown key `serts`; did you mean `cert`?"),
+            (
+                "[[listener]]\nbacklog = 1",
+                "2:1: `backlog` is a setting of the whole server: move it above the first table",
+            ),
+            ("[listener]\naddress = \"a\"", "1:1: listeners are written as [[listener]], with two brackets"),
+            ("listener = [1]", "1:13: expected a [[listener]] table, found 1"),
+            ("[[upstream]]\nca = \"a\"", "1:1: an [[upstream]] needs a `url`, such as"),
+            ("[[upstream]]\nurl = \"ftp://a\"", "2:7: url: expected http[s]://host[:port][/base], found"),
+            (
+                "[[upstream]]\nserver_name = \"a b\"",
+                "2:15: server_name: expected a DNS name or an IP address, found",
+            ),
+            ("[[upstream]]\nupstream_ca = \"a\"", "2:1: in a [[upstream]] `upstream_ca` is called `ca`"),
+            ("[upstream]\nurl = \"a\"", "1:1: upstreams are written as [[upstream]], with two brackets"),
+            (
+                "[[route]]\npath = \"/\"\nupstreams = [1.5]",
+                "3:14: upstreams: expected a list of URLs, tables with",
+            ),
+            (
+                "[[route]]\npath = \"/\"\nupstreams = \"http://a\"",
+                "3:13: upstreams: expected a list of URLs, tables with",
+            ),
+            ("[[listener]]\naddress = \"[::]:1\"\ncert = [1]", "3:9: cert: expected the path of a file"),
+        ] {
+            let problems = problems(text);
+            assert!(problems[0].starts_with(&format!("tokenring.toml:{expected}")), "{text}: {problems:?}");
+        }
+    }
+
+    #[test]
     fn mistakes_in_routes() {
         assert_eq!(
             problems("[[route]]\npath = \"/a\"\nring_depth = 64"),
@@ -435,7 +696,7 @@ mod tests {
         assert_eq!(
             problems("[server]\nbacklog = 1"),
             [
-                "tokenring.toml:1:2: unknown table `server`: settings stand at the top level, and routes in [[route]]"
+                "tokenring.toml:1:2: unknown table `server`: settings stand at the top level, and there are [[route]], [[listener]] and [[upstream]]"
             ]
         );
         assert_eq!(

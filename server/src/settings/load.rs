@@ -4,11 +4,14 @@
 use super::address::UpstreamUrl;
 use super::file::{self, File, RouteTable, UpstreamReference};
 use super::table::{self, Default, Setting};
+use super::tls::{self, ListenerValues, UpstreamValues};
 use super::value::Value;
 use super::{DESCRIPTORS_PER_CLIENT, Machine, Place, Problem};
+use rustls::pki_types::ServerName;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 
 /// Where a value came from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,7 +35,7 @@ impl fmt::Display for Source {
 
 /// Values of settings with their sources. Getters panic for a setting of another kind: that is a mistake in this crate.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Values(HashMap<&'static str, (Value, Source)>);
+pub(crate) struct Values(pub(super) HashMap<&'static str, (Value, Source)>);
 
 macro_rules! getter {
     ($name:ident, $variant:ident($pattern:ident) => $type:ty, $result:expr) => {
@@ -69,6 +72,9 @@ impl Values {
     getter!(log_filter, LogFilter(filter) => &str, filter);
     getter!(listen, Listen(addresses) => &[SocketAddr], addresses);
     getter!(upstreams, Upstreams(urls) => &[UpstreamUrl], urls);
+    getter!(file, File(path) => Option<&Path>, path.as_deref());
+    getter!(files, Files(paths) => &[PathBuf], paths);
+    getter!(server_name, ServerName(name) => Option<&ServerName<'static>>, name.as_ref());
     getter!(cpus, Cpus(cpus) => &[usize], cpus);
     getter!(admin, Admin(address) => &super::address::AdminAddress, address);
 }
@@ -79,6 +85,10 @@ pub(crate) struct Effective {
     pub(crate) values: Values,
     /// Every backend named anywhere: the overall ones first, then those only routes name.
     pub(crate) upstreams: Vec<UpstreamUrl>,
+    /// What is said of TLS with each of them; `None`: `http`.
+    pub(crate) upstream_tls: Vec<Option<UpstreamValues>>,
+    /// Those of `listen`, of `listen_tls`, and the `[[listener]]`s, in this order.
+    pub(crate) listeners: Vec<ListenerValues>,
     /// Most specific first; the last matches every path.
     pub(crate) routes: Vec<RouteValues>,
 }
@@ -106,7 +116,10 @@ pub(crate) struct Layers<'a> {
 /// Works out the effective configuration, or lists everything that is wrong with it.
 pub(crate) fn load(layers: Layers<'_>) -> Result<Effective, Vec<Problem>> {
     let mut problems = Vec::new();
-    let values = overall(&layers, &mut problems);
+    let mut values = overall(&layers, &mut problems);
+    if !layers.file.listeners.is_empty() && *values.source(&table::LISTEN) == Source::Default {
+        values.0.insert(table::LISTEN.name, (Value::Listen(Vec::new()), Source::Default));
+    }
     let mut upstreams: Vec<UpstreamUrl> = Vec::new();
     for url in values.upstreams(&table::UPSTREAM) {
         if upstreams.contains(url) {
@@ -115,9 +128,15 @@ pub(crate) fn load(layers: Layers<'_>) -> Result<Effective, Vec<Problem>> {
         upstreams.push(url.clone());
     }
     let routes = routes(&layers.file.routes, &values, &mut upstreams, &mut problems);
+    let listeners = tls::listeners(&layers.file.listeners, &values, layers.machine, &mut problems);
+    let upstream_tls = tls::upstreams(&layers.file.upstreams, &upstreams, &values, &mut problems);
     relations(&values, layers.machine, &mut problems);
     misspelt(&layers.variables, &mut problems);
-    if problems.is_empty() { Ok(Effective { values, upstreams, routes }) } else { Err(problems) }
+    if problems.is_empty() {
+        Ok(Effective { values, upstreams, upstream_tls, listeners, routes })
+    } else {
+        Err(problems)
+    }
 }
 
 fn overall(layers: &Layers<'_>, problems: &mut Vec<Problem>) -> Values {
@@ -279,9 +298,6 @@ fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
             values.source(&table::EVENT_BYTES_MAX),
         )));
     }
-    if values.listen(&table::LISTEN).is_empty() {
-        problems.push(Problem::new("listen: at least one address is needed"));
-    }
     let cpus = values.cpus(&table::CPUS);
     for cpu in cpus.iter().filter(|cpu| !machine.cpus.is_empty() && !machine.cpus.contains(cpu)) {
         problems.push(Problem::new(format!(
@@ -421,6 +437,100 @@ pub(crate) mod tests {
             "{}",
             error(&[("conns-max", "5000")])
         );
+    }
+
+    #[test]
+    fn a_listener_of_ones_own_takes_the_place_of_the_default() {
+        let listeners = |flags: &[(&'static str, &str)], text: &str| -> Vec<String> {
+            let listeners = load_with(flags, &[], text).unwrap().listeners;
+            let words = |listener: &ListenerValues| {
+                format!("{}{}", listener.address, if listener.tls.is_some() { " tls" } else { "" })
+            };
+            listeners.iter().map(words).collect()
+        };
+        let pair = [("tls-cert", "a"), ("tls-key", "b")];
+        assert_eq!(listeners(&[], ""), ["127.0.0.1:8080"]);
+        let tls = [&pair[..], &[("listen-tls", "[::]:443")]].concat();
+        assert_eq!(listeners(&tls, ""), ["[::]:443 tls"]);
+        let both = [&tls[..], &[("listen", "127.0.0.1:80")]].concat();
+        assert_eq!(listeners(&both, ""), ["127.0.0.1:80", "[::]:443 tls"]);
+        assert_eq!(listeners(&[], "[[listener]]\naddress = \"127.0.0.1:1\""), ["127.0.0.1:1"]);
+        assert_eq!(
+            listeners(&pair, "[[listener]]\naddress = \"127.0.0.1:1\"\ntls = true"),
+            ["127.0.0.1:1 tls"]
+        );
+    }
+
+    #[test]
+    fn mistakes_in_tls() {
+        let check = |flags: &[(&'static str, &str)], text: &str, expected: &str| {
+            let errors = load_with(flags, &[], text).unwrap_err();
+            assert!(errors.len() == 1 && errors[0].contains(expected), "{flags:?} {text}: {errors:?}");
+        };
+        let listen = ("listen-tls", "127.0.0.1:1");
+        check(
+            &[listen],
+            "",
+            "the TLS listener 127.0.0.1:1 (flag --listen-tls) has no certificate: give --tls-cert",
+        );
+        check(
+            &[listen, ("tls-cert", "a")],
+            "",
+            "1 certificate in tls_cert (flag --tls-cert) and 0 keys in tls_key (default)",
+        );
+        check(&[listen, ("tls-cert", "a,b"), ("tls-key", "k")], "", "2 certificates in tls_cert");
+        let pair = [listen, ("tls-cert", "a"), ("tls-key", "b")];
+        check(&[&pair[..], &[("tls-client-auth", "optional")]].concat(), "", "nothing to check them with");
+        check(
+            &[&pair[..], &[("listen", "127.0.0.1:1")]].concat(),
+            "",
+            "127.0.0.1:1 (flag --listen-tls) is there twice",
+        );
+        check(&pair[1..2], "", "tls_cert (flag --tls-cert) is given, and no listener speaks TLS");
+        check(&[("listen", "")], "", "listen: at least one address is needed");
+        check(
+            &[],
+            "[[listener]]\naddress = \"[::]:1\"\ntls = false\ncert = \"a\"\nkey = \"b\"",
+            "t.toml:1:1: tls is false",
+        );
+        // A key of all listeners is none of a listener that has a certificate of its own.
+        let text = "tls_key = \"k\"\n[[listener]]\naddress = \"[::]:1\"\ncert = \"a\"";
+        check(&[], text, "1 certificate in tls_cert (t.toml:4:8) and 0 keys in tls_key (default)");
+        let https = ("upstream", "https://a");
+        check(
+            &[https, ("upstream-key", "k")],
+            "",
+            "upstream https://a: upstream_key (flag --upstream-key) needs upstream_cert",
+        );
+        check(
+            &[https, ("upstream-ca", "c"), ("upstream-tls-insecure", "on")],
+            "",
+            "would never be looked at",
+        );
+        check(
+            &[("upstream", "http://a"), ("upstream-ca", "c")],
+            "",
+            "upstream_ca (flag --upstream-ca) is given, and no upstream is https",
+        );
+        let text = "[[upstream]]\nurl = \"https://a\"\nca = \"x\"\n\
+                    [[route]]\npath = \"/a\"\nupstreams = [{ url = \"https://a\", ca = \"y\" }]\n";
+        check(&[], text, "https://a is told of differently at");
+        check(&[], "[[upstream]]\nurl = \"http://a\"\nca = \"x\"", "t.toml:1:1: http://a is not https");
+    }
+
+    #[test]
+    fn what_one_upstream_says_of_trust_takes_the_place_of_what_all_say() {
+        let trust = |overall: &str, own: &str| {
+            let text = format!("{overall}\n[[upstream]]\nurl = \"https://a\"\n{own}\n");
+            let effective = load_with(&[], &[], &text).unwrap();
+            super::tls::ClientFiles::of(&effective.upstream_tls[0].as_ref().unwrap().values).trust
+        };
+        use super::tls::Trust;
+        assert_eq!(trust("", ""), Trust::System);
+        assert_eq!(trust("upstream_ca = \"x\"", ""), Trust::File("x".into()));
+        assert_eq!(trust("upstream_ca = \"x\"", "tls_insecure = true"), Trust::Everybody);
+        assert_eq!(trust("upstream_tls_insecure = true", "ca = \"y\""), Trust::File("y".into()));
+        assert_eq!(trust("upstream_ca = \"x\"", "ca = \"\""), Trust::System);
     }
 
     #[test]

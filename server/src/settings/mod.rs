@@ -7,6 +7,7 @@ pub(crate) mod load;
 pub(crate) mod page;
 pub(crate) mod plan;
 pub(crate) mod table;
+pub(crate) mod tls;
 pub(crate) mod value;
 
 use protocol::limits::ACCEPTS_ARMED_MAX;

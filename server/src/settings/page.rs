@@ -1,7 +1,7 @@
 //! Prints settings: docs/CONFIG.md, and the effective configuration for `tokenring check`.
 
 use super::load::{Effective, Values};
-use super::table::{ALL, Group, Setting};
+use super::table::{self, ALL, Group, Setting};
 use shard::memory::WorstCase;
 use std::fmt::Write;
 
@@ -20,7 +20,7 @@ pub(crate) fn config_page() -> String {
          \n\
          ```toml\n\
          listen = \"0.0.0.0:8080\"\n\
-         upstream = [\"http://10.0.0.1:8000\", \"http://10.0.0.2:8000\"]\n\
+         upstream = [\"http://10.0.0.1:8000\", \"https://api.example.com\"]\n\
          first_token_ms = \"2m\"\n\
          \n\
          [[route]]                      # requests under /v1/embeddings\n\
@@ -31,17 +31,50 @@ pub(crate) fn config_page() -> String {
          total_ms = 10000               # any setting marked \"per route\"; left out: the overall value, flags included\n\
          ```\n\
          \n\
-         Keys of the whole server stand above the first `[[route]]`. A path that no route matches goes to all of `upstream`.\n\n",
+         Keys of the whole server stand above the first table. A path that no route matches goes to all of `upstream`.\n\
+         \n\
+         What differs between listeners or backends stands in tables of their own. A setting marked \"in `[[listener]]`\" or \"in\n\
+         `[[upstream]]`\" is there the default for those that say nothing.\n\
+         \n\
+         ```toml\n\
+         tls_cert = \"/etc/tokenring/fullchain.pem\"\n\
+         tls_key = \"/etc/tokenring/privkey.pem\"\n\
+         \n\
+         [[listener]]\n\
+         address = \"127.0.0.1:8080\"     # plain HTTP\n\
+         \n\
+         [[listener]]\n\
+         address = \"0.0.0.0:443\"\n\
+         tls = true                     # with the overall certificate; true when the table has a setting of TLS\n\
+         \n\
+         [[listener]]\n\
+         address = \"0.0.0.0:8443\"\n\
+         cert = [\"a.pem\", \"b.pem\"]     # one for every name\n\
+         key = [\"a.key\", \"b.key\"]\n\
+         client_ca = \"clients.pem\"      # clients need a certificate\n\
+         \n\
+         [[upstream]]                   # instead of `upstream = [...]`; in lists of URLs: { url = \"...\", ca = \"...\" }\n\
+         url = \"https://model.internal\"\n\
+         ca = \"private-ca.pem\"          # instead of the system's authorities\n\
+         \n\
+         [[upstream]]\n\
+         url = \"http://10.0.0.1:8000\"\n\
+         ```\n\n",
     );
     for group in Group::ALL {
         writeln_to(&mut page, format_args!("## {}\n", group.heading()));
         for setting in ALL.iter().filter(|setting| setting.group == group) {
             let per_route = if setting.per_route { ", per route" } else { "" };
             let also = setting.also_variable.map(|name| format!(", else `{name}`")).unwrap_or_default();
+            let inner = match (setting.per_listener, setting.per_upstream) {
+                (Some(key), _) => format!(", in `[[listener]]` as `{key}`"),
+                (_, Some(key)) => format!(", in `[[upstream]]` as `{key}`"),
+                _ => String::new(),
+            };
             writeln_to(
                 &mut page,
                 format_args!(
-                    "### `{key}`\n\n{doc}\n\n- flag `--{name}`{repeat}, variable `{variable}`{also}{per_route}\n- {expectation}; default: {default}\n",
+                    "### `{key}`\n\n{doc}\n\n- flag `--{name}`{repeat}, variable `{variable}`{also}{per_route}{inner}\n- {expectation}; default: {default}\n",
                     key = setting.key(),
                     doc = setting.doc,
                     name = setting.name,
@@ -61,16 +94,39 @@ pub(crate) fn config_page() -> String {
 /// The effective configuration as a TOML file, with the source of every value.
 pub(crate) fn effective(effective: &Effective) -> String {
     let mut page = String::new();
+    let shared = effective.values.upstreams(&table::UPSTREAM).len();
+    let tables = effective.upstream_tls[..shared].iter().flatten().any(|tls| tls.own);
     for group in Group::ALL {
         writeln_to(&mut page, format_args!("# {}", group.heading()));
         for setting in ALL.iter().filter(|setting| setting.group == group) {
-            line(&mut page, setting, &effective.values);
+            // Where one of them has a table, all have.
+            if setting.name != table::UPSTREAM.name || !tables {
+                line(&mut page, setting, &effective.values);
+            }
+        }
+        page.push('\n');
+    }
+    for index in (0..shared).filter(|_| tables) {
+        writeln_to(&mut page, format_args!("[[upstream]]\nurl = {:?}", effective.upstreams[index].url));
+        if let Some(tls) = &effective.upstream_tls[index] {
+            inner(&mut page, &tls.values, |setting| setting.per_upstream);
+        }
+        page.push('\n');
+    }
+    for listener in &effective.listeners {
+        if !listener.table {
+            continue;
+        }
+        let assignment = format!("address = \"{}\"", listener.address);
+        writeln_to(&mut page, format_args!("[[listener]]\n{assignment:<40}  # {}", listener.source));
+        writeln_to(&mut page, format_args!("tls = {}", listener.tls.is_some()));
+        if let Some(values) = &listener.tls {
+            inner(&mut page, values, |setting| setting.per_listener);
         }
         page.push('\n');
     }
     for route in &effective.routes {
-        let urls: Vec<_> =
-            route.upstreams.iter().map(|&index| format!("{:?}", effective.upstreams[index].url)).collect();
+        let urls: Vec<_> = route.upstreams.iter().map(|&index| reference(effective, index, shared)).collect();
         writeln_to(
             &mut page,
             format_args!(
@@ -114,6 +170,29 @@ fn line(page: &mut String, setting: &Setting, values: &Values) {
     writeln_to(page, format_args!("{assignment:<40}  # {}", values.source(setting)));
 }
 
+/// The settings of a table, under the keys that they have there. What stands above holds without being repeated.
+fn inner(page: &mut String, values: &Values, key: fn(&Setting) -> Option<&'static str>) {
+    for setting in ALL {
+        let Some(key) = key(setting) else { continue };
+        let assignment = format!("{key} = {}", values.get(setting));
+        writeln_to(page, format_args!("{assignment:<40}  # {}", values.source(setting)));
+    }
+}
+
+/// How a route's list names a backend: those that only routes name are told of here.
+fn reference(effective: &Effective, index: usize, shared: usize) -> String {
+    let url = &effective.upstreams[index].url;
+    match &effective.upstream_tls[index] {
+        Some(tls) if tls.own && index >= shared => {
+            let values =
+                ALL.iter().filter_map(|setting| Some((setting.per_upstream?, tls.values.get(setting))));
+            let values: Vec<_> = values.map(|(key, value)| format!(", {key} = {value}")).collect();
+            format!("{{ url = {url:?}{} }}", values.concat())
+        }
+        _ => format!("{url:?}"),
+    }
+}
+
 /// Writing to a `String` cannot fail.
 fn writeln_to(page: &mut String, text: std::fmt::Arguments<'_>) {
     page.write_fmt(text)
@@ -141,6 +220,27 @@ mod tests {
     }
 
     #[test]
+    fn tables_of_the_effective_configuration_say_the_same_again() {
+        let text = "tls_cert = \"a.pem\"\ntls_key = \"a.key\"\nupstream_server_name = \"x.example\"\n\
+                    [[listener]]\naddress = \"127.0.0.1:1\"\n\
+                    [[listener]]\naddress = \"127.0.0.1:2\"\nclient_ca = \"c.pem\"\n\
+                    [[upstream]]\nurl = \"https://a\"\nca = \"ca.pem\"\n[[upstream]]\nurl = \"http://b\"\n\
+                    [[route]]\npath = \"/v1\"\nupstreams = [{ url = \"https://c\", tls_insecure = true }, 0, \"https://a\"]\n";
+        let machine = super::super::load::tests::machine();
+        let plan = |text: &str| {
+            let effective = load_with(&[], &[], text).unwrap();
+            (super::super::plan::Plan::new(&effective, &machine, 1, 1), effective)
+        };
+        let (first, values) = plan(text);
+        let (second, _) = plan(&effective(&values));
+        assert_eq!(first.tls, second.tls);
+        assert_eq!(first.upstream_tls, second.upstream_tls);
+        assert_eq!(first.listen, second.listen);
+        assert_eq!(first.settings.listeners, second.settings.listeners);
+        assert_eq!(format!("{:?}", first.settings.routes), format!("{:?}", second.settings.routes));
+    }
+
+    #[test]
     fn the_memory_at_worst_is_comments() {
         let worst = WorstCase { buffers: 8 << 20, clients: 1 << 30, overdraft: 1, fixed: 0, shards: 2 };
         let text = memory(&worst);
@@ -149,9 +249,14 @@ mod tests {
     }
 
     #[test]
-    fn the_example_on_the_page_is_valid() {
+    fn the_examples_on_the_page_are_valid() {
         let page = config_page();
-        let example = page.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
-        assert_eq!(load_with(&[], &[], example).unwrap().routes.len(), 2);
+        let example = |nth| page.split("```toml\n").nth(nth).unwrap().split("```").next().unwrap();
+        assert_eq!(load_with(&[], &[], example(1)).unwrap().routes.len(), 2);
+        let listeners = load_with(&[], &[], example(2)).unwrap().listeners;
+        assert_eq!(
+            listeners.iter().map(|listener| listener.tls.is_some()).collect::<Vec<_>>(),
+            [false, true, true]
+        );
     }
 }

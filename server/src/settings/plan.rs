@@ -4,11 +4,12 @@ use super::Machine;
 use super::address::{AdminAddress, UpstreamUrl};
 use super::load::{Effective, RouteValues, Source, Values};
 use super::table;
+use super::tls::{ClientFiles, ServerFiles};
 use protocol::demo::DemoSettings;
 use protocol::http::HeadLimits;
 use protocol::phase::Deadlines;
 use shard::memory::WorstCase;
-use shard::settings::{HalfClose, Route, Settings, Sleep};
+use shard::settings::{HalfClose, Listener, Route, Settings, Sleep, UpstreamTls};
 use std::net::SocketAddr;
 
 /// What `serve` carries out.
@@ -16,11 +17,24 @@ use std::net::SocketAddr;
 pub(crate) struct Plan {
     pub(crate) settings: Settings,
     pub(crate) upstreams: Vec<UpstreamUrl>,
+    /// Of each of them.
+    pub(crate) upstream_tls: Vec<Option<UpstreamTls>>,
+    /// The files that `settings.listeners` and `upstream_tls` stand for.
+    pub(crate) tls: TlsPlan,
     pub(crate) listen: Vec<SocketAddr>,
     pub(crate) admin: AdminAddress,
     /// One per shard: the CPU it is pinned to.
     pub(crate) cpus: Vec<Option<usize>>,
     pub(crate) drain_deadline_ms: u64,
+}
+
+/// What is to be read for TLS. Listeners and backends of which the same is said share one entry.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub(crate) struct TlsPlan {
+    /// By `Listener::tls`.
+    pub(crate) servers: Vec<ServerFiles>,
+    /// By `UpstreamTls::config`.
+    pub(crate) clients: Vec<ClientFiles>,
 }
 
 impl Plan {
@@ -31,11 +45,24 @@ impl Plan {
         seed: u64,
     ) -> Self {
         let values = &effective.values;
+        let mut tls = TlsPlan::default();
+        let listeners = effective.listeners.iter().map(|listener| {
+            let files = listener.tls.as_ref().map(ServerFiles::of);
+            Listener { tls: files.map(|files| entry(&mut tls.servers, files)) }
+        });
+        let listeners = listeners.collect();
+        let upstream_tls =
+            effective.upstreams.iter().zip(&effective.upstream_tls).map(|(url, tls_values)| {
+                let values = tls_values.as_ref()?;
+                let config = entry(&mut tls.clients, ClientFiles::of(&values.values));
+                Some(UpstreamTls { config, name: values.name(url) })
+            });
+        let upstream_tls = upstream_tls.collect();
         let settings = Settings {
             connections_max: narrow(values.integer(&table::CONNS_MAX)),
-            listeners: Vec::new(),
-            tls_handshake_ms: 10_000,
-            tls_handshakes_max: 1024,
+            listeners,
+            tls_handshake_ms: narrow(values.integer(&table::TLS_HANDSHAKE_MS)),
+            tls_handshakes_max: narrow(values.integer(&table::TLS_HANDSHAKES_MAX)),
             backlog: narrow(values.integer(&table::BACKLOG)),
             ring_depth: narrow(values.integer(&table::RING_DEPTH)),
             buffers: narrow(values.integer(&table::BUFFERS)),
@@ -71,7 +98,9 @@ impl Plan {
         Plan {
             settings,
             upstreams: effective.upstreams.clone(),
-            listen: values.listen(&table::LISTEN).to_vec(),
+            upstream_tls,
+            tls,
+            listen: effective.listeners.iter().map(|listener| listener.address).collect(),
             admin: values.admin(&table::ADMIN).clone(),
             cpus: placement(values, machine),
             drain_deadline_ms: values.integer(&table::DRAIN_DEADLINE_MS),
@@ -84,6 +113,14 @@ impl Plan {
     pub(crate) fn worst_case(&self) -> WorstCase {
         WorstCase::of(&self.settings, self.cpus.len(), self.upstreams.len())
     }
+}
+
+/// The place of `files` among `all`, where they are put if they are not there.
+fn entry<T: PartialEq>(all: &mut Vec<T>, files: T) -> usize {
+    all.iter().position(|known| *known == files).unwrap_or_else(|| {
+        all.push(files);
+        all.len() - 1
+    })
 }
 
 /// Pins shards to the CPUs the operator chose; without a choice, only when every CPU gets exactly one shard, since
@@ -151,6 +188,30 @@ mod tests {
         assert_eq!(plan.settings.routes[0].deadlines, Deadlines::default());
         assert_eq!(plan.settings.lag_high_bytes, protocol::limits::LAG_HIGH_BYTES);
         assert_eq!(plan.cpus, [Some(0), Some(1), Some(2), Some(3)]);
+    }
+
+    #[test]
+    fn listeners_and_upstreams_share_what_is_said_alike() {
+        let text = "tls_cert = \"a\"\ntls_key = \"k\"\nlisten_tls = [\"127.0.0.1:1\", \"127.0.0.1:2\"]\nlisten = \"127.0.0.1:3\"\n\
+                    [[listener]]\naddress = \"127.0.0.1:4\"\nclient_ca = \"c\"\n\
+                    [[upstream]]\nurl = \"https://a\"\n[[upstream]]\nurl = \"http://b\"\n\
+                    [[upstream]]\nurl = \"https://10.0.0.1\"\nserver_name = \"C.example.\"\n\
+                    [[upstream]]\nurl = \"https://d\"\nca = \"ca\"\n";
+        let plan = Plan::new(&load_with(&[], &[], text).unwrap(), &machine(), 1, 2);
+        let listeners: Vec<_> = plan.settings.listeners.iter().map(|listener| listener.tls).collect();
+        assert_eq!(listeners, [None, Some(0), Some(0), Some(1)]);
+        assert_eq!(plan.listen.iter().map(|address| address.port()).collect::<Vec<_>>(), [3, 1, 2, 4]);
+        let auth: Vec<_> = plan.tls.servers.iter().map(|files| files.client_auth.name()).collect();
+        assert_eq!(auth, ["off", "required"]);
+        let upstreams: Vec<_> = plan
+            .upstream_tls
+            .iter()
+            .map(|tls| tls.as_ref().map(|tls| (tls.config, tls.name.to_str().into_owned())))
+            .collect();
+        let tls = |config, name: &str| Some((config, name.to_owned()));
+        assert_eq!(upstreams, [tls(0, "a"), None, tls(0, "c.example"), tls(1, "d")]);
+        // Of a server with defaults alone nothing is to be read.
+        assert_eq!(Plan::new(&load_with(&[], &[], "").unwrap(), &machine(), 1, 2).tls, TlsPlan::default());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::{Machine, address::AdminAddress};
 use protocol::demo::DemoSettings;
 use protocol::limits;
 use protocol::phase::Deadlines;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// One setting.
 pub(crate) struct Setting {
@@ -18,6 +18,10 @@ pub(crate) struct Setting {
     pub(crate) default: Default,
     /// May stand in a `[[route]]` too; overall it is the default of all routes.
     pub(crate) per_route: bool,
+    /// Its key in a `[[listener]]`, where it may stand too; overall it is the default of all TLS listeners.
+    pub(crate) per_listener: Option<&'static str>,
+    /// Its key in an `[[upstream]]`, where it may stand too; overall it is the default of all `https` upstreams.
+    pub(crate) per_upstream: Option<&'static str>,
     /// Another spelling of the flag.
     pub(crate) alias: Option<&'static str>,
     /// Another environment variable, read when ours is not set.
@@ -36,6 +40,8 @@ pub(crate) enum Default {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Group {
     Serving,
+    Tls,
+    UpstreamTls,
     Shards,
     Limits,
     Deadlines,
@@ -46,8 +52,10 @@ pub(crate) enum Group {
 }
 
 impl Group {
-    pub(crate) const ALL: [Group; 8] = [
+    pub(crate) const ALL: [Group; 10] = [
         Group::Serving,
+        Group::Tls,
+        Group::UpstreamTls,
         Group::Shards,
         Group::Limits,
         Group::Deadlines,
@@ -60,6 +68,8 @@ impl Group {
     pub(crate) fn heading(self) -> &'static str {
         match self {
             Group::Serving => "Serving",
+            Group::Tls => "TLS with clients (docs/tls.md)",
+            Group::UpstreamTls => "TLS with backends (docs/tls.md)",
             Group::Shards => "Shards (per CPU)",
             Group::Limits => "Limits",
             Group::Deadlines => "Deadlines (also per route; 0 is off)",
@@ -80,7 +90,18 @@ impl Setting {
         doc: &'static str,
     ) -> Self {
         let default = Default::Fixed(default);
-        Setting { name, group, kind, default, per_route: false, alias: None, also_variable: None, doc }
+        Setting {
+            name,
+            group,
+            kind,
+            default,
+            per_route: false,
+            per_listener: None,
+            per_upstream: None,
+            alias: None,
+            also_variable: None,
+            doc,
+        }
     }
 
     const fn derived(mut self, how: fn(&Machine, &Values) -> Value, words: &'static str) -> Self {
@@ -90,6 +111,16 @@ impl Setting {
 
     const fn per_route(mut self) -> Self {
         self.per_route = true;
+        self
+    }
+
+    const fn per_listener(mut self, key: &'static str) -> Self {
+        self.per_listener = Some(key);
+        self
+    }
+
+    const fn per_upstream(mut self, key: &'static str) -> Self {
+        self.per_upstream = Some(key);
         self
     }
 
@@ -129,10 +160,15 @@ impl Setting {
                 Value::Choice(word) => word.to_owned(),
                 Value::LogFilter(filter) => filter,
                 Value::Admin(address) => address.to_string(),
+                Value::Listen(addresses) if addresses.is_empty() => "none".to_owned(),
                 Value::Listen(addresses) => {
                     addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
                 }
-                Value::Upstreams(_) | Value::Cpus(_) => "none".to_owned(),
+                Value::Upstreams(_)
+                | Value::Cpus(_)
+                | Value::File(_)
+                | Value::Files(_)
+                | Value::ServerName(_) => "none".to_owned(),
             },
         }
     }
@@ -161,6 +197,8 @@ const fn microseconds(minimum: u64, maximum: u64) -> Kind {
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+/// Where clients connect when nothing is said.
+pub(crate) const LISTEN_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
 /// A week: longer than any stream, short enough for every type that holds milliseconds.
 const DEADLINE_MS_MAX: u64 = 604_800_000;
 /// Client connections per shard by default, however many descriptors there are: a million sockets cost the kernel 4 GB.
@@ -188,9 +226,12 @@ macro_rules! deadline {
 }
 
 settings! {
-    LISTEN = Setting::new("listen", Group::Serving, Kind::Listen,
-        || Value::Listen(vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 8080))]),
-        "Address clients connect to. Repeatable; port 0 takes a free one. Every shard has its own listener on it (SO_REUSEPORT).");
+    LISTEN = Setting::new("listen", Group::Serving, Kind::Listen, || Value::Listen(Vec::new()),
+        "Address clients connect to with plain HTTP. Repeatable; port 0 takes a free one. Every shard has its own listener on it (SO_REUSEPORT).")
+        .derived(|_, so_far| Value::Listen(if so_far.listen(&LISTEN_TLS).is_empty() { vec![LISTEN_DEFAULT] } else { Vec::new() }),
+            "127.0.0.1:8080, and none when there is a `listen_tls` or `[[listener]]`");
+    LISTEN_TLS = Setting::new("listen-tls", Group::Serving, Kind::Listen, || Value::Listen(Vec::new()),
+        "Address clients connect to with TLS. Repeatable; needs --tls-cert and --tls-key.");
     UPSTREAM = Setting::new("upstream", Group::Serving, Kind::Upstreams, || Value::Upstreams(Vec::new()),
         "A model backend: any server that speaks the OpenAI or Anthropic API. Repeatable; a path in the URL is put before every request's path. Without any upstream, a built-in demo model answers.");
     ADMIN = Setting::new("admin", Group::Serving, Kind::Admin,
@@ -200,6 +241,44 @@ settings! {
         || Value::Integer(30_000),
         "How long streams may go on after SIGTERM or SIGINT. Those left are ended with an error in their own dialect; 0 ends them at once.")
         .alias("drain-deadline");
+
+    TLS_CERT = Setting::new("tls-cert", Group::Tls, Kind::Files, || Value::Files(Vec::new()),
+        "Certificate chain, PEM: the server's own certificate first, then those that lead to its root. Repeatable, each with its --tls-key: a client gets the one whose names (subjectAltName) cover the name it asks for, else the first.")
+        .per_listener("cert");
+    TLS_KEY = Setting::new("tls-key", Group::Tls, Kind::Files, || Value::Files(Vec::new()),
+        "Private key of the --tls-cert in the same place, PEM, not encrypted. Repeatable.")
+        .per_listener("key");
+    TLS_CLIENT_CA = Setting::new("tls-client-ca", Group::Tls, Kind::File, || Value::File(None),
+        "Certificates of the authorities that clients' certificates must come from, PEM.")
+        .per_listener("client_ca");
+    TLS_CLIENT_AUTH = Setting::new("tls-client-auth", Group::Tls, Kind::Choice(&["off", "optional", "required"]), || Value::Choice("off"),
+        "Whether clients are asked for a certificate. With `optional` a client without one is served, and one with a certificate that does not hold is not.")
+        .derived(|_, so_far| Value::Choice(if so_far.file(&TLS_CLIENT_CA).is_some() { "required" } else { "off" }),
+            "required where there is a `tls_client_ca`, else off")
+        .per_listener("client_auth");
+    TLS_MIN = Setting::new("tls-min", Group::Tls, Kind::Choice(&["1.2", "1.3"]), || Value::Choice("1.2"),
+        "The oldest version of TLS that clients may speak. The newest is 1.3.")
+        .per_listener("tls_min");
+    TLS_HANDSHAKE_MS = Setting::new("tls-handshake-ms", Group::Tls, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(10_000),
+        "From a client's connection to its complete TLS handshake; 0 is off.");
+    TLS_HANDSHAKES_MAX = Setting::new("tls-handshakes-max", Group::Tls, count("COUNT", 1, MIB), || Value::Integer(1024),
+        "Clients of a shard whose TLS handshake is under way at a time. More wait until one is done.");
+
+    UPSTREAM_CA = Setting::new("upstream-ca", Group::UpstreamTls, Kind::File, || Value::File(None),
+        "Certificates of the authorities that backends' certificates must come from, PEM, instead of the system's.")
+        .per_upstream("ca");
+    UPSTREAM_CERT = Setting::new("upstream-cert", Group::UpstreamTls, Kind::File, || Value::File(None),
+        "Certificate chain shown to backends that ask for one, PEM. Needs --upstream-key.")
+        .per_upstream("cert");
+    UPSTREAM_KEY = Setting::new("upstream-key", Group::UpstreamTls, Kind::File, || Value::File(None),
+        "Private key of --upstream-cert, PEM, not encrypted.")
+        .per_upstream("key");
+    UPSTREAM_SERVER_NAME = Setting::new("upstream-server-name", Group::UpstreamTls, Kind::ServerName, || Value::ServerName(None),
+        "Name or address that backends' certificates must be for, and that they are asked for (SNI). By default it is the host of the URL.")
+        .per_upstream("server_name");
+    UPSTREAM_TLS_INSECURE = Setting::new("upstream-tls-insecure", Group::UpstreamTls, Kind::Switch, || Value::Switch(false),
+        "Takes every certificate of a backend: whoever is on the way may read and change everything. For tests only; it is told at start, in /status and in a metric.")
+        .per_upstream("tls_insecure");
 
     CPUS = Setting::new("cpus", Group::Shards, Kind::Cpus, || Value::Cpus(Vec::new()),
         "CPUs to run shards on, shard 0 on the first. Without it, shards are pinned only when there is one for every CPU this process may use.");

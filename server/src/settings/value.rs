@@ -1,8 +1,10 @@
 //! What kinds of values settings have: how each is written, checked, described and printed.
 
 use super::address::{AdminAddress, UpstreamUrl, format_cpus, parse_cpus, parse_listen};
+use rustls::pki_types::ServerName;
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 /// The unit of an integer setting.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,6 +35,12 @@ pub(crate) enum Kind {
     Admin,
     Upstreams,
     Cpus,
+    /// A path, or none.
+    File,
+    /// Paths.
+    Files,
+    /// A DNS name or an address, or none.
+    ServerName,
     /// `level` or `target=level`, separated by commas.
     LogFilter,
 }
@@ -47,6 +55,9 @@ pub(crate) enum Value {
     Admin(AdminAddress),
     Upstreams(Vec<UpstreamUrl>),
     Cpus(Vec<usize>),
+    File(Option<PathBuf>),
+    Files(Vec<PathBuf>),
+    ServerName(Option<ServerName<'static>>),
     LogFilter(String),
 }
 
@@ -66,13 +77,15 @@ impl Kind {
             Kind::Admin => "ADDRESS:PORT|unix:PATH|off",
             Kind::Upstreams => "URL",
             Kind::Cpus => "LIST",
+            Kind::File | Kind::Files => "FILE",
+            Kind::ServerName => "NAME",
             Kind::LogFilter => "LEVEL",
         }
     }
 
     /// Whether a flag may be given more than once.
     pub(crate) fn repeatable(&self) -> bool {
-        matches!(self, Kind::Listen | Kind::Upstreams)
+        matches!(self, Kind::Listen | Kind::Upstreams | Kind::Files)
     }
 
     /// What a value must look like, for messages and the CONFIG page.
@@ -92,8 +105,14 @@ impl Kind {
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
             Kind::Listen => "ADDRESS:PORT such as 127.0.0.1:8080, 0.0.0.0:80 or [::]:80".to_owned(),
             Kind::Admin => "off, ADDRESS:PORT such as 127.0.0.1:9180, or unix:PATH".to_owned(),
-            Kind::Upstreams => "http://host[:port][/base]".to_owned(),
+            Kind::Upstreams => "http[s]://host[:port][/base]".to_owned(),
             Kind::Cpus => "a list of CPUs such as 0-3,8".to_owned(),
+            Kind::File => "the path of a file, from the working directory if relative".to_owned(),
+            Kind::Files => {
+                "the path of a file, from the working directory if relative; several in one text are separated by commas"
+                    .to_owned()
+            }
+            Kind::ServerName => "a DNS name or an IP address".to_owned(),
             Kind::LogFilter => {
                 "off, error, warn, info, debug or trace, or a list such as warn,shard=debug".to_owned()
             }
@@ -124,6 +143,15 @@ impl Kind {
                 split_list(text).map(UpstreamUrl::parse).collect::<Result<_, _>>().map(Value::Upstreams)
             }
             Kind::Cpus => parse_cpus(text).map(Value::Cpus),
+            Kind::File => Ok(Value::File(Some(text).filter(|text| !text.is_empty()).map(PathBuf::from))),
+            // Paths may hold spaces, so that only commas part them.
+            Kind::Files => Ok(Value::Files(
+                text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(PathBuf::from).collect(),
+            )),
+            Kind::ServerName if text.is_empty() => Ok(Value::ServerName(None)),
+            Kind::ServerName => {
+                server_name(text).map(|name| Value::ServerName(Some(name))).ok_or_else(mismatch)
+            }
             Kind::LogFilter => {
                 if log_filter_is_valid(text) {
                     Ok(Value::LogFilter(text.to_owned()))
@@ -142,6 +170,26 @@ impl Kind {
         let fits = (minimum..=maximum).contains(&number) && (!power_of_two || number.is_power_of_two());
         fits.then_some(Value::Integer(number))
     }
+}
+
+impl Value {
+    /// False for no file, no name and off: what stands where nothing was meant.
+    pub(super) fn says_something(&self) -> bool {
+        match self {
+            Value::File(path) => path.is_some(),
+            Value::Files(paths) => !paths.is_empty(),
+            Value::ServerName(name) => name.is_some(),
+            Value::Switch(on) => *on,
+            _ => true,
+        }
+    }
+}
+
+/// A name as certificates have it: lower case, without the dot of the root.
+pub(super) fn server_name(text: &str) -> Option<ServerName<'static>> {
+    let text = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let text = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
+    ServerName::try_from(text).ok()
 }
 
 /// The parts of a list given as one text: separated by commas or spaces.
@@ -200,6 +248,11 @@ impl fmt::Display for Value {
             Value::Listen(addresses) => list(f, addresses.iter().map(ToString::to_string).collect()),
             Value::Upstreams(urls) => list(f, urls.iter().map(ToString::to_string).collect()),
             Value::Admin(address) => write!(f, "{:?}", address.to_string()),
+            Value::File(path) => write!(f, "{:?}", path.as_deref().unwrap_or("".as_ref())),
+            Value::Files(paths) => list(f, paths.iter().map(|path| path.display().to_string()).collect()),
+            Value::ServerName(name) => {
+                write!(f, "{:?}", name.as_ref().map(ServerName::to_str).unwrap_or_default())
+            }
             Value::Cpus(cpus) if cpus.is_empty() => f.write_str("[]"),
             Value::Cpus(cpus) => write!(f, "{:?}", format_cpus(cpus)),
         }
