@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -76,8 +76,8 @@ static CLIENTS_LEFT: AtomicU64 = AtomicU64::new(0);
 static EVENTS: AtomicU64 = AtomicU64::new(0);
 static HANDSHAKES_FULL: AtomicU64 = AtomicU64::new(0);
 static HANDSHAKES_RESUMED: AtomicU64 = AtomicU64::new(0);
-/// What the last handshake agreed on.
-static AGREED: Mutex<String> = Mutex::new(String::new());
+/// How many handshakes agreed on which version, suite and key exchange.
+static AGREED: Mutex<BTreeMap<String, u64>> = Mutex::new(BTreeMap::new());
 
 fn main() -> io::Result<()> {
     let options = Options::parse();
@@ -308,7 +308,8 @@ impl Connection {
             self.is_new = false;
             let count = if agreed.resumed { &HANDSHAKES_RESUMED } else { &HANDSHAKES_FULL };
             count.fetch_add(1, Relaxed);
-            *AGREED.lock().unwrap_or_else(PoisonError::into_inner) = agreed.terms;
+            let mut terms = AGREED.lock().unwrap_or_else(PoisonError::into_inner);
+            *terms.entry(agreed.terms).or_default() += 1;
         }
         true
     }
