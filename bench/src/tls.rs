@@ -2,27 +2,31 @@
 //!
 //! The plain one costs what a bare socket does. The server under test may use the same library, but none of this code.
 
+use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::client::{
+    ClientSessionMemoryCache, ClientSessionStore, Resumption, Tls12ClientSessionValue,
+    Tls13ClientSessionValue, WebPkiServerVerifier,
+};
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{
-    ClientConfig, ClientConnection, Connection, DigitallySignedStruct, HandshakeKind, RootCertStore,
-    ServerConfig, ServerConnection, SignatureScheme,
+    ClientConfig, ClientConnection, Connection, DigitallySignedStruct, HandshakeKind, NamedGroup,
+    RootCertStore, ServerConfig, ServerConnection, SignatureScheme,
 };
 
 use crate::net::Unsent;
 
 /// Bytes read from a socket at once.
 const PIECE_BYTES: usize = 64 << 10;
-/// Sessions whose tickets the client keeps: each server name is one.
-const SESSIONS_MAX: usize = 8;
+/// Tickets that the client keeps: as many as it may have connections that begin at the same time.
+const TICKETS_MAX: usize = 1024;
 
 /// Room for what one read brings, shared by all connections of a thread.
 pub struct Piece {
@@ -258,7 +262,7 @@ impl ClientSide {
             .with_custom_certificate_verifier(Arc::new(VerifiedOnce { inner, seen: OnceLock::new() }))
             .with_no_client_auth();
         config.resumption =
-            if resume { Resumption::in_memory_sessions(SESSIONS_MAX) } else { Resumption::disabled() };
+            if resume { Resumption::store(Arc::new(Tickets::default())) } else { Resumption::disabled() };
         let name = ServerName::try_from(name.to_owned())
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         Ok(Self { config: Arc::new(config), name })
@@ -328,6 +332,61 @@ impl ServerCertVerifier for VerifiedOnce {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.inner.supported_verify_schemes()
+    }
+}
+
+/// The tickets of the one server that a client knows, each used once, the newest first. The library's own store keeps eight,
+/// with which dozens of connections at a time would be full handshakes for the most part.
+#[derive(Debug)]
+struct Tickets {
+    unused: Mutex<VecDeque<Tls13ClientSessionValue>>,
+    /// All that is no ticket of TLS 1.3.
+    others: ClientSessionMemoryCache,
+}
+
+impl Default for Tickets {
+    fn default() -> Self {
+        Self { unused: Mutex::default(), others: ClientSessionMemoryCache::new(1) }
+    }
+}
+
+impl Tickets {
+    fn unused(&self) -> MutexGuard<'_, VecDeque<Tls13ClientSessionValue>> {
+        self.unused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ClientSessionStore for Tickets {
+    fn set_kx_hint(&self, name: ServerName<'static>, group: NamedGroup) {
+        self.others.set_kx_hint(name, group);
+    }
+
+    fn kx_hint(&self, name: &ServerName<'_>) -> Option<NamedGroup> {
+        self.others.kx_hint(name)
+    }
+
+    fn set_tls12_session(&self, name: ServerName<'static>, value: Tls12ClientSessionValue) {
+        self.others.set_tls12_session(name, value);
+    }
+
+    fn tls12_session(&self, name: &ServerName<'_>) -> Option<Tls12ClientSessionValue> {
+        self.others.tls12_session(name)
+    }
+
+    fn remove_tls12_session(&self, name: &ServerName<'static>) {
+        self.others.remove_tls12_session(name);
+    }
+
+    fn insert_tls13_ticket(&self, _: ServerName<'static>, value: Tls13ClientSessionValue) {
+        let mut unused = self.unused();
+        if unused.len() == TICKETS_MAX {
+            unused.pop_front();
+        }
+        unused.push_back(value);
+    }
+
+    fn take_tls13_ticket(&self, _: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
+        self.unused().pop_back()
     }
 }
 
