@@ -12,3 +12,4 @@ pub mod params;
 pub mod report;
 pub mod sequence;
 pub mod sse;
+pub mod tls;

@@ -158,23 +158,37 @@ impl Unsent {
         *self = Self::default();
     }
 
-    /// Writes as much as the socket takes; `Ok(true)` when all is sent.
-    pub fn flush(&mut self, mut socket: &TcpStream) -> io::Result<bool> {
-        use std::io::Write;
-        while self.sent < self.bytes.len() {
-            match socket.write(&self.bytes[self.sent..]) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => self.sent += count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+    /// What is not yet sent.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[self.sent..]
+    }
+
+    /// The first `count` of [`Unsent::bytes`] are sent.
+    pub fn sent(&mut self, count: usize) {
+        self.sent += count;
+        assert!(self.sent <= self.bytes.len(), "no more is sent than there was");
+        if !self.is_empty() {
+            return;
         }
         self.sent = 0;
         self.bytes.clear();
         // Thousands of paced streams each hold one event at most: keep that, give back a burst's buffer.
         if self.bytes.capacity() > 4096 {
             self.bytes = Vec::new();
+        }
+    }
+
+    /// Writes as much as the socket takes; `Ok(true)` when all is sent.
+    pub fn flush(&mut self, mut socket: &TcpStream) -> io::Result<bool> {
+        use std::io::Write;
+        while !self.is_empty() {
+            match socket.write(self.bytes()) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => self.sent(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(true)
     }

@@ -7,6 +7,7 @@ use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
 use crate::sequence::Faults as SequenceFaults;
+use crate::tls::Agreed;
 
 /// The longest latency that is told apart, in ns: two minutes.
 const LATENCY_MAX_NS: u64 = 120_000_000_000;
@@ -83,13 +84,15 @@ pub struct Faults {
     pub reset: u64,
     /// Connections that were refused.
     pub connect: u64,
+    /// Connections on which TLS was refused, not trusted or broken.
+    pub tls: u64,
     /// Streams that were still going when the time was up, grace included.
     pub unfinished: u64,
 }
 
 impl Faults {
     /// Each fault by its name.
-    pub fn counts(&self) -> [(&'static str, u64); 13] {
+    pub fn counts(&self) -> [(&'static str, u64); 14] {
         [
             ("lost", self.sequence.lost),
             ("doubled", self.sequence.doubled),
@@ -103,8 +106,35 @@ impl Faults {
             ("status", self.status),
             ("reset", self.reset),
             ("connect", self.connect),
+            ("tls", self.tls),
             ("unfinished", self.unfinished),
         ]
+    }
+}
+
+/// TLS handshakes that succeeded.
+#[derive(Default)]
+pub struct Handshakes {
+    full: u64,
+    resumed: u64,
+    /// How many agreed on which version, suite and key exchange.
+    agreed: BTreeMap<String, u64>,
+    /// From the connect to the handshake's end, within the window.
+    took: Latency,
+}
+
+impl Handshakes {
+    /// Counts one; `in_window_ns`: how long it took, if it is to be measured.
+    pub fn see(&mut self, agreed: Agreed, in_window_ns: Option<u64>) {
+        *(if agreed.resumed { &mut self.resumed } else { &mut self.full }) += 1;
+        *self.agreed.entry(agreed.terms).or_default() += 1;
+        if let Some(ns) = in_window_ns {
+            self.took.record(ns);
+        }
+    }
+
+    fn summary(&self) -> Value {
+        json!({"full": self.full, "resumed": self.resumed, "agreed": self.agreed, "took": self.took.summary()})
     }
 }
 
@@ -137,6 +167,8 @@ pub struct Report {
     pub added: Latency,
     /// From the time the backend really wrote an event, within the window.
     pub hop: Latency,
+    /// TLS handshakes.
+    pub handshakes: Handshakes,
     /// The window, once it is over.
     pub window: Value,
 }
@@ -167,7 +199,7 @@ impl Report {
                 "events": self.events, "events_other": self.events_other, "events_with_id": self.events_with_id,
                 "comments": self.comments, "bytes": self.bytes, "statuses": statuses, "faults": faults,
                 "first_event": self.first.summary(), "added": self.added.summary(), "hop": self.hop.summary(),
-                "window": self.window,
+                "handshakes": self.handshakes.summary(), "window": self.window,
             }});
             return print_line(&result.to_string());
         }
@@ -194,6 +226,9 @@ impl Report {
             table += &format!("statuses: {:?}\n", self.statuses);
         }
         table += &format!("window: {}\n", self.window);
+        if !self.handshakes.agreed.is_empty() {
+            table += &format!("handshakes: {}\n", self.handshakes.summary());
+        }
         table += "latency, µs        count         p50         p90         p99       p99.9         max";
         for (name, latency) in [("first event", &self.first), ("added", &self.added), ("hop", &self.hop)] {
             let summary = latency.summary();

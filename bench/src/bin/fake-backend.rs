@@ -5,10 +5,13 @@
 #![forbid(unsafe_code)]
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-use std::io::{self, Read};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::collections::{BTreeMap, BinaryHeap};
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 use bench::clock::now_ns;
 use bench::dialect::Dialect;
@@ -16,7 +19,9 @@ use bench::http::{self, Body, HEAD_BYTES_MAX, Request};
 use bench::mark::Mark;
 use bench::net::{self, Poller, Slots, Unsent};
 use bench::params::{Fault, Params};
+use bench::tls::{self, Link, Piece};
 use clap::Parser;
+use rustls::ServerConfig;
 
 /// Token of the listener; keys of connections are below 2^63.
 const LISTENER: u64 = u64::MAX;
@@ -56,6 +61,12 @@ struct Options {
     /// Round due times up to multiples of this many µs, as a model that steps a batch does; 0: each stream on its own.
     #[arg(long, default_value_t = 0)]
     tick_us: u64,
+    /// Speak TLS: the certificate chain, PEM, the server's own first.
+    #[arg(long, requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The key of --tls-cert, PEM.
+    #[arg(long, requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
 }
 
 static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
@@ -63,6 +74,10 @@ static STREAMS: AtomicU64 = AtomicU64::new(0);
 static STREAMS_DONE: AtomicU64 = AtomicU64::new(0);
 static CLIENTS_LEFT: AtomicU64 = AtomicU64::new(0);
 static EVENTS: AtomicU64 = AtomicU64::new(0);
+static HANDSHAKES_FULL: AtomicU64 = AtomicU64::new(0);
+static HANDSHAKES_RESUMED: AtomicU64 = AtomicU64::new(0);
+/// How many handshakes agreed on which version, suite and key exchange.
+static AGREED: Mutex<BTreeMap<String, u64>> = Mutex::new(BTreeMap::new());
 
 fn main() -> io::Result<()> {
     let options = Options::parse();
@@ -74,13 +89,17 @@ fn main() -> io::Result<()> {
     );
     defaults.read(&flags, true).map_err(|message| io::Error::new(io::ErrorKind::InvalidInput, message))?;
     let (address, tick_ns) = (options.listen, options.tick_us * 1000);
+    let tls = match (&options.tls_cert, &options.tls_key) {
+        (Some(certificate), Some(key)) => Some(tls::server_side(certificate, key)?),
+        _ => None,
+    };
     let threads: Vec<_> = (1..options.threads)
         .map(|_| {
-            let defaults = defaults.clone();
-            std::thread::spawn(move || Server::new(address, defaults, tick_ns)?.run())
+            let (defaults, tls) = (defaults.clone(), tls.clone());
+            std::thread::spawn(move || Server::new(address, defaults, tick_ns, tls)?.run())
         })
         .collect();
-    Server::new(address, defaults, tick_ns)?.run()?;
+    Server::new(address, defaults, tick_ns, tls)?.run()?;
     for thread in threads {
         thread.join().map_err(|_| io::Error::other("an event loop panicked"))??;
     }
@@ -97,11 +116,14 @@ struct Server {
     ready: Vec<u64>,
     defaults: Params,
     tick_ns: u64,
-    piece: Vec<u8>,
+    tls: Option<Arc<ServerConfig>>,
+    piece: Piece,
 }
 
 struct Connection {
-    socket: TcpStream,
+    link: Link,
+    /// The handshake, if there is to be one, is not over or not counted.
+    is_new: bool,
     input: Vec<u8>,
     unsent: Unsent,
     work: Work,
@@ -145,7 +167,12 @@ enum Step {
 }
 
 impl Server {
-    fn new(address: SocketAddr, defaults: Params, tick_ns: u64) -> io::Result<Self> {
+    fn new(
+        address: SocketAddr,
+        defaults: Params,
+        tick_ns: u64,
+        tls: Option<Arc<ServerConfig>>,
+    ) -> io::Result<Self> {
         let (poller, listener) = (Poller::new()?, net::listen(address)?);
         poller.add_listener(&listener, LISTENER)?;
         Ok(Self {
@@ -156,7 +183,8 @@ impl Server {
             ready: Vec::new(),
             defaults,
             tick_ns,
-            piece: vec![0; 64 << 10],
+            tls,
+            piece: Piece::default(),
         })
     }
 
@@ -195,7 +223,8 @@ impl Server {
         for _ in 0..ACCEPTS_PER_TURN {
             let Some(socket) = net::accept(&self.listener)? else { break };
             let connection = Connection {
-                socket,
+                link: Link::server(socket, self.tls.as_ref())?,
+                is_new: self.tls.is_some(),
                 input: Vec::new(),
                 unsent: Unsent::default(),
                 work: Work::Request,
@@ -205,7 +234,7 @@ impl Server {
             let key = self.connections.insert(connection);
             CONNECTIONS.fetch_add(1, Relaxed);
             let Some(connection) = self.connections.get_mut(key) else { unreachable!("just inserted") };
-            self.poller.add_connection(&connection.socket, key)?;
+            self.poller.add_connection(connection.link.socket(), key)?;
         }
         Ok(())
     }
@@ -217,7 +246,7 @@ impl Server {
         let mut next = if open { Step::Again } else { Step::Drop };
         let mut fills = 0;
         while !matches!(next, Step::Drop) {
-            match connection.unsent.flush(&connection.socket) {
+            match connection.link.flush(&mut connection.unsent) {
                 Ok(true) => {}
                 Ok(false) => {
                     // The next writable event goes on.
@@ -248,7 +277,11 @@ impl Server {
                 if !open && matches!(connection.work, Work::Stream(_) | Work::Silent | Work::Download(_)) {
                     CLIENTS_LEFT.fetch_add(1, Relaxed);
                 }
-                self.connections.remove(key);
+                if let Some(mut connection) = self.connections.remove(key)
+                    && matches!(connection.work, Work::Close)
+                {
+                    connection.link.close();
+                }
             }
         }
     }
@@ -256,21 +289,29 @@ impl Server {
 
 impl Connection {
     /// Reads what is there; false when the client has gone.
-    fn receive(&mut self, piece: &mut [u8]) -> bool {
+    fn receive(&mut self, piece: &mut Piece) -> bool {
         loop {
-            match (&self.socket).read(piece) {
-                Ok(0) => return false,
-                Ok(count) => {
-                    self.input.extend_from_slice(&piece[..count]);
-                    if self.input.len() > BODY_BYTES_MAX + HEAD_BYTES_MAX {
+            match self.link.read(piece) {
+                Ok(received) => {
+                    self.input.extend_from_slice(received.bytes);
+                    if received.end.is_some() || self.input.len() > BODY_BYTES_MAX + HEAD_BYTES_MAX {
                         return false;
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => return false,
             }
         }
+        if self.is_new
+            && let Some(agreed) = self.link.agreed()
+        {
+            self.is_new = false;
+            let count = if agreed.resumed { &HANDSHAKES_RESUMED } else { &HANDSHAKES_FULL };
+            count.fetch_add(1, Relaxed);
+            let mut terms = AGREED.lock().unwrap_or_else(PoisonError::into_inner);
+            *terms.entry(agreed.terms).or_default() += 1;
+        }
+        true
     }
 
     /// Does the next piece of work, with nothing unsent before it.
@@ -295,7 +336,7 @@ impl Connection {
                 match (fault, next) {
                     (Some(Fault::Reset), _) => {
                         // What is still unsent is lost, as in a real reset.
-                        return match net::reset_on_close(&self.socket) {
+                        return match net::reset_on_close(self.link.socket()) {
                             Ok(()) | Err(_) => Step::Drop,
                         };
                     }
@@ -529,6 +570,9 @@ fn page(request: &Request<'_>, out: &mut Vec<u8>) -> Option<Work> {
                 "streams_done": STREAMS_DONE.load(Relaxed),
                 "clients_left": CLIENTS_LEFT.load(Relaxed),
                 "events": EVENTS.load(Relaxed),
+                "handshakes_full": HANDSHAKES_FULL.load(Relaxed),
+                "handshakes_resumed": HANDSHAKES_RESUMED.load(Relaxed),
+                "agreed": *AGREED.lock().unwrap_or_else(PoisonError::into_inner),
             });
             plain(out, 200, &stats.to_string(), keep_alive);
         }

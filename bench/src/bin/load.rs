@@ -5,8 +5,9 @@
 //! time since the backend really wrote it. See bench/README.md.
 #![forbid(unsafe_code)]
 
-use std::io::{self, Read};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use bench::clock::{now_ns, seconds_ns};
@@ -16,10 +17,9 @@ use bench::net::{self, Poller, Unsent};
 use bench::report::{Report, Window};
 use bench::sequence::Sequence;
 use bench::sse::Decoder;
+use bench::tls::{self, ClientSide, Link, Piece};
 use clap::{Parser, ValueEnum};
 
-/// Bytes read at once.
-const PIECE_BYTES: usize = 64 << 10;
 /// Pieces read from one connection before the others have their turn.
 const PIECES_PER_TURN: usize = 4;
 /// Attempts of one client in a row that may fail before it gives up.
@@ -28,7 +28,7 @@ const FAILURES_IN_A_ROW_MAX: u32 = 3;
 /// Opens streams, reads them, and judges every event. Exit code 1: something was lost, doubled, out of order, or failed.
 #[derive(Parser)]
 struct Options {
-    /// Where to send requests: [http://]host:port
+    /// Where to send requests: [http://|https://]host:port
     #[arg(long, default_value = "127.0.0.1:8000")]
     target: String,
     /// Path to post to.
@@ -64,6 +64,21 @@ struct Options {
     /// Short streams back to back on kept-alive connections: --loop --burst --events 16.
     #[arg(long)]
     short: bool,
+    /// Speak TLS.
+    #[arg(long, requires = "ca")]
+    tls: bool,
+    /// Whom to trust: certificates, PEM.
+    #[arg(long, requires = "tls")]
+    ca: Option<PathBuf>,
+    /// The name that the server's certificate must have; left out: the target's host.
+    #[arg(long, requires = "tls")]
+    server_name: Option<String>,
+    /// Resume sessions by the server's tickets; else each handshake is a full one.
+    #[arg(long, requires = "tls")]
+    resume: bool,
+    /// Each stream on a connection of its own, which this side closes after it.
+    #[arg(long)]
+    fresh: bool,
     /// Streams of which only the head comes; they are held for this many seconds.
     #[arg(long)]
     idle: Option<f64>,
@@ -129,6 +144,7 @@ fn main() -> ExitCode {
 struct Run {
     options: Options,
     address: SocketAddr,
+    tls: Option<ClientSide>,
     poller: Poller,
     clients: Vec<Client>,
     /// Clients that were opened so far, and those that want to go on in the next turn.
@@ -149,7 +165,9 @@ struct Run {
 }
 
 struct Client {
-    socket: Option<TcpStream>,
+    link: Option<Link>,
+    /// When its connect began, until the handshake that follows, if there is one, has been counted.
+    shaking_since_ns: Option<u64>,
     /// Rises with each connection, so that late events of a former one are recognised.
     generation: u32,
     request: Unsent,
@@ -187,6 +205,8 @@ enum End {
     Closed,
     Reset,
     ConnectFailed,
+    /// TLS could not be agreed on, or was broken.
+    TlsFailed,
     Malformed,
     /// This client left, as it was to.
     Left,
@@ -218,8 +238,20 @@ impl Run {
                 options.streams
             )));
         }
-        let host = options.target.trim_start_matches("http://").trim_end_matches('/').to_owned();
+        if options.target.starts_with("https://") && !options.tls {
+            return Err(invalid("https:// needs --tls and --ca"));
+        }
+        let host = options.target.trim_start_matches("https://").trim_start_matches("http://");
+        let host = host.trim_end_matches('/').to_owned();
         let address = host.to_socket_addrs()?.next().ok_or_else(|| invalid("the target has no address"))?;
+        let tls = match &options.ca {
+            Some(ca) => {
+                let of_target = host.rsplit_once(':').map_or(host.as_str(), |(name, _)| name);
+                let name = options.server_name.as_deref().unwrap_or(of_target);
+                Some(ClientSide::new(ca, name.trim_matches(['[', ']']), options.resume)?)
+            }
+            None => None,
+        };
         options.target = host;
         let ramp = options.ramp.unwrap_or_else(|| {
             let interval = if options.burst { 0.0 } else { 1.0 / options.rate };
@@ -235,6 +267,7 @@ impl Run {
         let clients = (0..options.streams).map(|index| Client::new(index < options.stuck)).collect();
         Ok(Self {
             address,
+            tls,
             poller: Poller::new()?,
             clients,
             opened: 0,
@@ -254,7 +287,7 @@ impl Run {
     }
 
     fn run(mut self) -> io::Result<Report> {
-        let mut piece = vec![0; PIECE_BYTES];
+        let mut piece = Piece::default();
         let hold = self.options.idle.or(self.options.duration);
         let whole_run = hold.is_none();
         self.start_ns = now_ns();
@@ -390,19 +423,22 @@ impl Run {
         client.error = false;
         client.leaves_at = leaves_at;
         client.state = State::Streaming;
-        if let Some(socket) = &client.socket {
-            if client.request.flush(socket).is_err() {
+        if let Some(link) = &mut client.link {
+            if link.flush(&mut client.request).is_err() {
                 self.finish(index, End::Reset);
             }
             return;
         }
         client.generation = client.generation.wrapping_add(1);
         let token = u64::from(client.generation) << 32 | index as u64;
-        let connected = net::connect(self.address)
-            .and_then(|socket| self.poller.add_connection(&socket, token).map(|()| socket));
+        client.shaking_since_ns = self.tls.is_some().then(now_ns);
+        let connected = net::connect(self.address).and_then(|socket| {
+            self.poller.add_connection(&socket, token)?;
+            Link::client(socket, self.tls.as_ref())
+        });
         match connected {
             // The request goes out with the first writable event.
-            Ok(socket) => client.socket = Some(socket),
+            Ok(link) => client.link = Some(link),
             Err(_) => self.finish(index, End::ConnectFailed),
         }
     }
@@ -440,20 +476,17 @@ impl Run {
     }
 
     /// Sends and reads what can be. `until_empty`: a FIN may already wait behind the bytes.
-    fn serve(&mut self, index: usize, readable: bool, until_empty: bool, piece: &mut [u8]) {
+    fn serve(&mut self, index: usize, readable: bool, until_empty: bool, piece: &mut Piece) {
         let client = &mut self.clients[index];
-        let Some(socket) = &client.socket else { return };
+        let Some(link) = &mut client.link else { return };
         if client.state == State::Finished {
             return;
         }
-        if !client.request.is_empty() {
-            match client.request.flush(socket) {
+        if !client.request.is_empty() || link.has_unsent() {
+            match link.flush(&mut client.request) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotConnected => return,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    return self.finish(index, End::ConnectFailed);
-                }
-                Err(_) => return self.finish(index, End::Reset),
+                Err(error) => return self.finish(index, end_by(&error)),
             }
         }
         if !readable {
@@ -464,27 +497,32 @@ impl Run {
             if client.stopped || client.state != State::Streaming {
                 return;
             }
-            let Some(mut socket) = client.socket.as_ref() else { return };
-            match socket.read(piece) {
-                Ok(0) => {
-                    let whole = client.reader.may_close();
-                    return self.finish(index, if whole { End::Complete } else { End::Closed });
-                }
-                Ok(count) => {
-                    if let Some(end) = self.take(index, &piece[..count]) {
+            let Some(link) = &mut client.link else { return };
+            match link.read(piece) {
+                Ok(received) => {
+                    if let Some(since_ns) = client.shaking_since_ns
+                        && let Some(agreed) = link.agreed()
+                    {
+                        client.shaking_since_ns = None;
+                        let in_window = self.window.is_open().then(|| now_ns().saturating_sub(since_ns));
+                        self.report.handshakes.see(agreed, in_window);
+                    }
+                    if !received.bytes.is_empty()
+                        && let Some(end) = self.take(index, received.bytes)
+                    {
                         return self.finish(index, end);
                     }
-                    // The socket was empty; what comes later is a new event.
-                    if count < piece.len() && !until_empty {
+                    if let Some(end) = received.end {
+                        let whole = end == tls::End::Proper && self.clients[index].reader.may_close();
+                        return self.finish(index, if whole { End::Complete } else { End::Closed });
+                    }
+                    // What comes later is a new event.
+                    if received.emptied && !until_empty {
                         return;
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    return self.finish(index, End::ConnectFailed);
-                }
-                Err(_) => return self.finish(index, End::Reset),
+                Err(error) => return self.finish(index, end_by(&error)),
             }
         }
         self.ready.push(index);
@@ -552,6 +590,7 @@ impl Run {
         faults.malformed += u64::from(end == End::Malformed || client.decoder.overlong());
         faults.reset += u64::from(end == End::Reset);
         faults.connect += u64::from(end == End::ConnectFailed);
+        faults.tls += u64::from(end == End::TlsFailed);
         faults.unfinished += u64::from(end == End::Unfinished);
         let refused = head.is_some_and(|head| head.status != 200);
         if let Some(head) = head.filter(|head| head.status != 200) {
@@ -578,10 +617,14 @@ impl Run {
         client.stopped = false;
         client.failures_in_a_row =
             if end == End::Complete || end == End::Left { 0 } else { client.failures_in_a_row + 1 };
-        let keep =
-            end == End::Complete && head.is_some_and(|head| head.keep_alive) && !client.reader.may_close();
+        let keep = end == End::Complete
+            && head.is_some_and(|head| head.keep_alive)
+            && !client.reader.may_close()
+            && !self.options.fresh;
         if !keep {
-            client.socket = None;
+            if let Some(mut link) = client.link.take() {
+                link.close();
+            }
             client.generation = client.generation.wrapping_add(1);
         }
         let goes_on = self.options.again && !self.over && client.failures_in_a_row < FAILURES_IN_A_ROW_MAX;
@@ -603,10 +646,19 @@ impl Run {
     }
 }
 
+fn end_by(error: &io::Error) -> End {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => End::ConnectFailed,
+        io::ErrorKind::InvalidData => End::TlsFailed,
+        _ => End::Reset,
+    }
+}
+
 impl Client {
     fn new(is_stuck: bool) -> Self {
         Self {
-            socket: None,
+            link: None,
+            shaking_since_ns: None,
             generation: 0,
             request: Unsent::default(),
             reader: ResponseReader::default(),
