@@ -56,6 +56,8 @@ enum Stage {
 pub(crate) struct Tls {
     side: Side,
     stage: Stage,
+    /// Its handshake was completed.
+    opened: bool,
     /// The peer's `close_notify` has come: what it had to say is whole.
     heard_close: bool,
     /// Received, and not yet to be taken: a part of a record, or of a handshake message.
@@ -87,6 +89,7 @@ impl Tls {
         Tls {
             side,
             stage: Stage::Handshake,
+            opened: false,
             heard_close: false,
             incoming: Vec::new(),
             out: Log::new(),
@@ -127,6 +130,11 @@ impl Tls {
 
     pub(crate) fn is_handshaking(&self) -> bool {
         self.stage == Stage::Handshake
+    }
+
+    /// Its handshake was completed, whatever came then.
+    pub(crate) fn was_open(&self) -> bool {
+        self.opened
     }
 
     pub(crate) fn heard_close(&self) -> bool {
@@ -236,6 +244,7 @@ impl Tls {
         self.heard_close |= heard_close;
         if open && self.stage == Stage::Handshake {
             self.stage = Stage::Open;
+            self.opened = true;
         }
         if let Err(error) = &result {
             self.stage = Stage::Closed;

@@ -240,6 +240,8 @@ impl<I: Io> Shard<I> {
         if stream.end.is_some() {
             return;
         }
+        stream.tls_failed |= end == End::UpstreamTls;
+        let end = if stream.tls_failed { End::UpstreamTls } else { end };
         let addresses: usize = self.settings.routes[stream.route]
             .upstreams
             .iter()

@@ -14,7 +14,7 @@ use protocol::limits::{
 };
 use protocol::phase::End;
 use protocol::slots::Key;
-use rustls::ClientConfig;
+use rustls::{CertificateError, ClientConfig, Error, OtherError};
 use rustls::client::Resumption;
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -337,14 +337,16 @@ impl<I: Io> Shard<I> {
         if conn.state != State::Open {
             return;
         }
-        let handshaking = conn.is_handshaking();
+        // What failed is closed by now, so that its stage tells nothing.
+        let opened = conn.tls.as_ref().is_some_and(|tls| tls.was_open());
+        let handshaking = conn.is_handshaking() || (!conn.is_client() && !opened);
         let counters = &mut self.stats.counters;
         match (conn.is_client(), handshaking) {
             (true, true) => counters.tls_handshake_failures += 1,
             (false, true) => counters.upstream_tls_handshake_failures += 1,
             (_, false) => counters.tls_failures += 1,
         }
-        self.tell_failure(key, error.to_string());
+        self.tell_failure(key, words(error));
         let Some(conn) = self.conns.get_mut(key) else { return };
         let Some(backend) = conn.backend() else {
             self.handshake_over(key);
@@ -481,5 +483,13 @@ impl<I: Io> Shard<I> {
             tls.ledger.lend(range.len() as u32);
             conn.ops.send = Some(self.io.send(key, conn.socket, range, Confirm::Prompt));
         }
+    }
+}
+
+/// What went wrong. Who verifies a certificate says it in full; what rustls would put around that are names of its own types.
+fn words(error: &Error) -> String {
+    match error {
+        Error::InvalidCertificate(CertificateError::Other(OtherError(why))) => why.to_string(),
+        other => other.to_string(),
     }
 }

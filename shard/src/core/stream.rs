@@ -110,6 +110,8 @@ pub(crate) struct Stream {
     pub(crate) request_head_bytes: u64,
     /// Backends tried.
     pub(crate) attempts: u32,
+    /// One of them came as far as TLS and failed there, which says more than that another was refused.
+    pub(crate) tls_failed: bool,
     pub(crate) upstream: Option<usize>,
     pub(crate) started_us: u64,
     /// When the request was complete; what waiting for the model is measured from.
@@ -140,6 +142,7 @@ impl Stream {
             client_head: None,
             request_head_bytes: 0,
             attempts: 0,
+            tls_failed: false,
             retried: false,
             upstream: None,
             response: Log::new(),
