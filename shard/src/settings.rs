@@ -1,6 +1,7 @@
 //! What a shard is told at its start and by snapshots later. Built and validated by `server`; immutable here.
 
 use protocol::demo::DemoSettings;
+use protocol::durable;
 use protocol::http::HeadLimits;
 use protocol::phase::Deadlines;
 use rustls::pki_types::ServerName;
@@ -57,6 +58,8 @@ pub struct Settings {
     pub pool_age_ms: u32,
     /// Routes, most specific first; the last one matches every path.
     pub routes: Vec<Route>,
+    /// Durable streams: where they are, and their limits.
+    pub durable: durable::Settings,
     /// What the demo model does when a request does not say otherwise.
     pub demo: DemoSettings,
     /// Report every finished stream to the control thread (for the access log).

@@ -66,6 +66,7 @@ pub(crate) fn settings() -> Settings {
         routes: vec![route, backends],
         demo: DemoSettings::default(),
         records: true,
+        durable: protocol::durable::Settings::default(),
         unix_time_at_start_s: 1_700_000_000,
         seed: 1,
     }

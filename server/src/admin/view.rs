@@ -133,6 +133,7 @@ pub(crate) mod tests {
             pending_bytes: 20,
             log_bytes: 30,
             overdraft_bytes: 35,
+            durable: protocol::durable::Totals { streams: 36, bytes: 37, readers: 38 },
             buffers_free: 40,
             timers: 50,
             draining: false,

@@ -70,6 +70,7 @@ impl Values {
     getter!(listen, Listen(addresses) => &[SocketAddr], addresses);
     getter!(upstreams, Upstreams(urls) => &[UpstreamUrl], urls);
     getter!(cpus, Cpus(cpus) => &[usize], cpus);
+    getter!(prefix, Prefix(prefix) => Option<&str>, prefix.as_deref());
     getter!(admin, Admin(address) => &super::address::AdminAddress, address);
 }
 
@@ -279,6 +280,30 @@ fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
             values.source(&table::EVENT_BYTES_MAX),
         )));
     }
+    let shards = values.integer(&table::SHARDS);
+    if shards > 1 && values.prefix(&table::DURABLE_PREFIX).is_some() {
+        problems.push(Problem::new(format!(
+            "durable_prefix ({}) needs shards = 1, not {shards} ({}): each shard would have streams of its own",
+            values.source(&table::DURABLE_PREFIX),
+            values.source(&table::SHARDS),
+        )));
+    }
+    for (small, large) in [
+        (&table::DURABLE_BODY_BYTES_MAX, &table::DURABLE_STREAM_BYTES_MAX),
+        (&table::DURABLE_STREAM_BYTES_MAX, &table::DURABLE_STORE_BYTES_MAX),
+    ] {
+        if values.integer(small) > values.integer(large) {
+            problems.push(Problem::new(format!(
+                "{} ({}, {}) must not exceed {} ({}, {}): an append must fit into its stream, a stream into the store",
+                small.key(),
+                values.integer(small),
+                values.source(small),
+                large.key(),
+                values.integer(large),
+                values.source(large),
+            )));
+        }
+    }
     if values.listen(&table::LISTEN).is_empty() {
         problems.push(Problem::new("listen: at least one address is needed"));
     }
@@ -414,6 +439,15 @@ pub(crate) mod tests {
                 .contains("lag_low (65536, flag --lag-low) must be less than lag_high (65536")
         );
         assert!(error(&[("overdraft-bytes-max", "1MiB")]).contains("at least four times event_bytes_max"));
+        assert!(
+            error(&[("durable-prefix", "/d"), ("shards", "2")])
+                .contains("durable_prefix (flag --durable-prefix) needs")
+        );
+        assert!(
+            error(&[("durable-body-bytes-max", "32MiB")])
+                .contains("must not exceed durable_stream_bytes_max (16777216")
+        );
+        assert!(error(&[("durable-store-bytes-max", "1MiB")]).contains("durable_store_bytes_max (1048576"));
         assert!(error(&[("cpus", "0,9")]).contains("may not run on CPU 9; it may use 0-3"));
         assert!(error(&[("cpus", "0"), ("shards", "2")]).contains("must not exceed the 1 of cpus"));
         assert!(

@@ -33,6 +33,8 @@ pub(crate) enum Kind {
     Admin,
     Upstreams,
     Cpus,
+    /// A part of the path space, or off.
+    Prefix,
     /// `level` or `target=level`, separated by commas.
     LogFilter,
 }
@@ -47,6 +49,7 @@ pub(crate) enum Value {
     Admin(AdminAddress),
     Upstreams(Vec<UpstreamUrl>),
     Cpus(Vec<usize>),
+    Prefix(Option<String>),
     LogFilter(String),
 }
 
@@ -66,6 +69,7 @@ impl Kind {
             Kind::Admin => "ADDRESS:PORT|unix:PATH|off",
             Kind::Upstreams => "URL",
             Kind::Cpus => "LIST",
+            Kind::Prefix => "PATH|off",
             Kind::LogFilter => "LEVEL",
         }
     }
@@ -94,6 +98,7 @@ impl Kind {
             Kind::Admin => "off, ADDRESS:PORT such as 127.0.0.1:9180, or unix:PATH".to_owned(),
             Kind::Upstreams => "http://host[:port][/base]".to_owned(),
             Kind::Cpus => "a list of CPUs such as 0-3,8".to_owned(),
+            Kind::Prefix => "off, or a path such as /v1/durable, without a final slash".to_owned(),
             Kind::LogFilter => {
                 "off, error, warn, info, debug or trace, or a list such as warn,shard=debug".to_owned()
             }
@@ -124,6 +129,9 @@ impl Kind {
                 split_list(text).map(UpstreamUrl::parse).collect::<Result<_, _>>().map(Value::Upstreams)
             }
             Kind::Cpus => parse_cpus(text).map(Value::Cpus),
+            Kind::Prefix if text == "off" => Ok(Value::Prefix(None)),
+            Kind::Prefix if is_prefix(text) => Ok(Value::Prefix(Some(text.to_owned()))),
+            Kind::Prefix => Err(mismatch()),
             Kind::LogFilter => {
                 if log_filter_is_valid(text) {
                     Ok(Value::LogFilter(text.to_owned()))
@@ -142,6 +150,14 @@ impl Kind {
         let fits = (minimum..=maximum).contains(&number) && (!power_of_two || number.is_power_of_two());
         fits.then_some(Value::Integer(number))
     }
+}
+
+/// Whole segments, in characters that a request target may have as they are.
+fn is_prefix(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(&byte);
+    let segments = text.strip_prefix('/').map(|rest| rest.split('/'));
+    text.bytes().all(allowed)
+        && segments.is_some_and(|mut segments| segments.all(|segment| !matches!(segment, "" | "." | "..")))
 }
 
 /// The parts of a list given as one text: separated by commas or spaces.
@@ -200,6 +216,7 @@ impl fmt::Display for Value {
             Value::Listen(addresses) => list(f, addresses.iter().map(ToString::to_string).collect()),
             Value::Upstreams(urls) => list(f, urls.iter().map(ToString::to_string).collect()),
             Value::Admin(address) => write!(f, "{:?}", address.to_string()),
+            Value::Prefix(prefix) => write!(f, "{:?}", prefix.as_deref().unwrap_or("off")),
             Value::Cpus(cpus) if cpus.is_empty() => f.write_str("[]"),
             Value::Cpus(cpus) => write!(f, "{:?}", format_cpus(cpus)),
         }
@@ -237,6 +254,16 @@ mod tests {
             Kind::Integer { unit: Unit::Count("ENTRIES"), minimum: 8, maximum: 64, power_of_two: true };
         assert_eq!(kind.parse("16").unwrap(), Value::Integer(16));
         assert_eq!(kind.parse("48").unwrap_err(), "expected a power of two from 8 to 64, found \"48\"");
+    }
+
+    #[test]
+    fn prefixes() {
+        assert_eq!(Kind::Prefix.parse("off").unwrap(), Value::Prefix(None));
+        assert_eq!(Kind::Prefix.parse("/v1/durable").unwrap(), Value::Prefix(Some("/v1/durable".to_owned())));
+        for text in ["", "/", "v1", "/v1/", "//v1", "/v1/../a", "/v1?a", "/v1 a", "/v\u{e4}"] {
+            assert!(Kind::Prefix.parse(text).is_err(), "{text}");
+        }
+        assert_eq!(Value::Prefix(None).to_string(), "\"off\"");
     }
 
     #[test]

@@ -48,7 +48,8 @@ impl<I: Io> Shard<I> {
     /// The first thing that is not as it should be.
     pub fn audit(&self) -> Result<(), String> {
         demand!(self.dirty.is_empty() && self.starved.is_empty(), "a turn left work undone");
-        let mut timers = usize::from(self.leaving_timer.is_some());
+        let mut timers =
+            usize::from(self.leaving_timer.is_some()) + usize::from(self.durable.timer.is_some());
         let mut clients = 0;
         let mut active = vec![0; self.pool.upstreams.len()];
         let mut idle = 0;
@@ -153,7 +154,7 @@ impl<I: Io> Shard<I> {
         }
         if let Some(backend) = stream.backend.and_then(|key| self.conns.get(key)) {
             demand!(backend.receive_wanted != stream.paused, "its backend is not read: {}", who());
-        } else if !stream.produced && stream.demo.is_none() {
+        } else if !stream.produced && stream.demo.is_none() && stream.durable.is_none() {
             return Err(format!("nobody works for a stream: {}", who()));
         }
         Ok(())

@@ -5,7 +5,7 @@ use super::conn::State;
 use super::relay::waits_for_line_end;
 use super::stream::{Description, Stream};
 use crate::io::{Close, Io};
-use crate::settings::Route;
+use crate::settings::{Route, Settings};
 use protocol::dialect::Dialect;
 use protocol::facts::Scanner;
 use protocol::http::{
@@ -201,7 +201,8 @@ impl<I: Io> Shard<I> {
             return self.begin_refused(key, Dialect::of_path(path), Refusal::NotFound);
         };
         let route = &settings.routes[index];
-        let dialect = Dialect::of_path(path);
+        let durable = settings.durable.covers(path);
+        let dialect = if durable { Dialect::Plain } else { Dialect::of_path(path) };
         let mut stream = Stream::new(key, index, dialect, head.version, self.now_us);
         stream.step(Step::HeadDone);
         stream.head_only = head.method == "HEAD";
@@ -221,7 +222,9 @@ impl<I: Io> Shard<I> {
         if !self.check_request(stream_key, route, head, raw) {
             return;
         }
-        if route.upstreams.is_empty() {
+        if durable {
+            self.begin_durable(stream_key, head);
+        } else if route.upstreams.is_empty() {
             if !self.begin_demo(stream_key, head) {
                 return;
             }
@@ -241,7 +244,7 @@ impl<I: Io> Shard<I> {
             self.mark_dirty(key);
         }
         if let Some(client) = self.conns.get_mut(key).and_then(super::conn::Conn::client) {
-            client.body = Some(BodyDecoder::new(head.framing, settings.body_bytes_max));
+            client.body = Some(BodyDecoder::new(head.framing, body_bytes_max(&settings, durable)));
             client.body_progress = BODY_PROGRESS_BYTES;
         }
         self.follow_stream_timer(stream_key);
@@ -259,6 +262,7 @@ impl<I: Io> Shard<I> {
 
     /// What can be said of a request by its head alone. False: it was refused.
     fn check_request(&mut self, key: Key, route: &Route, head: &RequestHead<'_, '_>, raw: &[u8]) -> bool {
+        let durable = self.settings.durable.covers(head.path());
         let length = match head.framing {
             Framing::Length(length) => length,
             _ => 0,
@@ -271,9 +275,10 @@ impl<I: Io> Shard<I> {
         } else if self.settings.routes.len() > 1 && head.has_dot_segments() {
             // The backend would read another path than the one that chose the route.
             Some(Refusal::BadTarget)
-        } else if length > self.settings.body_bytes_max {
+        } else if length > body_bytes_max(&self.settings, durable) {
             Some(Refusal::BodyTooLarge)
         } else if head.method == "POST"
+            && !durable
             && Dialect::of_path(head.path()).is_model_endpoint()
             && head.framing == Framing::None
         {
@@ -285,7 +290,7 @@ impl<I: Io> Shard<I> {
             self.refuse(key, refusal);
             return false;
         }
-        if !route.upstreams.is_empty() && self.leaving_now() {
+        if (durable || !route.upstreams.is_empty()) && self.leaving_now() {
             self.end_stream(key, End::Stopped);
             return false;
         }
@@ -375,6 +380,9 @@ impl<I: Io> Shard<I> {
         }
         if self.streams.get(key).is_some_and(|stream| stream.demo.is_some()) {
             self.start_demo(key);
+        }
+        if self.streams.get(key).is_some_and(|stream| stream.durable.is_some()) {
+            self.durable_complete(key);
         }
         self.follow_stream_timer(key);
     }
@@ -478,6 +486,15 @@ impl Route {
             Some(rest) => rest.is_empty() || self.path_prefix.ends_with('/') || rest.starts_with('/'),
             None => false,
         }
+    }
+}
+
+/// Bytes that a request's body may have.
+fn body_bytes_max(settings: &Settings, durable: bool) -> u64 {
+    if durable {
+        settings.durable.body_bytes_max.min(settings.body_bytes_max)
+    } else {
+        settings.body_bytes_max
     }
 }
 

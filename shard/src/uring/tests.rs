@@ -51,6 +51,7 @@ pub(crate) fn settings() -> Settings {
         }],
         demo: protocol::demo::DemoSettings::default(),
         records: false,
+        durable: protocol::durable::Settings::default(),
         unix_time_at_start_s: 0,
         seed: 1,
     }
