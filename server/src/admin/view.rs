@@ -120,7 +120,7 @@ pub(crate) mod tests {
             stats.histograms.first_token_us.record(us).unwrap();
         }
         let mut phases = [0; Phase::COUNT];
-        phases[0] = 1;
+        phases[Phase::Head as usize] = 1;
         Snapshot {
             shard,
             stats,
