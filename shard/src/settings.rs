@@ -66,6 +66,8 @@ pub struct Settings {
     pub records: bool,
     /// Seconds since 1970 at the start of the process.
     pub unix_time_at_start_s: u64,
+    /// Milliseconds of that second, < 1000.
+    pub unix_time_at_start_ms: u32,
     /// Seed of everything random in a shard (the shard's number is mixed in).
     pub seed: u64,
 }

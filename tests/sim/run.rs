@@ -68,6 +68,7 @@ pub(crate) fn settings() -> Settings {
         records: true,
         durable: protocol::durable::Settings::default(),
         unix_time_at_start_s: 1_700_000_000,
+        unix_time_at_start_ms: 0,
         seed: 1,
     }
 }

@@ -33,6 +33,9 @@ pub use store::{Answer, Counters, Poll, Reply, Store, Totals};
 use crate::fault::{Culprit, Fault};
 use crate::limits;
 
+/// The refusal of a body that is longer than it may be.
+pub const TOO_LARGE: Fault = refusals::TOO_LARGE;
+
 /// What the operator decides.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Settings {
@@ -180,7 +183,7 @@ mod refusals {
     pub(super) const TOO_MANY_MESSAGES: Fault =
         fault(413, "too_many_messages", "One append may hold 65536 messages.");
     pub(super) const TOO_LARGE: Fault =
-        fault(413, "body_too_large", "The body is larger than a stream may be.");
+        fault(413, "body_too_large", "The body is longer than an append may be.");
     pub(super) const CLOSED: Fault = fault(409, "stream_closed", "The stream is closed.");
     pub(super) const SEQUENCE: Fault =
         fault(409, "sequence_regression", "Stream-Seq must be greater than that of the append before.");

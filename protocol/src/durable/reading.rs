@@ -43,7 +43,14 @@ enum Shape {
     /// One body.
     Page { end: u64, begun: bool },
     /// Events, with control events between them or without.
-    Events { plain: bool, cursor: Cursor, event: Option<Event>, told: Option<(u64, bool)> },
+    Events {
+        plain: bool,
+        cursor: Cursor,
+        event: Option<Event>,
+        told: Option<(u64, bool)>,
+        /// Not yet told when to come again, ms.
+        retry_ms: Option<u64>,
+    },
 }
 
 /// An event that is being written.
@@ -66,6 +73,9 @@ pub(super) struct Cursor {
 /// Seconds of one interval, and when they are counted from: October 9, 2024.
 const CURSOR_INTERVAL_S: u64 = 20;
 const CURSOR_EPOCH_S: u64 = 1_728_432_000;
+/// When an `EventSource` is to come again, and up to how much later.
+const RETRY_MS: u64 = 500;
+const RETRY_JITTER_MS: u64 = 1000;
 /// A cursor that would go back goes on by up to so much.
 const CURSOR_JITTER_S: u64 = 3600;
 
@@ -97,8 +107,10 @@ impl Reading {
     }
 
     /// Events from `at` on.
-    pub(super) fn events(id: Id, form: Form, at: u64, plain: bool, cursor: Cursor) -> Self {
-        let shape = Shape::Events { plain, cursor, event: None, told: None };
+    pub(super) fn events(id: Id, form: Form, at: u64, plain: bool, cursor: Cursor, now: Now) -> Self {
+        // Those who are sent away together do not come back together.
+        let retry_ms = plain.then_some(RETRY_MS + now.random % RETRY_JITTER_MS);
+        let shape = Shape::Events { plain, cursor, event: None, told: None, retry_ms };
         Reading { id, slot: None, at, form, shape, events: 0, finishing: false }
     }
 
@@ -186,7 +198,9 @@ impl Store {
     }
 
     fn events_step(&self, reading: &mut Reading, now: Now, out: &mut Vec<u8>, full: usize) -> Progress {
-        let Shape::Events { plain, cursor, event, told } = &mut reading.shape else { return Progress::Ended };
+        let Shape::Events { plain, cursor, event, told, retry_ms } = &mut reading.shape else {
+            return Progress::Ended;
+        };
         let plain = *plain;
         let Some(stream) = self.stream(reading.id) else { return Progress::Gone };
         let tail = stream.tail();
@@ -202,6 +216,10 @@ impl Store {
             } else {
                 None
             };
+            if let Some(retry_ms) = retry_ms.take() {
+                // In front of the first event, without a blank line of its own: some clients would take that for one.
+                writeln!(out, "retry:{retry_ms}").ok();
+            }
             if let Some(end) = next {
                 if !plain {
                     out.extend_from_slice(b"event: data\n");

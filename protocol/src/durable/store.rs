@@ -579,7 +579,7 @@ impl Store {
             }
             Live::Events | Live::PlainEvents => {
                 let plain = read.live == Live::PlainEvents;
-                let mut reading = Reading::events(id, form, at, plain, cursor);
+                let mut reading = Reading::events(id, form, at, plain, cursor, now);
                 reading.slot = Some(self.subscribe(id, reader));
                 let mut lines = self.lines();
                 // The name alone: clients compare the whole value.

@@ -538,17 +538,17 @@ fn an_event_source_sees_messages_and_comes_back_where_it_was() {
     let two = with.ask("POST /v1/durable/a", JSON, b"2").next_offset();
     let accept = "Accept: text/event-stream\n";
     let (heard, mut reading) = with.events("/v1/durable/a", accept);
-    assert_eq!(heard.text(), format!("data:{{\"n\":1}}\nid:{one}\n\ndata:2\nid:{two}\n\n"));
+    assert_eq!(heard.text(), format!("retry:507\ndata:{{\"n\":1}}\nid:{one}\n\ndata:2\nid:{two}\n\n"));
     let mut beat = Vec::new();
     reading.write_heartbeat(&with.store, with.now, &mut beat);
     assert_eq!(beat, b":\n\n");
     with.store.leave(&mut reading, with.now);
     let (heard, mut reading) = with.events("/v1/durable/a", &format!("{accept}Last-Event-ID: {one}\n"));
-    assert_eq!(heard.text(), format!("data:2\nid:{two}\n\n"));
+    assert_eq!(heard.text(), format!("retry:507\ndata:2\nid:{two}\n\n"));
     with.store.leave(&mut reading, with.now);
     // Before the first event it knows where it began.
     let (heard, mut reading) = with.events("/v1/durable/a?offset=now", accept);
-    assert_eq!(heard.text(), format!("id:{two}\n\n"));
+    assert_eq!(heard.text(), format!("retry:507\nid:{two}\n\n"));
     with.ask("POST /v1/durable/a", "Stream-Closed: true\n", b"");
     assert_eq!(with.read(&mut reading).1, Progress::Ended);
     // 204 is what it does not come back from.
@@ -627,7 +627,9 @@ fn a_fork_has_what_its_source_had_and_goes_its_own_way() {
     with.ask("PUT /v1/durable/u", sub, b"XY");
     assert_eq!(read(&mut with, "u"), "helXY");
     let (heard, _) = with.events("/v1/durable/u?offset=-1", "Accept: text/event-stream\n");
-    assert!(heard.text().starts_with("data:hel\nid:") && heard.text().contains("\n\ndata:XY\nid:"));
+    assert!(
+        heard.text().starts_with("retry:507\ndata:hel\nid:") && heard.text().contains("\n\ndata:XY\nid:")
+    );
     for (fields, code) in [
         ("Stream-Forked-From: /v1/durable/x\n", "source_not_found"),
         ("Stream-Forked-From: /v1/durable/t\nContent-Type: a/b\n", "content_type_differs"),

@@ -75,6 +75,7 @@ impl Plan {
                 tokens: narrow(values.integer(&table::DEMO_TOKENS)),
             },
             unix_time_at_start_s,
+            unix_time_at_start_ms: 0,
             seed,
             records: values.switch(&table::ACCESS_LOG),
         };

@@ -5,7 +5,7 @@ use super::conn::State;
 use super::relay::waits_for_line_end;
 use super::stream::{Description, Stream};
 use crate::io::{Close, Io};
-use crate::settings::{Route, Settings};
+use crate::settings::Route;
 use protocol::dialect::Dialect;
 use protocol::facts::Scanner;
 use protocol::http::{
@@ -244,7 +244,7 @@ impl<I: Io> Shard<I> {
             self.mark_dirty(key);
         }
         if let Some(client) = self.conns.get_mut(key).and_then(super::conn::Conn::client) {
-            client.body = Some(BodyDecoder::new(head.framing, body_bytes_max(&settings, durable)));
+            client.body = Some(BodyDecoder::new(head.framing, settings.body_bytes_max));
             client.body_progress = BODY_PROGRESS_BYTES;
         }
         self.follow_stream_timer(stream_key);
@@ -275,7 +275,7 @@ impl<I: Io> Shard<I> {
         } else if self.settings.routes.len() > 1 && head.has_dot_segments() {
             // The backend would read another path than the one that chose the route.
             Some(Refusal::BadTarget)
-        } else if length > body_bytes_max(&self.settings, durable) {
+        } else if length > self.settings.body_bytes_max {
             Some(Refusal::BodyTooLarge)
         } else if head.method == "POST"
             && !durable
@@ -486,15 +486,6 @@ impl Route {
             Some(rest) => rest.is_empty() || self.path_prefix.ends_with('/') || rest.starts_with('/'),
             None => false,
         }
-    }
-}
-
-/// Bytes that a request's body may have.
-fn body_bytes_max(settings: &Settings, durable: bool) -> u64 {
-    if durable {
-        settings.durable.body_bytes_max.min(settings.body_bytes_max)
-    } else {
-        settings.body_bytes_max
     }
 }
 

@@ -32,6 +32,7 @@ pub(super) struct DurableStreams {
 pub(crate) struct Durable {
     request: Result<Request, Fault>,
     body: Vec<u8>,
+    body_bytes_max: u64,
     state: State,
     /// When a long-poll or an event stream is over, ms.
     pub(super) due_ms: u64,
@@ -49,9 +50,15 @@ enum State {
 impl Durable {
     /// Keeps a piece of the body.
     pub(super) fn append_body(&mut self, piece: &[u8]) {
-        // Of a request that is refused anyway nothing is kept.
+        if self.body.len() as u64 + piece.len() as u64 > self.body_bytes_max {
+            self.request = Err(durable::TOO_LARGE);
+        }
+        // Of a request that is refused anyway nothing is kept. It is read to its end all the same: many clients do not look
+        // for an answer before they have written all.
         if self.request.is_ok() {
             self.body.extend_from_slice(piece);
+        } else {
+            self.body = Vec::new();
         }
     }
 
@@ -78,8 +85,10 @@ impl DurableStreams {
 
 impl<I: Io> Shard<I> {
     fn durable_now(&self) -> Now {
-        let since_start_us = self.now_us - self.started_us;
-        let unix_ms = self.settings.unix_time_at_start_s * 1000 + since_start_us / 1000;
+        let since_start_ms = (self.now_us - self.started_us) / 1000;
+        let at_start_ms =
+            self.settings.unix_time_at_start_s * 1000 + u64::from(self.settings.unix_time_at_start_ms);
+        let unix_ms = at_start_ms + since_start_ms;
         // Weyl's sequence through a mixer (splitmix64): enough to spread what must not come together.
         let mut random = (self.settings.seed ^ self.begun).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         random = (random ^ (random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -91,7 +100,9 @@ impl<I: Io> Shard<I> {
         let request = Request::parse(head, &self.settings.durable);
         if let Some(stream) = self.streams.get_mut(key) {
             let state = State::Collecting;
-            let durable = Durable { request, body: Vec::new(), state, due_ms: u64::MAX, queued: false };
+            let body_bytes_max = self.settings.durable.body_bytes_max;
+            let durable =
+                Durable { request, body: Vec::new(), body_bytes_max, state, due_ms: u64::MAX, queued: false };
             stream.durable = Some(Box::new(durable));
         }
     }

@@ -53,6 +53,7 @@ pub(crate) fn settings() -> Settings {
         records: false,
         durable: protocol::durable::Settings::default(),
         unix_time_at_start_s: 0,
+        unix_time_at_start_ms: 0,
         seed: 1,
     }
 }
