@@ -189,6 +189,7 @@ fn is_json(body: &[u8]) -> serde_json::Value {
 
 /// Control events are ours: what is published cannot look like one.
 fn controls(body: &[u8]) {
+    assert!(!body.contains(&b'\r'), "a line end that is not ours");
     let mut last = None;
     for block in split_all(body, b"\n\n") {
         let Some(data) = block.strip_prefix(b"event: control\ndata:") else {

@@ -30,9 +30,6 @@ pub(super) struct DurableStreams {
 
 /// A request of the protocol.
 pub(crate) struct Durable {
-    request: Result<Request, Fault>,
-    body: Vec<u8>,
-    body_bytes_max: u64,
     state: State,
     /// When a long-poll or an event stream is over, ms.
     pub(super) due_ms: u64,
@@ -41,29 +38,40 @@ pub(crate) struct Durable {
 }
 
 enum State {
-    Collecting,
+    Collecting(Collecting),
     Polling(Poll),
     Reading(Reading),
     Answered,
 }
 
+/// What has arrived of a request.
+struct Collecting {
+    request: Result<Request, Fault>,
+    body: Vec<u8>,
+    body_bytes_max: u64,
+}
+
 impl Durable {
     /// Keeps a piece of the body.
     pub(super) fn append_body(&mut self, piece: &[u8]) {
-        if self.body.len() as u64 + piece.len() as u64 > self.body_bytes_max {
-            self.request = Err(durable::TOO_LARGE);
+        let State::Collecting(so_far) = &mut self.state else { return };
+        if so_far.body.len() as u64 + piece.len() as u64 > so_far.body_bytes_max {
+            so_far.request = Err(durable::TOO_LARGE);
         }
         // Of a request that is refused anyway nothing is kept. It is read to its end all the same: many clients do not look
         // for an answer before they have written all.
-        if self.request.is_ok() {
-            self.body.extend_from_slice(piece);
+        if so_far.request.is_ok() {
+            so_far.body.extend_from_slice(piece);
         } else {
-            self.body = Vec::new();
+            so_far.body = Vec::new();
         }
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.body.capacity()
+        match &self.state {
+            State::Collecting(so_far) => so_far.body.capacity(),
+            _ => 0,
+        }
     }
 
     /// Whether the client has been given a part of something that has no end yet.
@@ -99,11 +107,9 @@ impl<I: Io> Shard<I> {
     pub(super) fn begin_durable(&mut self, key: Key, head: &RequestHead<'_, '_>) {
         let request = Request::parse(head, &self.settings.durable);
         if let Some(stream) = self.streams.get_mut(key) {
-            let state = State::Collecting;
             let body_bytes_max = self.settings.durable.body_bytes_max;
-            let durable =
-                Durable { request, body: Vec::new(), body_bytes_max, state, due_ms: u64::MAX, queued: false };
-            stream.durable = Some(Box::new(durable));
+            let state = State::Collecting(Collecting { request, body: Vec::new(), body_bytes_max });
+            stream.durable = Some(Box::new(Durable { state, due_ms: u64::MAX, queued: false }));
         }
     }
 
@@ -116,14 +122,13 @@ impl<I: Io> Shard<I> {
         (stream.token_due_ms, stream.phase_due_ms) = (u64::MAX, u64::MAX);
         stream.streaming = false;
         let Some(durable) = &mut stream.durable else { return };
-        let body = std::mem::take(&mut durable.body);
         durable.due_ms = total_due_ms;
-        let reply = match &durable.request {
-            Ok(request) => self.durable.store.handle(request, &body, key, now),
+        let State::Collecting(whole) = std::mem::replace(&mut durable.state, State::Answered) else { return };
+        let reply = match &whole.request {
+            Ok(request) => self.durable.store.handle(request, &whole.body, key, now),
             Err(fault) => Reply::Answer(self.durable.store.refuse(fault)),
         };
-        // A large body's memory goes back at once.
-        drop(body);
+        drop(whole);
         self.follow_overdraft(key);
         self.durable_reply(key, reply);
         self.wake_durable();
@@ -137,13 +142,11 @@ impl<I: Io> Shard<I> {
             Reply::Answer(answer) => {
                 let framing = Framing::Length(answer.body.len() as u64);
                 self.durable_head(key, &answer, framing);
-                if let Some(stream) = self.streams.get_mut(key) {
-                    if !stream.head_only && !answer.body.is_empty() {
-                        stream.append_response(&answer.body, self.now_us);
-                    }
-                    if let Some(durable) = &mut stream.durable {
-                        durable.state = State::Answered;
-                    }
+                if let Some(stream) = self.streams.get_mut(key)
+                    && !stream.head_only
+                    && !answer.body.is_empty()
+                {
+                    stream.append_response(&answer.body, self.now_us);
                 }
                 self.end_stream(key, End::Done);
             }
@@ -292,7 +295,7 @@ impl<I: Io> Shard<I> {
         match state {
             State::Polling(poll) => self.durable.store.give_up(&poll, now),
             State::Reading(mut reading) => self.durable.store.leave(&mut reading, now),
-            State::Collecting | State::Answered => {}
+            State::Collecting(_) | State::Answered => {}
         }
     }
 
@@ -308,7 +311,7 @@ impl<I: Io> Shard<I> {
                 reading.finish();
                 self.durable_fill(key);
             }
-            State::Collecting | State::Answered => {}
+            State::Collecting(_) | State::Answered => {}
         }
     }
 
@@ -364,7 +367,7 @@ impl<I: Io> Shard<I> {
             match durable.state {
                 State::Polling(_) => self.durable_poll(key, false),
                 State::Reading(_) => self.durable_fill(key),
-                State::Collecting | State::Answered => {}
+                State::Collecting(_) | State::Answered => {}
             }
         }
     }
@@ -407,7 +410,7 @@ impl<I: Io> Shard<I> {
                     reading.finish();
                     self.durable_fill(key);
                 }
-                State::Collecting | State::Answered => {}
+                State::Collecting(_) | State::Answered => {}
             }
         }
     }
