@@ -269,6 +269,19 @@ fn a_body_beyond_the_limit_is_refused_however_it_comes() {
     }
 }
 
+#[test]
+fn who_asks_before_it_sends_too_much_is_told_before_it_sends() {
+    let mut sim = sim_with(10, |settings| settings.durable.body_bytes_max = 1_000);
+    let raw =
+        "POST /v1/durable/a HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2000\r\n\r\n";
+    let client = sim.client(ClientPlan { raw: Some(raw.into()), ..ClientPlan::new(&[]) });
+    let finished = sim.finish();
+    let world = finished.sim.world();
+    let reader = &world.clients[client].reader;
+    assert_eq!((reader.messages[0].status(), reader.interim), (413, 0));
+    assert_eq!(finished.ends(End::Refused), 1);
+}
+
 /// A run drawn from a seed; gives how many readers saw a stream to its end.
 fn random_run(seed: u64) -> usize {
     println!("seed {seed}");

@@ -12,7 +12,7 @@ use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
 use protocol::durable::{self, Now, Poll, Progress, Reading, Reply, Request, Store};
 use protocol::fault::Fault;
-use protocol::http::{Framing, RequestHead, write_own_response_head};
+use protocol::http::{Framing, Refusal, RequestHead, write_own_response_head};
 use protocol::limits::{DURABLE_PIECE_BYTES, DURABLE_WAKES_PER_TURN_MAX};
 use protocol::phase::{End, Step};
 use protocol::slots::Key;
@@ -110,6 +110,11 @@ impl<I: Io> Shard<I> {
             let body_bytes_max = self.settings.durable.body_bytes_max;
             let state = State::Collecting(Collecting { request, body: Vec::new(), body_bytes_max });
             stream.durable = Some(Box::new(Durable { state, due_ms: u64::MAX, queued: false }));
+            // Who asks before it sends is told before it sends.
+            let too_large = matches!(head.framing, Framing::Length(length) if length > body_bytes_max);
+            if too_large && head.expect_continue {
+                self.refuse(key, Refusal::BodyTooLarge);
+            }
         }
     }
 
