@@ -117,6 +117,7 @@ pub(crate) fn load(layers: Layers<'_>) -> Result<Effective, Vec<Problem>> {
     }
     let routes = routes(&layers.file.routes, &values, &mut upstreams, &mut problems);
     relations(&values, layers.machine, &mut problems);
+    durable_relations(&values, &mut problems);
     misspelt(&layers.variables, &mut problems);
     if problems.is_empty() { Ok(Effective { values, upstreams, routes }) } else { Err(problems) }
 }
@@ -254,6 +255,34 @@ fn misspelt(variables: &[String], problems: &mut Vec<Problem>) {
     }
 }
 
+/// What must hold between the settings of durable streams.
+fn durable_relations(values: &Values, problems: &mut Vec<Problem>) {
+    let shards = values.integer(&table::SHARDS);
+    if shards > 1 && values.prefix(&table::DURABLE_PREFIX).is_some() {
+        problems.push(Problem::new(format!(
+            "durable_prefix ({}) needs shards = 1, not {shards} ({}): each shard would have streams of its own",
+            values.source(&table::DURABLE_PREFIX),
+            values.source(&table::SHARDS),
+        )));
+    }
+    for (small, large) in [
+        (&table::DURABLE_BODY_BYTES_MAX, &table::DURABLE_STREAM_BYTES_MAX),
+        (&table::DURABLE_STREAM_BYTES_MAX, &table::DURABLE_STORE_BYTES_MAX),
+    ] {
+        if values.integer(small) > values.integer(large) {
+            problems.push(Problem::new(format!(
+                "{} ({}, {}) must not exceed {} ({}, {}): an append must fit into its stream, a stream into the store",
+                small.key(),
+                values.integer(small),
+                values.source(small),
+                large.key(),
+                values.integer(large),
+                values.source(large),
+            )));
+        }
+    }
+}
+
 /// What must hold between settings.
 fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
     let mut less = |low: &Setting, high: &Setting, why: &str| {
@@ -279,30 +308,6 @@ fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
             values.source(&table::OVERDRAFT_BYTES_MAX),
             values.source(&table::EVENT_BYTES_MAX),
         )));
-    }
-    let shards = values.integer(&table::SHARDS);
-    if shards > 1 && values.prefix(&table::DURABLE_PREFIX).is_some() {
-        problems.push(Problem::new(format!(
-            "durable_prefix ({}) needs shards = 1, not {shards} ({}): each shard would have streams of its own",
-            values.source(&table::DURABLE_PREFIX),
-            values.source(&table::SHARDS),
-        )));
-    }
-    for (small, large) in [
-        (&table::DURABLE_BODY_BYTES_MAX, &table::DURABLE_STREAM_BYTES_MAX),
-        (&table::DURABLE_STREAM_BYTES_MAX, &table::DURABLE_STORE_BYTES_MAX),
-    ] {
-        if values.integer(small) > values.integer(large) {
-            problems.push(Problem::new(format!(
-                "{} ({}, {}) must not exceed {} ({}, {}): an append must fit into its stream, a stream into the store",
-                small.key(),
-                values.integer(small),
-                values.source(small),
-                large.key(),
-                values.integer(large),
-                values.source(large),
-            )));
-        }
     }
     if values.listen(&table::LISTEN).is_empty() {
         problems.push(Problem::new("listen: at least one address is needed"));

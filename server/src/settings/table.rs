@@ -130,12 +130,12 @@ impl Setting {
                 Value::Integer(number) => number.to_string(),
                 Value::Switch(on) => if on { "on" } else { "off" }.to_owned(),
                 Value::Choice(word) => word.to_owned(),
+                Value::Prefix(prefix) => prefix.unwrap_or_else(|| "off".to_owned()),
                 Value::LogFilter(filter) => filter,
                 Value::Admin(address) => address.to_string(),
                 Value::Listen(addresses) => {
                     addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
                 }
-                Value::Prefix(prefix) => prefix.unwrap_or_else(|| "off".to_owned()),
                 Value::Upstreams(_) | Value::Cpus(_) => "none".to_owned(),
             },
         }

@@ -28,13 +28,13 @@ pub(crate) enum Kind {
     Switch,
     /// One of a few words.
     Choice(&'static [&'static str]),
+    /// A part of the path space, or off.
+    Prefix,
     /// Addresses to listen on.
     Listen,
     Admin,
     Upstreams,
     Cpus,
-    /// A part of the path space, or off.
-    Prefix,
     /// `level` or `target=level`, separated by commas.
     LogFilter,
 }
@@ -45,11 +45,11 @@ pub(crate) enum Value {
     Integer(u64),
     Switch(bool),
     Choice(&'static str),
+    Prefix(Option<String>),
     Listen(Vec<SocketAddr>),
     Admin(AdminAddress),
     Upstreams(Vec<UpstreamUrl>),
     Cpus(Vec<usize>),
-    Prefix(Option<String>),
     LogFilter(String),
 }
 
@@ -65,11 +65,11 @@ impl Kind {
             Kind::Integer { unit: Unit::Microseconds, .. } => "US",
             Kind::Switch => "on|off",
             Kind::Choice(_) => "CHOICE",
+            Kind::Prefix => "PATH|off",
             Kind::Listen => "ADDRESS:PORT",
             Kind::Admin => "ADDRESS:PORT|unix:PATH|off",
             Kind::Upstreams => "URL",
             Kind::Cpus => "LIST",
-            Kind::Prefix => "PATH|off",
             Kind::LogFilter => "LEVEL",
         }
     }
@@ -94,11 +94,11 @@ impl Kind {
             }
             Kind::Switch => "on or off (true or false)".to_owned(),
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
+            Kind::Prefix => "off, or a path such as /v1/durable, without a final slash".to_owned(),
             Kind::Listen => "ADDRESS:PORT such as 127.0.0.1:8080, 0.0.0.0:80 or [::]:80".to_owned(),
             Kind::Admin => "off, ADDRESS:PORT such as 127.0.0.1:9180, or unix:PATH".to_owned(),
             Kind::Upstreams => "http://host[:port][/base]".to_owned(),
             Kind::Cpus => "a list of CPUs such as 0-3,8".to_owned(),
-            Kind::Prefix => "off, or a path such as /v1/durable, without a final slash".to_owned(),
             Kind::LogFilter => {
                 "off, error, warn, info, debug or trace, or a list such as warn,shard=debug".to_owned()
             }
@@ -123,15 +123,15 @@ impl Kind {
                 .find(|word| word.eq_ignore_ascii_case(text))
                 .map(|&word| Value::Choice(word))
                 .ok_or_else(mismatch),
+            Kind::Prefix if text == "off" => Ok(Value::Prefix(None)),
+            Kind::Prefix if is_prefix(text) => Ok(Value::Prefix(Some(text.to_owned()))),
+            Kind::Prefix => Err(mismatch()),
             Kind::Listen => split_list(text).map(parse_listen).collect::<Result<_, _>>().map(Value::Listen),
             Kind::Admin => AdminAddress::parse(text).map(Value::Admin),
             Kind::Upstreams => {
                 split_list(text).map(UpstreamUrl::parse).collect::<Result<_, _>>().map(Value::Upstreams)
             }
             Kind::Cpus => parse_cpus(text).map(Value::Cpus),
-            Kind::Prefix if text == "off" => Ok(Value::Prefix(None)),
-            Kind::Prefix if is_prefix(text) => Ok(Value::Prefix(Some(text.to_owned()))),
-            Kind::Prefix => Err(mismatch()),
             Kind::LogFilter => {
                 if log_filter_is_valid(text) {
                     Ok(Value::LogFilter(text.to_owned()))
@@ -150,14 +150,6 @@ impl Kind {
         let fits = (minimum..=maximum).contains(&number) && (!power_of_two || number.is_power_of_two());
         fits.then_some(Value::Integer(number))
     }
-}
-
-/// Whole segments, in characters that a request target may have as they are.
-fn is_prefix(text: &str) -> bool {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(&byte);
-    let segments = text.strip_prefix('/').map(|rest| rest.split('/'));
-    text.bytes().all(allowed)
-        && segments.is_some_and(|mut segments| segments.all(|segment| !matches!(segment, "" | "." | "..")))
 }
 
 /// The parts of a list given as one text: separated by commas or spaces.
@@ -188,6 +180,14 @@ fn parse_integer(text: &str, unit: Unit) -> Option<u64> {
     number.checked_mul(factor)
 }
 
+/// Whole segments, in characters that a request target may have as they are.
+fn is_prefix(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(&byte);
+    let segments = text.strip_prefix('/').map(|rest| rest.split('/'));
+    text.bytes().all(allowed)
+        && segments.is_some_and(|mut segments| segments.all(|segment| !matches!(segment, "" | "." | "..")))
+}
+
 /// A bare word that is not a level is a typing error more often than a module, so modules are given as `module=level`.
 fn log_filter_is_valid(text: &str) -> bool {
     let is_level = |word: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(word.trim()));
@@ -212,11 +212,11 @@ impl fmt::Display for Value {
             Value::Integer(number) => number.fmt(f),
             Value::Switch(on) => on.fmt(f),
             Value::Choice(word) => write!(f, "{word:?}"),
+            Value::Prefix(prefix) => write!(f, "{:?}", prefix.as_deref().unwrap_or("off")),
             Value::LogFilter(filter) => write!(f, "{filter:?}"),
             Value::Listen(addresses) => list(f, addresses.iter().map(ToString::to_string).collect()),
             Value::Upstreams(urls) => list(f, urls.iter().map(ToString::to_string).collect()),
             Value::Admin(address) => write!(f, "{:?}", address.to_string()),
-            Value::Prefix(prefix) => write!(f, "{:?}", prefix.as_deref().unwrap_or("off")),
             Value::Cpus(cpus) if cpus.is_empty() => f.write_str("[]"),
             Value::Cpus(cpus) => write!(f, "{:?}", format_cpus(cpus)),
         }
