@@ -5,6 +5,7 @@
 
 pub mod demo;
 pub mod dialect;
+pub mod durable;
 pub mod facts;
 pub mod fault;
 pub mod http;

@@ -107,6 +107,45 @@ pub const COMPLETIONS_PER_TURN_MAX: usize = 1024;
 /// Milliseconds after which a turn counts as a fault of the shard.
 pub const TURN_FAULT_MS: u64 = 10;
 
+/// Bytes of one append to a durable stream: checking JSON of that size takes a few milliseconds.
+pub const DURABLE_BODY_BYTES_MAX: u64 = 1024 * 1024;
+/// Bytes of one durable stream that are held.
+pub const DURABLE_STREAM_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// Memory of the durable streams of one shard, bytes.
+pub const DURABLE_STORE_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Milliseconds a long-poll waits; proxies in between give up after 30 s or 60 s.
+pub const DURABLE_LONG_POLL_MS: u32 = 20_000;
+/// Milliseconds after which an event stream of a durable stream is ended (the protocol says about 60 s, for caches).
+pub const DURABLE_EVENTS_MS: u32 = 60_000;
+/// Bytes of one page of a durable stream, unless a single JSON message is longer.
+pub const DURABLE_PAGE_BYTES_MAX: u64 = 1024 * 1024;
+/// Bytes of messages that are put into one event for a reader who is behind.
+pub const DURABLE_BATCH_BYTES: u64 = 16 * 1024;
+/// Messages that are.
+pub const DURABLE_BATCH_MESSAGES: usize = 256;
+/// Messages of one append.
+pub const DURABLE_MESSAGES_MAX: usize = 65_536;
+/// Bytes of a field of the protocol: a producer's name, a content type.
+pub const DURABLE_FIELD_BYTES_MAX: usize = 1024;
+/// Producers known to one durable stream.
+pub const DURABLE_PRODUCERS_MAX: usize = 1024;
+/// Milliseconds without an append after which a producer may be forgotten for another (the protocol recommends 7 days).
+pub const DURABLE_PRODUCER_FORGET_MS: u64 = 7 * 24 * 3_600_000;
+/// Forks of forks: how many streams one behind the other a read may have to go through.
+pub const DURABLE_FORK_DEPTH_MAX: usize = 32;
+/// Memory that a durable stream takes without its data, bytes: its entry, its places in the indexes.
+pub const DURABLE_STREAM_COST_BYTES: usize = 1024;
+/// Milliseconds of which the times are multiples at which expired streams are removed; they cannot be used before that.
+pub const DURABLE_EXPIRY_STEP_MS: u64 = 1_000;
+/// Readers of durable streams served in one turn; those of an append to many wait for the next.
+pub const DURABLE_WAKES_PER_TURN_MAX: usize = 1024;
+/// Bytes that a reader of a durable stream is given at a time.
+pub const DURABLE_PIECE_BYTES: usize = 16 * 1024;
+
+const _: () = assert!(
+    DURABLE_BODY_BYTES_MAX <= DURABLE_STREAM_BYTES_MAX && DURABLE_STREAM_BYTES_MAX <= DURABLE_STORE_BYTES_MAX,
+    "an append fits into a stream, a stream into the store"
+);
 const _: () =
     assert!(LAG_LOW_BYTES < LAG_HIGH_BYTES, "marks need a gap, or pause and resume alternate per event");
 const _: () = assert!(

@@ -164,6 +164,8 @@ closed_enum! {
         UpstreamError = "upstream_error",
         /// After an early commit, the backend answered with an error status.
         UpstreamStatus = "upstream_status",
+        /// The durable stream that was being read was deleted, expired, or has dropped what was to be read next.
+        Gone = "gone",
         /// Slots or descriptors ran out.
         Overload = "overload",
         /// The drain deadline passed.
@@ -206,6 +208,7 @@ impl End {
             End::UpstreamMalformed => (502, Upstream, false, "The model backend sent an invalid response."),
             End::UpstreamError => (502, Upstream, true, "The model backend reported an error."),
             End::UpstreamStatus => (502, Upstream, true, "The model backend answered with an error."),
+            End::Gone => (410, Client, false, "The stream was deleted or dropped while it was read."),
             End::Overload => (503, Gateway, true, "The server is at capacity."),
             End::Drain => (503, Operator, true, "The server is shutting down."),
             End::Stopped => (503, Operator, true, "The server was stopped."),

@@ -102,8 +102,12 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
         let (upstreams, failed) = first_upstreams(&plan, names, &mut answers).await;
 
         // The shards count on from here; what the names took is not to put their clocks back.
-        let unix_time_at_start_s = clock::since_1970().as_secs();
-        let settings = Arc::new(Settings { unix_time_at_start_s, ..plan.settings.clone() });
+        let since_1970 = clock::since_1970();
+        let settings = Arc::new(Settings {
+            unix_time_at_start_s: since_1970.as_secs(),
+            unix_time_at_start_ms: since_1970.subsec_millis(),
+            ..plan.settings.clone()
+        });
         let upstreams = Arc::new(upstreams);
         let tls = Arc::new(keeper.set());
         let name = keeper.name();

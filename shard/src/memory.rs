@@ -33,6 +33,8 @@ pub struct WorstCase {
     pub clients: u64,
     /// The overdraft of a shard, and what the last to draw may exceed it by.
     pub overdraft: u64,
+    /// Durable streams of a shard.
+    pub durable: u64,
     /// Everything else of a shard.
     pub fixed: u64,
     /// Shards.
@@ -58,6 +60,11 @@ impl WorstCase {
             overdraft: settings.overdraft_bytes_max
                 + settings.overdraft_bytes_max / ALLOCATOR_PART
                 + 4 * settings.event_bytes_max as u64,
+            // An append may end in a segment that is larger than it.
+            durable: settings.durable.prefix.as_ref().map_or(0, |_| {
+                let bytes = settings.durable.store_bytes_max + LOG_SEGMENT_BYTES_MAX as u64;
+                bytes + bytes / ALLOCATOR_PART
+            }),
             fixed: SHARD_FIXED_BYTES,
             shards: shards as u64,
         }
@@ -65,7 +72,7 @@ impl WorstCase {
 
     /// Of one shard.
     pub fn shard(&self) -> u64 {
-        self.buffers + self.clients + self.overdraft + self.fixed
+        self.buffers + self.clients + self.overdraft + self.durable + self.fixed
     }
 
     /// Of the whole process.
@@ -95,6 +102,8 @@ mod tests {
         assert!(more(&|settings| settings.head.head_bytes += 1000) >= 100 * 3000);
         assert!(more(&|settings| settings.event_bytes_max += 1 << 20) >= 2 << 20);
         assert!(more(&|settings| settings.pool_idle_max += 100) > 0);
+        assert!(more(&|settings| settings.durable.store_bytes_max += 1 << 20) >= 1 << 20);
+        assert!(of(&|settings| settings.durable.prefix = None) < base);
         let two = WorstCase::of(&settings(), 2, 1);
         assert_eq!(two.total() - base, two.shard(), "each shard has its own");
     }

@@ -1,6 +1,7 @@
 //! What a shard is told at its start and by snapshots later. Built and validated by `server`; immutable here.
 
 use protocol::demo::DemoSettings;
+use protocol::durable;
 use protocol::http::HeadLimits;
 use protocol::phase::Deadlines;
 use rustls::pki_types::ServerName;
@@ -57,12 +58,16 @@ pub struct Settings {
     pub pool_age_ms: u32,
     /// Routes, most specific first; the last one matches every path.
     pub routes: Vec<Route>,
+    /// Durable streams: where they are, and their limits.
+    pub durable: durable::Settings,
     /// What the demo model does when a request does not say otherwise.
     pub demo: DemoSettings,
     /// Report every finished stream to the control thread (for the access log).
     pub records: bool,
     /// Seconds since 1970 at the start of the process.
     pub unix_time_at_start_s: u64,
+    /// Milliseconds of that second, < 1000.
+    pub unix_time_at_start_ms: u32,
     /// Seed of everything random in a shard (the shard's number is mixed in).
     pub seed: u64,
 }

@@ -124,6 +124,24 @@ counters! {
     turns_slow => "tokenring_turns_slow_total",
     /// Turns.
     turns => "tokenring_turns_total",
+    /// Durable streams created, forks included.
+    durable_creates => "tokenring_durable_creates_total",
+    /// Appends to durable streams.
+    durable_appends => "tokenring_durable_appends_total",
+    /// Bytes appended to durable streams.
+    durable_append_bytes => "tokenring_durable_append_bytes_total",
+    /// Appends that their producers had made before; not appended again.
+    durable_duplicates => "tokenring_durable_duplicates_total",
+    /// Reads of durable streams begun: pages, long-polls, event streams.
+    durable_reads => "tokenring_durable_reads_total",
+    /// Durable streams that ended because their time to live was over.
+    durable_expiries => "tokenring_durable_expiries_total",
+    /// Durable streams given up for want of memory.
+    durable_evictions => "tokenring_durable_evictions_total",
+    /// Bytes dropped from the start of durable streams, beyond their window or for want of memory.
+    durable_trimmed_bytes => "tokenring_durable_trimmed_bytes_total",
+    /// Appends to durable streams, and creations of such, that found no memory.
+    durable_full => "tokenring_durable_full_total",
     /// Records for the control thread dropped because it did not keep up.
     records_dropped => "tokenring_records_dropped_total",
 }
@@ -215,6 +233,8 @@ pub struct Snapshot {
     pub tls_bytes: u64,
     /// Memory that streams and connections hold beyond the share of each, bytes.
     pub overdraft_bytes: u64,
+    /// What the durable streams hold.
+    pub durable: protocol::durable::Totals,
     /// Receive buffers free, of [`crate::settings::Settings::buffers`].
     pub buffers_free: usize,
     /// Timers armed.

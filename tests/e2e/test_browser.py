@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import threading
+import time
 from urllib.parse import urlencode
 
+import httpx
 import pytest
 import sse
 from harness import DIRECT, Process, wait_until
@@ -111,3 +114,26 @@ def test_eventsource(open_page, via_uvicorn):
     assert found["words"] == list(range(20))
     assert (found["opened"], found["errors"]) == (1, 0)
     assert_arrives_over_time(found["times"], 19 / 40)
+
+
+@pytest.mark.relay
+def test_eventsource_of_a_durable_stream(open_page, uvicorn, start_tokenring):
+    """Sent away after every third of a second, it comes back by itself until the stream is closed, and misses nothing."""
+    tokenring = start_tokenring(shards=1, more=["--durable-events-ms", "300"])
+    stream = f"{tokenring.url}/v1/durable/chat"
+    json_type = {"Content-Type": "application/json"}
+    assert httpx.put(stream, headers=json_type).status_code == 201
+
+    def publish():
+        for number in range(100):
+            httpx.post(stream, headers=json_type, json={"n": number})
+            time.sleep(0.15)
+        httpx.post(stream, headers={"Stream-Closed": "true"})
+
+    publisher = threading.Thread(target=publish)
+    publisher.start()
+    found = open_page(f"{uvicorn.url}/pages/durable.html", stream=stream)
+    publisher.join()
+    assert found["numbers"] == list(range(100))
+    assert found["ids"] == sorted(set(found["ids"]))
+    assert found["opened"] >= 8 and found["errors"] >= found["opened"]

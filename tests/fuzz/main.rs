@@ -71,6 +71,7 @@ macro_rules! targets {
 targets! {
     body 100000
     dialect 100000
+    durable 60000
     facts 100000
     ledger 20000
     log 10000

@@ -6,6 +6,7 @@
 
 pub mod body;
 pub mod dialect;
+pub mod durable;
 pub mod facts;
 mod heads;
 pub mod input;
@@ -33,6 +34,7 @@ pub struct Target {
 pub const TARGETS: &[Target] = &[
     Target { name: "body", run: body::run, words: body::WORDS },
     Target { name: "dialect", run: dialect::run, words: dialect::WORDS },
+    Target { name: "durable", run: durable::run, words: durable::WORDS },
     Target { name: "facts", run: facts::run, words: facts::WORDS },
     Target { name: "ledger", run: ledger::run, words: &[] },
     Target { name: "log", run: log::run, words: &[] },

@@ -22,7 +22,7 @@ fn swarm(rng: &mut Rng, high: u32) -> u32 {
     }
 }
 
-fn faults(rng: &mut Rng) -> Faults {
+pub(crate) fn faults(rng: &mut Rng) -> Faults {
     // Many small steps must not add up to deadlines.
     let tiny = rng.chance(200);
     let seldom = |rng: &mut Rng, high: u32| if rng.chance(250) { swarm(rng, high) } else { 0 };

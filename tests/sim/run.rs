@@ -66,7 +66,9 @@ pub(crate) fn settings() -> Settings {
         routes: vec![route, backends],
         demo: DemoSettings::default(),
         records: true,
+        durable: protocol::durable::Settings::default(),
         unix_time_at_start_s: 1_700_000_000,
+        unix_time_at_start_ms: 0,
         seed: 1,
     }
 }

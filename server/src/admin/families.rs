@@ -78,6 +78,10 @@ families! {
     OVERDRAFT = "tokenring_overdraft_bytes", Kind::Gauge, ["shard"], "Memory that streams and connections hold beyond the share of each.";
     OVERDRAFT_MAX = "tokenring_overdraft_bytes_max", Kind::Gauge, ["shard"], "The most they may (overdraft_bytes_max).";
     MEMORY_MAX = "tokenring_memory_worst_case_bytes", Kind::Gauge, [], "The most memory the process can come to hold with its settings, as `tokenring check` computes it.";
+    DURABLE_STREAMS = "tokenring_durable_streams", Kind::Gauge, ["shard"], "Durable streams held.";
+    DURABLE_BYTES = "tokenring_durable_bytes", Kind::Gauge, ["shard"], "Memory that durable streams take.";
+    DURABLE_BYTES_MAX = "tokenring_durable_bytes_max", Kind::Gauge, ["shard"], "The most they may (durable_store_bytes_max).";
+    DURABLE_READERS = "tokenring_durable_readers", Kind::Gauge, ["shard"], "Reads of durable streams under way.";
     BUFFERS_FREE = "tokenring_receive_buffers_free", Kind::Gauge, ["shard"], "Receive buffers the kernel may fill.";
     TIMERS = "tokenring_timers", Kind::Gauge, ["shard"], "Timers armed.";
     UPSTREAM_ACTIVE = "tokenring_upstream_streams", Kind::Gauge, ["shard", "upstream"], "Streams under way on a backend.";

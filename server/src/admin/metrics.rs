@@ -48,6 +48,11 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     let overdraft_max = view.fixed.plan.settings.overdraft_bytes_max;
     page.per_shard(&families::OVERDRAFT_MAX, view, |_| overdraft_max);
     page.one(&families::MEMORY_MAX, &[], view.fixed.plan.worst_case().total());
+    page.per_shard(&families::DURABLE_STREAMS, view, |snapshot| snapshot.durable.streams as u64);
+    page.per_shard(&families::DURABLE_BYTES, view, |snapshot| snapshot.durable.bytes);
+    let durable_max = view.fixed.plan.settings.durable.store_bytes_max;
+    page.per_shard(&families::DURABLE_BYTES_MAX, view, |_| durable_max);
+    page.per_shard(&families::DURABLE_READERS, view, |snapshot| snapshot.durable.readers);
     page.per_shard(&families::BUFFERS_FREE, view, |snapshot| snapshot.buffers_free as u64);
     page.per_shard(&families::TIMERS, view, |snapshot| snapshot.timers as u64);
     page.upstreams(view);

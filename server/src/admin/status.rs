@@ -76,6 +76,12 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
         "log_bytes": snapshot.log_bytes,
         "overdraft_bytes": snapshot.overdraft_bytes,
         "overdraft_bytes_max": plan.settings.overdraft_bytes_max,
+        "durable": {
+            "streams": snapshot.durable.streams,
+            "bytes": snapshot.durable.bytes,
+            "bytes_max": plan.settings.durable.store_bytes_max,
+            "readers": snapshot.durable.readers,
+        },
         "buffers_free": snapshot.buffers_free,
         "buffers": plan.settings.buffers,
         "timers": snapshot.timers,

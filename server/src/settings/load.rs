@@ -76,6 +76,7 @@ impl Values {
     getter!(files, Files(paths) => &[PathBuf], paths);
     getter!(server_name, ServerName(name) => Option<&ServerName<'static>>, name.as_ref());
     getter!(cpus, Cpus(cpus) => &[usize], cpus);
+    getter!(prefix, Prefix(prefix) => Option<&str>, prefix.as_deref());
     getter!(admin, Admin(address) => &super::address::AdminAddress, address);
 }
 
@@ -131,6 +132,7 @@ pub(crate) fn load(layers: Layers<'_>) -> Result<Effective, Vec<Problem>> {
     let listeners = tls::listeners(&layers.file.listeners, &values, layers.machine, &mut problems);
     let upstream_tls = tls::upstreams(&layers.file.upstreams, &upstreams, &values, &mut problems);
     relations(&values, layers.machine, &mut problems);
+    durable_relations(&values, &mut problems);
     misspelt(&layers.variables, &mut problems);
     if problems.is_empty() {
         Ok(Effective { values, upstreams, upstream_tls, listeners, routes })
@@ -268,6 +270,34 @@ fn misspelt(variables: &[String], problems: &mut Vec<Problem>) {
                     "unknown environment variable {name}; did you mean {guess}?"
                 )));
             }
+        }
+    }
+}
+
+/// What must hold between the settings of durable streams.
+fn durable_relations(values: &Values, problems: &mut Vec<Problem>) {
+    let shards = values.integer(&table::SHARDS);
+    if shards > 1 && values.prefix(&table::DURABLE_PREFIX).is_some() {
+        problems.push(Problem::new(format!(
+            "durable_prefix ({}) needs shards = 1, not {shards} ({}): each shard would have streams of its own",
+            values.source(&table::DURABLE_PREFIX),
+            values.source(&table::SHARDS),
+        )));
+    }
+    for (small, large) in [
+        (&table::DURABLE_BODY_BYTES_MAX, &table::DURABLE_STREAM_BYTES_MAX),
+        (&table::DURABLE_STREAM_BYTES_MAX, &table::DURABLE_STORE_BYTES_MAX),
+    ] {
+        if values.integer(small) > values.integer(large) {
+            problems.push(Problem::new(format!(
+                "{} ({}, {}) must not exceed {} ({}, {}): an append must fit into its stream, a stream into the store",
+                small.key(),
+                values.integer(small),
+                values.source(small),
+                large.key(),
+                values.integer(large),
+                values.source(large),
+            )));
         }
     }
 }
@@ -430,6 +460,15 @@ pub(crate) mod tests {
                 .contains("lag_low (65536, flag --lag-low) must be less than lag_high (65536")
         );
         assert!(error(&[("overdraft-bytes-max", "1MiB")]).contains("at least four times event_bytes_max"));
+        assert!(
+            error(&[("durable-prefix", "/d"), ("shards", "2")])
+                .contains("durable_prefix (flag --durable-prefix) needs")
+        );
+        assert!(
+            error(&[("durable-body-bytes-max", "32MiB")])
+                .contains("must not exceed durable_stream_bytes_max (16777216")
+        );
+        assert!(error(&[("durable-store-bytes-max", "1MiB")]).contains("durable_store_bytes_max (1048576"));
         assert!(error(&[("cpus", "0,9")]).contains("may not run on CPU 9; it may use 0-3"));
         assert!(error(&[("cpus", "0"), ("shards", "2")]).contains("must not exceed the 1 of cpus"));
         assert!(

@@ -6,6 +6,7 @@ use super::load::{Effective, RouteValues, Source, Values};
 use super::table;
 use super::tls::{ClientFiles, ServerFiles};
 use protocol::demo::DemoSettings;
+use protocol::durable;
 use protocol::http::HeadLimits;
 use protocol::phase::Deadlines;
 use shard::memory::WorstCase;
@@ -86,12 +87,22 @@ impl Plan {
             pool_idle_ms: narrow(values.integer(&table::POOL_IDLE_MS)),
             pool_age_ms: narrow(values.integer(&table::POOL_AGE_MS)),
             routes: effective.routes.iter().map(route).collect(),
+            durable: durable::Settings {
+                prefix: values.prefix(&table::DURABLE_PREFIX).map(str::to_owned),
+                body_bytes_max: values.integer(&table::DURABLE_BODY_BYTES_MAX),
+                stream_bytes_max: values.integer(&table::DURABLE_STREAM_BYTES_MAX),
+                store_bytes_max: values.integer(&table::DURABLE_STORE_BYTES_MAX),
+                long_poll_ms: narrow(values.integer(&table::DURABLE_LONG_POLL_MS)),
+                events_ms: narrow(values.integer(&table::DURABLE_EVENTS_MS)),
+                cors: values.switch(&table::DURABLE_CORS),
+            },
             demo: DemoSettings {
                 tokens_per_s: narrow(values.integer(&table::DEMO_TOKENS_PER_S)),
                 first_token_ms: narrow(values.integer(&table::DEMO_FIRST_TOKEN_MS)),
                 tokens: narrow(values.integer(&table::DEMO_TOKENS)),
             },
             unix_time_at_start_s,
+            unix_time_at_start_ms: 0,
             seed,
             records: values.switch(&table::ACCESS_LOG),
         };

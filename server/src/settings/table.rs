@@ -47,12 +47,13 @@ pub(crate) enum Group {
     Deadlines,
     Streams,
     Pool,
+    Durable,
     Demo,
     Logs,
 }
 
 impl Group {
-    pub(crate) const ALL: [Group; 10] = [
+    pub(crate) const ALL: [Group; 11] = [
         Group::Serving,
         Group::Tls,
         Group::UpstreamTls,
@@ -61,6 +62,7 @@ impl Group {
         Group::Deadlines,
         Group::Streams,
         Group::Pool,
+        Group::Durable,
         Group::Demo,
         Group::Logs,
     ];
@@ -75,6 +77,7 @@ impl Group {
             Group::Deadlines => "Deadlines (also per route; 0 is off)",
             Group::Streams => "Streams (also per route)",
             Group::Pool => "Backend connections (per upstream and shard)",
+            Group::Durable => "Durable streams (per shard)",
             Group::Demo => "Built-in demo model",
             Group::Logs => "Logs",
         }
@@ -158,6 +161,7 @@ impl Setting {
                 Value::Integer(number) => number.to_string(),
                 Value::Switch(on) => if on { "on" } else { "off" }.to_owned(),
                 Value::Choice(word) => word.to_owned(),
+                Value::Prefix(prefix) => prefix.unwrap_or_else(|| "off".to_owned()),
                 Value::LogFilter(filter) => filter,
                 Value::Admin(address) => address.to_string(),
                 Value::Listen(addresses) if addresses.is_empty() => "none".to_owned(),
@@ -376,6 +380,29 @@ settings! {
         "How long an idle backend connection is kept. Less than the backend's own keep-alive (5 s in uvicorn and llama.cpp) avoids retries.");
     POOL_AGE_MS = Setting::new("pool-age-ms", Group::Pool, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(300_000),
         "Age after which a backend connection takes no further request, so that load follows changes of the backends' addresses; 0 is off.");
+
+    DURABLE_PREFIX = Setting::new("durable-prefix", Group::Durable, Kind::Prefix, || Value::Prefix(Some("/v1/durable".to_owned())),
+        "Where durable streams are served. Requests under it go to no backend. What is published there is held in memory, and whoever can connect may publish and read; off serves none.")
+        .derived(|_, so_far| {
+            Value::Prefix((so_far.integer(&SHARDS) == 1).then(|| "/v1/durable".to_owned()))
+        }, "`/v1/durable` with one shard, off with more");
+    DURABLE_BODY_BYTES_MAX = Setting::new("durable-body-bytes-max", Group::Durable, bytes(KIB, GIB),
+        || Value::Integer(limits::DURABLE_BODY_BYTES_MAX),
+        "Bytes of one append. More is answered with 413.");
+    DURABLE_STREAM_BYTES_MAX = Setting::new("durable-stream-bytes-max", Group::Durable, bytes(KIB, 1 << 40),
+        || Value::Integer(limits::DURABLE_STREAM_BYTES_MAX),
+        "Bytes of one stream that are held. Beyond, its oldest messages are dropped, and reading from before them is answered with 410.");
+    DURABLE_STORE_BYTES_MAX = Setting::new("durable-store-bytes-max", Group::Durable, bytes(64 * KIB, 1 << 40),
+        || Value::Integer(limits::DURABLE_STORE_BYTES_MAX),
+        "Memory of all streams of a shard. For more, closed streams are given up, then the oldest messages of open ones, least recently used first and none that is being read; if that is not enough, publishing is answered with 503.");
+    DURABLE_LONG_POLL_MS = Setting::new("durable-long-poll-ms", Group::Durable, milliseconds(1, 600_000),
+        || Value::Integer(limits::DURABLE_LONG_POLL_MS.into()),
+        "How long a long-poll waits for data.");
+    DURABLE_EVENTS_MS = Setting::new("durable-events-ms", Group::Durable, milliseconds(0, DEADLINE_MS_MAX),
+        || Value::Integer(limits::DURABLE_EVENTS_MS.into()),
+        "After how long an event stream is ended, between two events, so that its reader comes again and caches can share it; 0 is never.");
+    DURABLE_CORS = Setting::new("durable-cors", Group::Durable, Kind::Switch, || Value::Switch(true),
+        "Lets pages of any origin use durable streams (CORS).");
 
     DEMO_TOKENS_PER_S = Setting::new("demo-tokens-per-s", Group::Demo, count("RATE", 1, 100_000), || Value::Integer(DemoSettings::default().tokens_per_s.into()),
         "Tokens per second of the demo model, when a request does not say otherwise.");

@@ -30,6 +30,8 @@ pub(crate) enum Kind {
     Switch,
     /// One of a few words.
     Choice(&'static [&'static str]),
+    /// A part of the path space, or off.
+    Prefix,
     /// Addresses to listen on.
     Listen,
     Admin,
@@ -51,6 +53,7 @@ pub(crate) enum Value {
     Integer(u64),
     Switch(bool),
     Choice(&'static str),
+    Prefix(Option<String>),
     Listen(Vec<SocketAddr>),
     Admin(AdminAddress),
     Upstreams(Vec<UpstreamUrl>),
@@ -73,6 +76,7 @@ impl Kind {
             Kind::Integer { unit: Unit::Microseconds, .. } => "US",
             Kind::Switch => "on|off",
             Kind::Choice(_) => "CHOICE",
+            Kind::Prefix => "PATH|off",
             Kind::Listen => "ADDRESS:PORT",
             Kind::Admin => "ADDRESS:PORT|unix:PATH|off",
             Kind::Upstreams => "URL",
@@ -103,6 +107,7 @@ impl Kind {
             }
             Kind::Switch => "on or off (true or false)".to_owned(),
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
+            Kind::Prefix => "off, or a path such as /v1/durable, without a final slash".to_owned(),
             Kind::Listen => "ADDRESS:PORT such as 127.0.0.1:8080, 0.0.0.0:80 or [::]:80".to_owned(),
             Kind::Admin => "off, ADDRESS:PORT such as 127.0.0.1:9180, or unix:PATH".to_owned(),
             Kind::Upstreams => "http[s]://host[:port][/base]".to_owned(),
@@ -137,6 +142,9 @@ impl Kind {
                 .find(|word| word.eq_ignore_ascii_case(text))
                 .map(|&word| Value::Choice(word))
                 .ok_or_else(mismatch),
+            Kind::Prefix if text == "off" => Ok(Value::Prefix(None)),
+            Kind::Prefix if is_prefix(text) => Ok(Value::Prefix(Some(text.to_owned()))),
+            Kind::Prefix => Err(mismatch()),
             Kind::Listen => split_list(text).map(parse_listen).collect::<Result<_, _>>().map(Value::Listen),
             Kind::Admin => AdminAddress::parse(text).map(Value::Admin),
             Kind::Upstreams => {
@@ -220,6 +228,14 @@ fn parse_integer(text: &str, unit: Unit) -> Option<u64> {
     number.checked_mul(factor)
 }
 
+/// Whole segments, in characters that a request target may have as they are.
+fn is_prefix(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(&byte);
+    let segments = text.strip_prefix('/').map(|rest| rest.split('/'));
+    text.bytes().all(allowed)
+        && segments.is_some_and(|mut segments| segments.all(|segment| !matches!(segment, "" | "." | "..")))
+}
+
 /// A bare word that is not a level is a typing error more often than a module, so modules are given as `module=level`.
 fn log_filter_is_valid(text: &str) -> bool {
     let is_level = |word: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(word.trim()));
@@ -244,6 +260,7 @@ impl fmt::Display for Value {
             Value::Integer(number) => number.fmt(f),
             Value::Switch(on) => on.fmt(f),
             Value::Choice(word) => write!(f, "{word:?}"),
+            Value::Prefix(prefix) => write!(f, "{:?}", prefix.as_deref().unwrap_or("off")),
             Value::LogFilter(filter) => write!(f, "{filter:?}"),
             Value::Listen(addresses) => list(f, addresses.iter().map(ToString::to_string).collect()),
             Value::Upstreams(urls) => list(f, urls.iter().map(ToString::to_string).collect()),
@@ -290,6 +307,16 @@ mod tests {
             Kind::Integer { unit: Unit::Count("ENTRIES"), minimum: 8, maximum: 64, power_of_two: true };
         assert_eq!(kind.parse("16").unwrap(), Value::Integer(16));
         assert_eq!(kind.parse("48").unwrap_err(), "expected a power of two from 8 to 64, found \"48\"");
+    }
+
+    #[test]
+    fn prefixes() {
+        assert_eq!(Kind::Prefix.parse("off").unwrap(), Value::Prefix(None));
+        assert_eq!(Kind::Prefix.parse("/v1/durable").unwrap(), Value::Prefix(Some("/v1/durable".to_owned())));
+        for text in ["", "/", "v1", "/v1/", "//v1", "/v1/../a", "/v1?a", "/v1 a", "/v\u{e4}"] {
+            assert!(Kind::Prefix.parse(text).is_err(), "{text}");
+        }
+        assert_eq!(Value::Prefix(None).to_string(), "\"off\"");
     }
 
     #[test]

@@ -351,6 +351,7 @@ impl<I: Io> Shard<I> {
         self.publish_load();
         self.ring_neighbours();
         self.arm_leaving(deadline_ms);
+        self.durable_drain();
         for acceptor in &mut self.acceptors {
             acceptor.accepted_in_turn = true;
         }
@@ -387,6 +388,7 @@ impl<I: Io> Shard<I> {
                 acceptor.accepted_in_turn = false;
             }
             self.reset_waiting();
+            self.durable_drain();
             self.force_streams(End::Stopped);
             self.close_pool();
         }

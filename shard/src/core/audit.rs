@@ -48,8 +48,11 @@ impl<I: Io> Shard<I> {
     /// The first thing that is not as it should be.
     pub fn audit(&self) -> Result<(), String> {
         demand!(self.dirty.is_empty() && self.starved.is_empty(), "a turn left work undone");
-        let mut timers =
-            usize::from(self.leaving_timer.is_some()) + usize::from(self.handshakes.is_timer_armed());
+        let mut timers: usize =
+            [self.leaving_timer.is_some(), self.handshakes.is_timer_armed(), self.durable.timer.is_some()]
+                .into_iter()
+                .map(usize::from)
+                .sum();
         let mut handshakes = 0;
         let mut clients = 0;
         let mut active = vec![0; self.pool.upstreams.len()];
@@ -159,7 +162,7 @@ impl<I: Io> Shard<I> {
         }
         if let Some(backend) = stream.backend.and_then(|key| self.conns.get(key)) {
             demand!(backend.receive_wanted != stream.paused, "its backend is not read: {}", who());
-        } else if !stream.produced && stream.demo.is_none() {
+        } else if !stream.produced && stream.demo.is_none() && stream.durable.is_none() {
             return Err(format!("nobody works for a stream: {}", who()));
         }
         Ok(())

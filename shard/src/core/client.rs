@@ -219,7 +219,8 @@ impl<I: Io> Shard<I> {
             return self.begin_refused(key, Dialect::of_path(path), Refusal::NotFound);
         };
         let route = &settings.routes[index];
-        let dialect = Dialect::of_path(path);
+        let durable = settings.durable.covers(path);
+        let dialect = if durable { Dialect::Plain } else { Dialect::of_path(path) };
         let mut stream = Stream::new(key, index, dialect, head.version, self.now_us);
         stream.step(Step::HeadDone);
         stream.head_only = head.method == "HEAD";
@@ -239,7 +240,9 @@ impl<I: Io> Shard<I> {
         if !self.check_request(stream_key, route, head, raw) {
             return;
         }
-        if route.upstreams.is_empty() {
+        if durable {
+            self.begin_durable(stream_key, head);
+        } else if route.upstreams.is_empty() {
             if !self.begin_demo(stream_key, head) {
                 return;
             }
@@ -277,6 +280,7 @@ impl<I: Io> Shard<I> {
 
     /// What can be said of a request by its head alone. False: it was refused.
     fn check_request(&mut self, key: Key, route: &Route, head: &RequestHead<'_, '_>, raw: &[u8]) -> bool {
+        let durable = self.settings.durable.covers(head.path());
         let length = match head.framing {
             Framing::Length(length) => length,
             _ => 0,
@@ -296,6 +300,7 @@ impl<I: Io> Shard<I> {
         } else if length > self.settings.body_bytes_max {
             Some(Refusal::BodyTooLarge)
         } else if head.method == "POST"
+            && !durable
             && Dialect::of_path(head.path()).is_model_endpoint()
             && head.framing == Framing::None
         {
@@ -307,7 +312,7 @@ impl<I: Io> Shard<I> {
             self.refuse(key, refusal);
             return false;
         }
-        if !route.upstreams.is_empty() && self.leaving_now() {
+        if (durable || !route.upstreams.is_empty()) && self.leaving_now() {
             self.end_stream(key, End::Stopped);
             return false;
         }
@@ -395,6 +400,9 @@ impl<I: Io> Shard<I> {
         }
         if self.streams.get(key).is_some_and(|stream| stream.demo.is_some()) {
             self.start_demo(key);
+        }
+        if self.streams.get(key).is_some_and(|stream| stream.durable.is_some()) {
+            self.durable_complete(key);
         }
         self.follow_stream_timer(key);
     }

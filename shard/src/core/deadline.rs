@@ -18,6 +18,7 @@ enum Due {
     Commit,
     Heartbeat,
     Demo,
+    Durable,
 }
 
 impl<I: Io> Shard<I> {
@@ -40,6 +41,7 @@ impl<I: Io> Shard<I> {
                 }
                 TimerOf::Drain => self.leaving_timer = None,
                 TimerOf::Handshakes => self.handshake_timer_gone(),
+                TimerOf::Durable => self.durable.timer = None,
                 TimerOf::Acceptor(_) => {}
             }
         }
@@ -50,6 +52,7 @@ impl<I: Io> Shard<I> {
                 TimerOf::Acceptor(listener) => self.accept_rested(listener),
                 TimerOf::Handshakes => self.handshakes_due(),
                 TimerOf::Drain => self.leaving_due(),
+                TimerOf::Durable => self.durable_expire(),
             }
         }
         self.fired = fired;
@@ -166,6 +169,7 @@ impl<I: Io> Shard<I> {
                     }
                 }
                 Some(Due::Demo) => self.demo_due(key),
+                Some(Due::Durable) => self.durable_due(key),
                 None => {}
             }
         }
@@ -180,7 +184,7 @@ impl<I: Io> Shard<I> {
     }
 }
 
-fn arm(
+pub(super) fn arm(
     wheel: &mut protocol::wheel::Wheel<TimerOf>,
     timer: &mut Option<(protocol::wheel::TimerId, u64)>,
     due_ms: u64,
@@ -204,7 +208,7 @@ fn model_due_ms(stream: &Stream, route: &Route) -> u64 {
     match stream.phase {
         Phase::Streaming if stream.end_mark => stream.finish_due_ms,
         // While we do not listen, silence is ours.
-        Phase::Streaming if !stream.paused && stream.demo.is_none() => {
+        Phase::Streaming if !stream.paused && stream.demo.is_none() && stream.durable.is_none() => {
             after(stream.last_token_us / 1000, route.deadlines.between_tokens_ms)
         }
         Phase::Body if !stream.upload_paused => stream.phase_due_ms,
@@ -238,6 +242,10 @@ fn demo_due_ms(stream: &Stream) -> u64 {
     }
 }
 
+fn durable_due_ms(stream: &Stream) -> u64 {
+    stream.durable.as_ref().map_or(u64::MAX, |durable| durable.due_ms)
+}
+
 /// The earliest deadline of a stream; none once all is produced (what is left is its client's reading).
 pub(super) fn stream_due_ms(stream: &Stream, route: &Route) -> u64 {
     if stream.produced {
@@ -249,6 +257,7 @@ pub(super) fn stream_due_ms(stream: &Stream, route: &Route) -> u64 {
         .min(commit_due_ms(stream, route))
         .min(heartbeat_due_ms(stream, route))
         .min(demo_due_ms(stream))
+        .min(durable_due_ms(stream))
 }
 
 fn what_is_due(stream: &Stream, route: &Route, now_ms: u64) -> Option<Due> {
@@ -268,6 +277,9 @@ fn what_is_due(stream: &Stream, route: &Route, now_ms: u64) -> Option<Due> {
     }
     if demo_due_ms(stream) <= now_ms {
         return Some(Due::Demo);
+    }
+    if durable_due_ms(stream) <= now_ms {
+        return Some(Due::Durable);
     }
     if commit_due_ms(stream, route) <= now_ms {
         return Some(Due::Commit);

@@ -45,6 +45,15 @@ impl<I: Io> Shard<I> {
             // The error is the last event, and the body is ended: a reader that is still behind must get it, and some
             // (fetch in browsers and Node) throw away what they have not read when a body breaks off.
             (Answer::Events { .. }, End::Done) => stream.append_last_chunk(now_us),
+            // A reader comes again and finds where it was; only what is incomplete must not look whole.
+            (Answer::Events { .. }, _) if stream.durable.is_some() => {
+                if stream.durable.as_ref().is_some_and(|durable| durable.is_within()) {
+                    stream.reset = !stream.events_chunked();
+                } else {
+                    stream.append_last_chunk(now_us);
+                }
+                stream.close = true;
+            }
             (Answer::Events { .. }, _) => {
                 if end != End::UpstreamError && !is_planted(Bug::SilentEnd) {
                     self.scratch.clear();
@@ -110,7 +119,12 @@ impl<I: Io> Shard<I> {
                     stream.close = true;
                 }
             }
-            let extra = if refusal == Refusal::MethodNotAllowed { "Allow: GET, HEAD, POST\r\n" } else { "" };
+            let extra = match refusal {
+                // Some of their answers are other people's words: no browser is to guess what they are.
+                _ if stream.durable.is_some() => "X-Content-Type-Options: nosniff\r\n",
+                Refusal::MethodNotAllowed => "Allow: GET, HEAD, POST\r\n",
+                _ => "",
+            };
             write_error(stream, &fault, &mut self.scratch, self.date.at(unix_time_s), now_us, extra);
             stream.produced = true;
         }
@@ -150,6 +164,9 @@ impl<I: Io> Shard<I> {
         let end = stream.end.unwrap_or(End::ClientLeft);
         self.stats.ends[end as usize] += 1;
         self.overdraft_bytes -= stream.drawn;
+        if let Some(durable) = stream.durable.take() {
+            self.durable_settle(*durable);
+        }
         let duration_us = self.now_us - stream.started_us;
         if end == End::Done {
             self.stats.histograms.stream_us.saturating_record(duration_us);

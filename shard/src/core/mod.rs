@@ -11,6 +11,7 @@ mod client;
 mod conn;
 mod deadline;
 mod demo;
+mod durable;
 mod finish;
 mod relay;
 mod secure;
@@ -26,6 +27,7 @@ use accept::Acceptor;
 pub use audit::Holding;
 use backend::Pool;
 use conn::{Conn, Role};
+use durable::DurableStreams;
 use protocol::http::DateLine;
 use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
 use protocol::phase::Phase;
@@ -55,6 +57,7 @@ enum TimerOf {
     Stream(Key),
     Acceptor(usize),
     Handshakes,
+    Durable,
     Drain,
 }
 
@@ -92,6 +95,7 @@ pub struct Shard<I: Io> {
     wheel: Wheel<TimerOf>,
     acceptors: Vec<Acceptor>,
     pool: Pool,
+    durable: DurableStreams,
     clients: usize,
     /// Accepted on a listener, and waiting for a slot: nothing of theirs has been read.
     parked: VecDeque<(I::Socket, usize)>,
@@ -145,6 +149,7 @@ impl<I: Io> Shard<I> {
             wheel: Wheel::new(now_us / 1000),
             acceptors: (0..listeners).map(|_| Acceptor::default()).collect(),
             pool: Pool::default(),
+            durable: DurableStreams::new(settings.durable.clone()),
             clients: 0,
             parked: VecDeque::new(),
             handshakes: Handshakes::default(),
@@ -209,6 +214,7 @@ impl<I: Io> Shard<I> {
         self.completions = completions;
         self.complete_waiting();
         self.fire_timers();
+        self.serve_durable();
         self.pump_dirty();
         self.feed_starved();
         if !self.parked.is_empty() {
@@ -256,6 +262,7 @@ impl<I: Io> Shard<I> {
             || !self.dirty.is_empty()
             || !self.reports.is_empty()
             || !self.waiting.is_empty()
+            || self.durable.is_busy()
             || self.left
             || self.is_closing_listeners();
         if busy || sleepy == Sleepy::No {
@@ -413,7 +420,7 @@ impl<I: Io> Shard<I> {
         lagging.truncate(SLOWEST_LISTED);
         Snapshot {
             shard: self.index,
-            stats: self.stats.clone(),
+            stats: self.stats_at_present(),
             connections: self.clients,
             handshakes: self.handshakes.count,
             parked: self.parked.len(),
@@ -424,6 +431,7 @@ impl<I: Io> Shard<I> {
             log_bytes,
             tls_bytes,
             overdraft_bytes: self.overdraft_bytes,
+            durable: self.durable.store.totals(),
             buffers_free: self.io.buffers_free(),
             timers: self.wheel.len(),
             draining: self.leaving != Leaving::No,
@@ -439,6 +447,23 @@ impl<I: Io> Shard<I> {
                 .collect(),
             slowest: lagging.into_iter().filter_map(|(lag, key)| self.slow_connection(lag, key)).collect(),
         }
+    }
+
+    /// What is counted elsewhere is taken in.
+    fn stats_at_present(&self) -> Stats {
+        let mut stats = self.stats.clone();
+        let durable = self.durable.store.counters();
+        let counters = &mut stats.counters;
+        counters.durable_creates = durable.creates;
+        counters.durable_appends = durable.appends;
+        counters.durable_append_bytes = durable.append_bytes;
+        counters.durable_duplicates = durable.duplicates;
+        counters.durable_reads = durable.reads;
+        counters.durable_expiries = durable.expiries;
+        counters.durable_evictions = durable.evictions;
+        counters.durable_trimmed_bytes = durable.trimmed_bytes;
+        counters.durable_full = durable.full;
+        stats
     }
 
     fn slow_connection(&self, pending_bytes: u64, key: Key) -> Option<SlowConnection> {

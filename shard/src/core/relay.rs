@@ -348,7 +348,12 @@ impl<I: Io> Shard<I> {
         let now_us = self.now_us;
         let Some(stream) = self.streams.get_mut(key) else { return };
         self.stats.counters.heartbeats += 1;
-        stream.append_heartbeat(now_us);
+        if stream.durable.is_none() {
+            stream.append_heartbeat(now_us);
+        } else {
+            self.durable_heartbeat(key);
+        }
+        let Some(stream) = self.streams.get_mut(key) else { return };
         if let Some(client) = stream.client {
             self.mark_dirty(client);
         }

@@ -14,8 +14,8 @@ use protocol::limits::{
 };
 use protocol::phase::End;
 use protocol::slots::Key;
-use rustls::{CertificateError, ClientConfig, Error, OtherError};
 use rustls::client::Resumption;
+use rustls::{CertificateError, ClientConfig, Error, OtherError};
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;

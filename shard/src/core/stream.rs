@@ -1,6 +1,7 @@
 //! A stream: one request and its answer. Its request log feeds the backend, its response log feeds the client; this file
 //! holds what a stream knows and how bytes get into its logs, ready for the wire.
 
+use super::durable::Durable;
 use protocol::demo::DemoModel;
 use protocol::dialect::{Dialect, Meaning};
 use protocol::facts::{RequestFacts, Scanner};
@@ -98,6 +99,8 @@ pub(crate) struct Stream {
     /// The body of a backend's error that came after an early commit.
     pub(crate) late_error: Option<Vec<u8>>,
     pub(crate) demo: Option<Box<Demo>>,
+    /// A request of the Durable Streams protocol.
+    pub(crate) durable: Option<Box<Durable>>,
     /// The `sequence_number` of the last event that had one (Responses).
     pub(crate) sequence_number: Option<u64>,
     pub(crate) request: Log,
@@ -150,6 +153,7 @@ impl Stream {
             status: 0,
             events: None,
             demo: None,
+            durable: None,
             late_error: None,
             end_mark: false,
             end_mark_at: 0,
@@ -191,7 +195,8 @@ impl Stream {
     /// Memory that grows with what its peers send, bytes.
     pub(crate) fn memory_bytes(&self) -> u64 {
         let partial = self.events.as_ref().map_or(0, |events| events.memory_bytes());
-        (self.request.memory_bytes() + self.response.memory_bytes() + partial) as u64
+        let body = self.durable.as_ref().map_or(0, |durable| durable.memory_bytes());
+        (self.request.memory_bytes() + self.response.memory_bytes() + partial + body) as u64
     }
 
     /// Whether an event stream goes to the client in chunks (HTTP/1.1) or bare until close (HTTP/1.0).
@@ -290,6 +295,8 @@ impl Stream {
     pub(crate) fn append_request(&mut self, piece: &[u8]) {
         if self.demo.is_some() {
             // Nobody takes it out of the log again: the model wants to know the facts only.
+        } else if let Some(durable) = &mut self.durable {
+            durable.append_body(piece);
         } else if self.request_chunked {
             self.request.append(&[ChunkHead::new(piece.len()).as_bytes(), piece, CHUNK_END]);
         } else {

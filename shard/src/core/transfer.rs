@@ -331,6 +331,7 @@ impl<I: Io> Shard<I> {
             match stream.backend {
                 Some(_) if is_planted(Bug::ForgottenResume) => {}
                 Some(backend) => self.want_receive(backend, true),
+                None if stream.durable.is_some() => self.durable_fill(key),
                 None => self.resume_demo(key),
             }
             self.follow_stream_timer(key);

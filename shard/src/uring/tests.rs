@@ -51,7 +51,9 @@ pub(crate) fn settings() -> Settings {
         }],
         demo: protocol::demo::DemoSettings::default(),
         records: false,
+        durable: protocol::durable::Settings::default(),
         unix_time_at_start_s: 0,
+        unix_time_at_start_ms: 0,
         seed: 1,
     }
 }

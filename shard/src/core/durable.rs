@@ -1,0 +1,431 @@
+//! Durable streams at work: requests of the protocol collected and carried out on the shard's store, answers given to their
+//! clients bit by bit, readers woken by what concerns them. What anything means is `protocol::durable`.
+//!
+//! ```text
+//!   Collecting ──(the request is whole)──► Answered
+//!       ├──► Reading ──(a page, or events, as the client takes them)──► Answered
+//!       └──► Polling ──(woken, or over)──► Reading | Answered
+//! ```
+
+use super::stream::{Answer, Stream};
+use super::{Leaving, Shard, TimerOf};
+use crate::io::Io;
+use protocol::durable::{self, Now, Poll, Progress, Reading, Reply, Request, Store};
+use protocol::fault::Fault;
+use protocol::http::{Framing, Refusal, RequestHead, write_own_response_head};
+use protocol::limits::{DURABLE_PIECE_BYTES, DURABLE_WAKES_PER_TURN_MAX};
+use protocol::phase::{End, Step};
+use protocol::slots::Key;
+use protocol::wheel::TimerId;
+use std::collections::VecDeque;
+
+/// The durable streams of a shard.
+pub(super) struct DurableStreams {
+    pub(super) store: Store,
+    /// Readers of whom something concerns their streams.
+    woken: VecDeque<Key>,
+    /// For the next stream that may expire.
+    pub(super) timer: Option<(TimerId, u64)>,
+}
+
+/// A request of the protocol.
+pub(crate) struct Durable {
+    state: State,
+    /// When a long-poll or an event stream is over, ms.
+    pub(super) due_ms: u64,
+    /// Among those who are woken.
+    queued: bool,
+}
+
+enum State {
+    Collecting(Collecting),
+    Polling(Poll),
+    Reading(Reading),
+    Answered,
+}
+
+/// What has arrived of a request.
+struct Collecting {
+    request: Result<Request, Fault>,
+    body: Vec<u8>,
+    body_bytes_max: u64,
+}
+
+impl Durable {
+    /// Keeps a piece of the body.
+    pub(super) fn append_body(&mut self, piece: &[u8]) {
+        let State::Collecting(so_far) = &mut self.state else { return };
+        if so_far.body.len() as u64 + piece.len() as u64 > so_far.body_bytes_max {
+            so_far.request = Err(durable::TOO_LARGE);
+        }
+        // Of a request that is refused anyway nothing is kept. It is read to its end all the same: many clients do not look
+        // for an answer before they have written all.
+        if so_far.request.is_ok() {
+            so_far.body.extend_from_slice(piece);
+        } else {
+            so_far.body = Vec::new();
+        }
+    }
+
+    pub(super) fn memory_bytes(&self) -> usize {
+        match &self.state {
+            State::Collecting(so_far) => so_far.body.capacity(),
+            _ => 0,
+        }
+    }
+
+    /// Whether the client has been given a part of something that has no end yet.
+    pub(super) fn is_within(&self) -> bool {
+        matches!(&self.state, State::Reading(reading) if reading.is_within())
+    }
+}
+
+impl DurableStreams {
+    pub(super) fn new(settings: durable::Settings) -> Self {
+        DurableStreams { store: Store::new(settings), woken: VecDeque::new(), timer: None }
+    }
+
+    /// Whether readers wait for the next turn.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.woken.is_empty()
+    }
+}
+
+impl<I: Io> Shard<I> {
+    fn durable_now(&self) -> Now {
+        let since_start_ms = (self.now_us - self.started_us) / 1000;
+        let at_start_ms =
+            self.settings.unix_time_at_start_s * 1000 + u64::from(self.settings.unix_time_at_start_ms);
+        let unix_ms = at_start_ms + since_start_ms;
+        // Weyl's sequence through a mixer (splitmix64): enough to spread what must not come together.
+        let mut random = (self.settings.seed ^ self.begun).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        random = (random ^ (random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        Now { ms: self.now_ms(), unix_ms, random: random ^ (random >> 31) }
+    }
+
+    /// Takes a request's head; its body is collected.
+    pub(super) fn begin_durable(&mut self, key: Key, head: &RequestHead<'_, '_>) {
+        let client = self.streams.get(key).and_then(|stream| self.conns.get(stream.client?));
+        let secure = client.is_some_and(|conn| conn.tls.is_some());
+        let mut request = Request::parse(head, &self.settings.durable);
+        if let Ok(request) = &mut request {
+            request.secure = secure;
+        }
+        if let Some(stream) = self.streams.get_mut(key) {
+            let body_bytes_max = self.settings.durable.body_bytes_max;
+            let state = State::Collecting(Collecting { request, body: Vec::new(), body_bytes_max });
+            stream.durable = Some(Box::new(Durable { state, due_ms: u64::MAX, queued: false }));
+            // Who asks before it sends is told before it sends.
+            let too_large = matches!(head.framing, Framing::Length(length) if length > body_bytes_max);
+            if too_large && head.expect_continue {
+                self.refuse(key, Refusal::BodyTooLarge);
+            }
+        }
+    }
+
+    /// The request is whole: it is carried out.
+    pub(super) fn durable_complete(&mut self, key: Key) {
+        let now = self.durable_now();
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        // No model is waited for, and a stream may be read for as long as it lasts.
+        let total_due_ms = std::mem::replace(&mut stream.total_due_ms, u64::MAX);
+        (stream.token_due_ms, stream.phase_due_ms) = (u64::MAX, u64::MAX);
+        stream.streaming = false;
+        let Some(durable) = &mut stream.durable else { return };
+        durable.due_ms = total_due_ms;
+        let State::Collecting(whole) = std::mem::replace(&mut durable.state, State::Answered) else { return };
+        let reply = match &whole.request {
+            Ok(request) => self.durable.store.handle(request, &whole.body, key, now),
+            Err(fault) => Reply::Answer(self.durable.store.refuse(fault)),
+        };
+        drop(whole);
+        self.follow_overdraft(key);
+        self.durable_reply(key, reply);
+        self.wake_durable();
+        self.follow_durable_timer();
+    }
+
+    fn durable_reply(&mut self, key: Key, reply: Reply) {
+        let (now_ms, leaving) = (self.now_ms(), self.leaving != Leaving::No);
+        let settings = std::sync::Arc::clone(&self.settings);
+        match reply {
+            Reply::Answer(answer) => {
+                let framing = Framing::Length(answer.body.len() as u64);
+                self.durable_head(key, &answer, framing);
+                if let Some(stream) = self.streams.get_mut(key)
+                    && !stream.head_only
+                    && !answer.body.is_empty()
+                {
+                    stream.append_response(&answer.body, self.now_us);
+                }
+                self.end_stream(key, End::Done);
+            }
+            Reply::Body(head, bytes, reading) => {
+                self.durable_head(key, &head, Framing::Length(bytes));
+                self.durable_begin_reading(key, reading);
+            }
+            Reply::Events(head, mut reading) => {
+                if leaving {
+                    reading.finish();
+                }
+                let chunked = self.streams.get(key).is_some_and(Stream::events_chunked);
+                self.durable_head(key, &head, if chunked { Framing::Chunked } else { Framing::UntilClose });
+                if let Some(stream) = self.streams.get_mut(key) {
+                    stream.answer = Answer::Events { early: false };
+                    if let Some(durable) = &mut stream.durable {
+                        durable.due_ms = durable.due_ms.min(after(now_ms, settings.durable.events_ms));
+                    }
+                }
+                self.durable_begin_reading(key, reading);
+            }
+            Reply::Wait(poll) => {
+                if let Some(stream) = self.streams.get_mut(key) {
+                    // Its client's FIN means that it left.
+                    stream.streaming = true;
+                    stream.step(Step::PlainBody);
+                    if let Some(durable) = &mut stream.durable {
+                        durable.state = State::Polling(poll);
+                        durable.due_ms = durable.due_ms.min(after(now_ms, settings.durable.long_poll_ms));
+                    }
+                }
+                if leaving {
+                    self.durable_due(key);
+                }
+                self.follow_stream_timer(key);
+            }
+        }
+        if let Some(client) = self.streams.get(key).and_then(|stream| stream.client) {
+            self.mark_dirty(client);
+        }
+    }
+
+    fn durable_head(&mut self, key: Key, head: &durable::Answer, framing: Framing) {
+        let unix_time_s = self.unix_time_s();
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        stream.status = head.status;
+        stream.answer = Answer::Body(framing);
+        stream.close |= framing == Framing::UntilClose || !stream.request_done;
+        // What a GET would have had is not known.
+        let framing = if stream.head_only { Framing::None } else { framing };
+        let lines = [head.lines.as_str(), self.date.at(unix_time_s)].concat();
+        self.scratch.clear();
+        write_own_response_head(
+            &mut self.scratch,
+            head.status,
+            stream.version,
+            !stream.close,
+            framing,
+            &lines,
+        );
+        stream.append_response(&self.scratch, self.now_us);
+    }
+
+    fn durable_begin_reading(&mut self, key: Key, reading: Reading) {
+        if let Some(stream) = self.streams.get_mut(key) {
+            if stream.phase == protocol::phase::Phase::Connect {
+                stream.step(Step::PlainBody);
+            }
+            if let Some(durable) = &mut stream.durable {
+                durable.state = State::Reading(reading);
+            }
+        }
+        self.durable_fill(key);
+    }
+
+    /// Gives a reader what there is for it, as far as its client takes it.
+    pub(super) fn durable_fill(&mut self, key: Key) {
+        let now = self.durable_now();
+        let high = self.settings.lag_high_bytes;
+        let mut piece = std::mem::take(&mut self.scratch);
+        let mut progress = Progress::More;
+        while progress == Progress::More {
+            let Some(stream) = self.streams.get_mut(key) else { break };
+            let sent = stream.client.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
+            if stream.end.is_some() || stream.paused || stream.response.end() - sent > high {
+                break;
+            }
+            let Some(mut durable) = stream.durable.take() else { break };
+            piece.clear();
+            let State::Reading(reading) = &mut durable.state else {
+                stream.durable = Some(durable);
+                break;
+            };
+            progress = self.durable.store.read(reading, now, &mut piece, DURABLE_PIECE_BYTES);
+            let events = reading.take_events();
+            self.stats.counters.events += events;
+            stream.events_sent += events;
+            stream.durable = Some(durable);
+            if piece.is_empty() {
+                continue;
+            }
+            if stream.has_events_answer() {
+                stream.append_block(&piece, self.now_us);
+            } else {
+                stream.append_body(&piece, self.now_us);
+            }
+        }
+        self.scratch = piece;
+        match progress {
+            Progress::More | Progress::Waiting => {
+                self.follow_marks(key);
+                self.follow_stream_timer(key);
+            }
+            Progress::Ended => self.durable_end(key, End::Done),
+            Progress::Gone => self.durable_end(key, End::Gone),
+        }
+        if let Some(client) = self.streams.get(key).and_then(|stream| stream.client) {
+            self.mark_dirty(client);
+        }
+    }
+
+    fn durable_end(&mut self, key: Key, end: End) {
+        let Some(stream) = self.streams.get(key) else { return };
+        // Between two events nothing is missing: its reader comes again, and is told then.
+        let whole =
+            stream.has_events_answer() && stream.durable.as_ref().is_some_and(|durable| !durable.is_within());
+        self.end_stream(key, if whole { End::Done } else { end });
+        self.durable_leave(key);
+    }
+
+    /// It reads no longer.
+    pub(super) fn durable_leave(&mut self, key: Key) {
+        if let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) {
+            let state = std::mem::replace(&mut durable.state, State::Answered);
+            self.durable_left(state);
+        }
+    }
+
+    /// The same of one that is being freed.
+    pub(super) fn durable_settle(&mut self, durable: Durable) {
+        self.durable_left(durable.state);
+    }
+
+    fn durable_left(&mut self, state: State) {
+        let now = self.durable_now();
+        match state {
+            State::Polling(poll) => self.durable.store.give_up(&poll, now),
+            State::Reading(mut reading) => self.durable.store.leave(&mut reading, now),
+            State::Collecting(_) | State::Answered => {}
+        }
+    }
+
+    /// A long-poll or an event stream is over.
+    pub(super) fn durable_due(&mut self, key: Key) {
+        let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) else {
+            return;
+        };
+        durable.due_ms = u64::MAX;
+        match &mut durable.state {
+            State::Polling(_) => self.durable_poll(key, true),
+            State::Reading(reading) => {
+                reading.finish();
+                self.durable_fill(key);
+            }
+            State::Collecting(_) | State::Answered => {}
+        }
+    }
+
+    fn durable_poll(&mut self, key: Key, over: bool) {
+        let now = self.durable_now();
+        let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) else {
+            return;
+        };
+        let State::Polling(poll) = &mut durable.state else { return };
+        if let Some(reply) = self.durable.store.poll(poll, over, now) {
+            durable.state = State::Answered;
+            durable.due_ms = u64::MAX;
+            self.durable_reply(key, reply);
+        }
+    }
+
+    /// A sign of life for a reader that waits.
+    pub(super) fn durable_heartbeat(&mut self, key: Key) {
+        let now = self.durable_now();
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        let Some(durable) = &mut stream.durable else { return };
+        self.scratch.clear();
+        if let State::Reading(reading) = &mut durable.state {
+            reading.write_heartbeat(&self.durable.store, now, &mut self.scratch);
+        }
+        stream.spoke_ms = now.ms;
+        if !self.scratch.is_empty() {
+            stream.append_block(&self.scratch, self.now_us);
+        }
+    }
+
+    /// Notes whom the changes so far concern.
+    fn wake_durable(&mut self) {
+        let mut woken = Vec::new();
+        self.durable.store.take_woken(&mut woken);
+        for key in woken {
+            if let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut())
+                && !std::mem::replace(&mut durable.queued, true)
+            {
+                self.durable.woken.push_back(key);
+            }
+        }
+    }
+
+    /// Serves those who were woken, as many as one turn has room for.
+    pub(super) fn serve_durable(&mut self) {
+        for _ in 0..DURABLE_WAKES_PER_TURN_MAX {
+            let Some(key) = self.durable.woken.pop_front() else { break };
+            let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) else {
+                continue;
+            };
+            durable.queued = false;
+            match durable.state {
+                State::Polling(_) => self.durable_poll(key, false),
+                State::Reading(_) => self.durable_fill(key),
+                State::Collecting(_) | State::Answered => {}
+            }
+        }
+    }
+
+    /// Arms the timer for the next stream that may expire, if it is to fire earlier than it would.
+    pub(super) fn follow_durable_timer(&mut self) {
+        if self.leaving != Leaving::No {
+            return;
+        }
+        let due_ms = self.durable.store.next_due_ms().unwrap_or(u64::MAX);
+        super::deadline::arm(&mut self.wheel, &mut self.durable.timer, due_ms, TimerOf::Durable);
+    }
+
+    /// Streams may have expired.
+    pub(super) fn durable_expire(&mut self) {
+        let now = self.durable_now();
+        self.durable.store.expire(now);
+        self.wake_durable();
+        self.follow_durable_timer();
+    }
+
+    /// The shard leaves: who waits is sent away with what the protocol has for it, and comes again elsewhere or later.
+    pub(super) fn durable_drain(&mut self) {
+        if let Some((timer, _)) = self.durable.timer.take() {
+            self.wheel.remove(timer);
+        }
+        let readers: Vec<Key> = self
+            .streams
+            .iter()
+            .filter(|(_, stream)| stream.durable.is_some() && stream.end.is_none())
+            .map(|(key, _)| key)
+            .collect();
+        for key in readers {
+            let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) else {
+                continue;
+            };
+            match &mut durable.state {
+                State::Polling(_) => self.durable_poll(key, true),
+                State::Reading(reading) => {
+                    reading.finish();
+                    self.durable_fill(key);
+                }
+                State::Collecting(_) | State::Answered => {}
+            }
+        }
+    }
+}
+
+fn after(since_ms: u64, ms: u32) -> u64 {
+    if ms == 0 { u64::MAX } else { since_ms + u64::from(ms) }
+}

@@ -1,0 +1,356 @@
+//! Durable streams on a whole shard: publishers and readers as scripted clients, on a calm machine and on ill ones. Each
+//! reader must see what was published, from where it began, once and in order.
+
+use crate::client::{ClientPlan, Ended, How, Pace, When};
+use crate::random::faults;
+use crate::reader::Message;
+use crate::rng::Rng;
+use crate::run::{Finished, Sim, settings};
+use protocol::phase::End;
+use shard::settings::Settings;
+
+/// Requests as bytes, the last one closing its connection.
+struct Requests(Vec<u8>);
+
+impl Requests {
+    fn new() -> Self {
+        Requests(Vec::new())
+    }
+
+    fn ask(mut self, line: &str, fields: &str, body: &str) -> Self {
+        let length =
+            if body.is_empty() { String::new() } else { format!("Content-Length: {}\n", body.len()) };
+        let head = format!("{line} HTTP/1.1\nHost: sim\n{fields}{length}\n").replace('\n', "\r\n");
+        self.0.extend_from_slice(head.as_bytes());
+        self.0.extend_from_slice(body.as_bytes());
+        self
+    }
+
+    fn plan(self, start_us: u64) -> ClientPlan {
+        ClientPlan { start_us, raw: Some(self.0), ..ClientPlan::new(&[]) }
+    }
+}
+
+const JSON: &str = "Content-Type: application/json\n";
+const LAST: &str = "Connection: close\n";
+
+/// Message `number` of a stream.
+fn message(number: usize, pad: usize) -> String {
+    format!("{{\"n\":{number},\"pad\":\"{}\"}}", "x".repeat((number * 37) % (pad + 1)))
+}
+
+/// Creates a stream, appends so many messages, each by itself, and closes it with the last.
+fn publish(path: &str, messages: usize, pad: usize) -> Requests {
+    let mut requests = Requests::new().ask(&format!("PUT {path}"), JSON, "");
+    for number in 0..messages {
+        let last = if number + 1 == messages { "Stream-Closed: true\nConnection: close\n" } else { "" };
+        let fields = format!("{JSON}Producer-Id: p\nProducer-Epoch: 0\nProducer-Seq: {number}\n{last}");
+        requests = requests.ask(&format!("POST {path}"), &fields, &message(number, pad));
+    }
+    requests
+}
+
+fn read(path: &str, query: &str) -> Requests {
+    Requests::new().ask(&format!("GET {path}?{query}"), LAST, "")
+}
+
+/// Numbers of the messages in an answer, in their order, and whether it says that the stream is closed.
+fn numbers(answer: &Message) -> (Vec<u64>, bool) {
+    let text = String::from_utf8_lossy(&answer.body);
+    let number = |value: &serde_json::Value| value["n"].as_u64().unwrap();
+    if answer.header("content-type") != Some("text/event-stream") {
+        let closed = answer.header("stream-closed").is_some();
+        if !answer.complete || answer.status() != 200 {
+            return (Vec::new(), false);
+        }
+        let values: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+        return (values.iter().map(number).collect(), closed);
+    }
+    let (mut found, mut closed) = (Vec::new(), false);
+    let mut events: Vec<&str> = text.split("\n\n").collect();
+    let rest = events.pop();
+    assert!(!answer.complete || rest == Some(""), "a whole body that ends within an event: {rest:?}");
+    for event in events {
+        let data: Vec<&str> = event.lines().filter_map(|line| line.strip_prefix("data:")).collect();
+        let data = data.join("\n");
+        if event.starts_with("event: control") {
+            assert!(!closed, "something follows the end");
+            closed = data.contains("streamClosed");
+        } else if event.starts_with("event: data") {
+            let values: Vec<serde_json::Value> = serde_json::from_str(&data).unwrap();
+            found.extend(values.iter().map(number));
+        }
+    }
+    (found, closed)
+}
+
+/// What every reader of a stream of so many messages must have seen; gives how many saw all of it.
+fn check(finished: &Finished, readers: &[usize], messages: usize) -> usize {
+    let world = finished.sim.world();
+    let mut whole = 0;
+    for &reader in readers {
+        let client = &world.clients[reader];
+        let Some(answer) = client.reader.messages.first() else { continue };
+        let (found, closed) = numbers(answer);
+        assert!(found.iter().copied().eq(0..found.len() as u64), "c{reader} has {found:?}");
+        assert!(!closed || found.len() == messages, "c{reader} was told of the end after {}", found.len());
+        whole += usize::from(found.len() == messages && closed);
+    }
+    whole
+}
+
+fn sim_with(seed: u64, change: impl FnOnce(&mut Settings)) -> Sim {
+    let mut settings = settings();
+    change(&mut settings);
+    Sim::new(seed, settings, Vec::new())
+}
+
+#[test]
+fn readers_of_every_kind_see_all_and_are_told_of_the_end() {
+    let mut sim = sim_with(1, |_| {});
+    sim.client(ClientPlan {
+        write_gap_us: 200_000,
+        write_bytes: 300,
+        ..publish("/v1/durable/a", 60, 100).plan(0)
+    });
+    let readers: Vec<usize> = (0..20)
+        .map(|nth| sim.client(read("/v1/durable/a", "offset=-1&live=sse").plan(100_000 + nth * 150_000)))
+        .collect();
+    let late = sim.client(read("/v1/durable/a", "offset=-1").plan(59_000_000));
+    let finished = sim.finish();
+    assert_eq!(check(&finished, &readers, 60), 20);
+    assert_eq!(check(&finished, &[late], 60), 1);
+    assert_eq!(finished.ends(End::Done), 60 + 1 + 21);
+}
+
+#[test]
+fn a_long_poll_is_answered_by_the_append_that_it_waits_for() {
+    let mut sim = sim_with(2, |_| {});
+    sim.client(Requests::new().ask("PUT /v1/durable/a", &format!("{JSON}{LAST}"), "").plan(0));
+    let polls: Vec<usize> = (0..5)
+        .map(|_| sim.client(read("/v1/durable/a", "offset=now&live=long-poll").plan(100_000)))
+        .collect();
+    sim.client(
+        Requests::new().ask("POST /v1/durable/a", &format!("{JSON}{LAST}"), &message(0, 9)).plan(7_000_000),
+    );
+    let over = sim.client(read("/v1/durable/a", "offset=now&live=long-poll").plan(8_000_000));
+    let finished = sim.finish();
+    let world = finished.sim.world();
+    for poll in polls {
+        let client = &world.clients[poll];
+        assert_eq!(numbers(&client.reader.messages[0]).0, [0]);
+        assert!((7_000_000..8_500_000).contains(&client.ended_us), "{}", client.ended_us);
+    }
+    let client = &world.clients[over];
+    assert_eq!(client.reader.messages[0].status(), 204);
+    assert!(client.ended_us >= 28_000_000, "it waited for its 20 s: {}", client.ended_us);
+}
+
+#[test]
+fn a_reader_that_leaves_a_long_poll_is_no_reader_any_more() {
+    for how in [How::Close, How::Reset] {
+        let mut sim = sim_with(3, |_| {});
+        sim.client(Requests::new().ask("PUT /v1/durable/a", &format!("{JSON}{LAST}"), "").plan(0));
+        for query in ["offset=now&live=long-poll", "offset=now&live=sse"] {
+            let leave = Some((When::AtUs(500_000), how));
+            sim.client(ClientPlan { leave, ..read("/v1/durable/a", query).plan(100_000) });
+        }
+        sim.run_ms(3_000);
+        assert_eq!(sim.shard.snapshot().durable.readers, 0, "{how:?}");
+        let finished = sim.finish();
+        assert_eq!(finished.ends(End::ClientLeft), 2);
+    }
+}
+
+#[test]
+fn a_slow_reader_holds_no_more_than_its_marks() {
+    let mut sim = sim_with(4, |settings| settings.durable.body_bytes_max = 4 << 20);
+    sim.client(publish("/v1/durable/a", 400, 20_000).plan(0));
+    let pace = Pace::Slow { bytes: 50_000, every_us: 20_000 };
+    let readers: Vec<usize> = ["offset=-1&live=sse", "offset=-1&live=sse"]
+        .iter()
+        .map(|query| sim.client(ClientPlan { pace, ..read("/v1/durable/a", query).plan(10_000_000) }))
+        .collect();
+    let finished = sim.finish();
+    assert_eq!(check(&finished, &readers, 400), 2);
+    assert!(
+        finished.sim.lag_max > 0 && finished.sim.lag_max <= finished.sim.settings.lag_high_bytes + (20 << 10)
+    );
+    let counters = &finished.sim.shard.stats().counters;
+    assert!(counters.pauses > 4, "{} pauses", counters.pauses);
+}
+
+#[test]
+fn event_streams_are_ended_for_their_readers_to_come_again() {
+    let mut sim = sim_with(5, |settings| settings.durable.events_ms = 5_000);
+    sim.client(Requests::new().ask("PUT /v1/durable/a", &format!("{JSON}{LAST}"), &message(0, 9)).plan(0));
+    let reader = sim.client(read("/v1/durable/a", "offset=-1&live=sse").plan(1_000_000));
+    let finished = sim.finish();
+    let world = finished.sim.world();
+    let answer = &world.clients[reader].reader.messages[0];
+    assert!(answer.complete && world.clients[reader].ended == Some(Ended::Fin));
+    assert_eq!(numbers(answer), (vec![0], false));
+    assert!((6_000_000..8_000_000).contains(&world.clients[reader].ended_us));
+}
+
+#[test]
+fn a_drain_sends_readers_away_in_peace() {
+    let mut sim = sim_with(6, |_| {});
+    sim.client(
+        Requests::new()
+            .ask("PUT /v1/durable/a", &format!("{JSON}Stream-TTL: 90\n{LAST}"), &message(0, 9))
+            .plan(0),
+    );
+    let events = sim.client(read("/v1/durable/a", "offset=-1&live=sse").plan(1_000_000));
+    let poll = sim.client(read("/v1/durable/a", "offset=now&live=long-poll").plan(1_000_000));
+    sim.run_ms(5_000);
+    sim.drain(60_000);
+    let finished = sim.finish();
+    assert_eq!(finished.sim.forced, Some(0));
+    let world = finished.sim.world();
+    let (events, poll) = (&world.clients[events], &world.clients[poll]);
+    assert!(events.reader.messages[0].complete && events.ended_us < 8_000_000);
+    assert_eq!(numbers(&events.reader.messages[0]).0, [0]);
+    assert_eq!(
+        (poll.reader.messages[0].status(), poll.reader.messages[0].header("stream-up-to-date")),
+        (204, Some("true"))
+    );
+    assert!(poll.ended_us < 8_000_000);
+}
+
+#[test]
+fn a_deleted_stream_ends_its_readers() {
+    let mut sim = sim_with(7, |_| {});
+    sim.client(Requests::new().ask("PUT /v1/durable/a", &format!("{JSON}{LAST}"), &message(0, 9)).plan(0));
+    let events = sim.client(read("/v1/durable/a", "offset=-1&live=sse").plan(1_000_000));
+    let poll = sim.client(read("/v1/durable/a", "offset=now&live=long-poll").plan(1_000_000));
+    sim.client(Requests::new().ask("DELETE /v1/durable/a", LAST, "").plan(3_000_000));
+    let finished = sim.finish();
+    assert_eq!(finished.sim.shard.snapshot().durable, protocol::durable::Totals::default());
+    let world = finished.sim.world();
+    assert!(world.clients[events].reader.messages[0].complete && world.clients[events].ended_us < 6_000_000);
+    assert_eq!(world.clients[poll].reader.messages[0].status(), 404);
+}
+
+#[test]
+fn streams_expire_while_nobody_asks_and_the_shard_sleeps_until_then() {
+    let mut sim = sim_with(8, |_| {});
+    for name in 0..20 {
+        let fields = format!("{JSON}Stream-TTL: 30\n{LAST}");
+        sim.client(
+            Requests::new().ask(&format!("PUT /v1/durable/{name}"), &fields, &message(0, 9)).plan(name),
+        );
+    }
+    sim.run_ms(20_000);
+    let turns = sim.shard.stats().counters.turns;
+    assert_eq!(sim.shard.snapshot().durable.streams, 20);
+    sim.run_ms(5_000);
+    assert!(sim.shard.stats().counters.turns - turns < 5, "an idle shard sleeps");
+    sim.run_ms(10_000);
+    assert_eq!(sim.shard.snapshot().durable.streams, 0);
+    sim.finish();
+}
+
+#[test]
+fn a_body_beyond_the_limit_is_refused_however_it_comes() {
+    for chunked in [false, true] {
+        let mut sim = sim_with(9, |settings| settings.durable.body_bytes_max = 1_000);
+        let head = "POST /v1/durable/a HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\n".to_owned();
+        let raw = if chunked {
+            format!("{head}Transfer-Encoding: chunked\r\n\r\n7d0\r\n{}\r\n0\r\n\r\n", "x".repeat(2_000))
+        } else {
+            format!("{head}Content-Length: 2000\r\n\r\n{}", "x".repeat(2_000))
+        };
+        let client = sim.client(ClientPlan { raw: Some(raw.into_bytes()), ..ClientPlan::new(&[]) });
+        let finished = sim.finish();
+        let world = finished.sim.world();
+        assert_eq!(world.clients[client].reader.messages[0].status(), 413, "chunked: {chunked}");
+        assert_eq!(finished.ends(End::Done), 1, "its body was read, and its connection kept");
+    }
+}
+
+#[test]
+fn who_asks_before_it_sends_too_much_is_told_before_it_sends() {
+    let mut sim = sim_with(10, |settings| settings.durable.body_bytes_max = 1_000);
+    let raw =
+        "POST /v1/durable/a HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2000\r\n\r\n";
+    let client = sim.client(ClientPlan { raw: Some(raw.into()), ..ClientPlan::new(&[]) });
+    let finished = sim.finish();
+    let world = finished.sim.world();
+    let reader = &world.clients[client].reader;
+    assert_eq!((reader.messages[0].status(), reader.interim), (413, 0));
+    assert_eq!(finished.ends(End::Refused), 1);
+}
+
+/// A run drawn from a seed; gives how many readers saw a stream to its end.
+fn random_run(seed: u64) -> usize {
+    println!("seed {seed}");
+    let mut rng = Rng::new(seed);
+    let mut machine = faults(&mut rng);
+    // Byte by byte, megabytes take more turns than a run has.
+    machine.receive_bytes = if machine.receive_bytes > 0 { machine.receive_bytes.max(500) } else { 0 };
+    let mut sim = sim_with(seed, |settings| {
+        settings.lag_high_bytes = rng.pick(&[4_096, 65_536]);
+        settings.lag_low_bytes = settings.lag_high_bytes / 4;
+        settings.durable.events_ms = rng.pick(&[60_000, 0, 3_000]);
+        settings.durable.long_poll_ms = rng.pick(&[20_000, 100]);
+        settings.routes[1].heartbeat_ms = rng.pick(&[15_000, 500, 0]);
+        // Who is still there then has waited for long enough.
+        settings.routes[1].deadlines.total_ms = 300_000;
+        settings.routes[1].upstreams = Vec::new();
+    });
+    sim.world().faults = machine;
+    let streams = rng.range(1, 3);
+    let mut checks = Vec::new();
+    for stream in 0..streams {
+        let path = format!("/v1/durable/{stream}");
+        let (messages, pad) = (rng.range(1, 120) as usize, rng.pick(&[0, 200, 3_000]));
+        let plan = publish(&path, messages, pad).plan(rng.skewed(100_000));
+        sim.client(ClientPlan {
+            write_bytes: rng.pick(&[1 << 20, 4_000, 700]),
+            write_gap_us: rng.pick(&[0, 2_000, 50_000]),
+            ..plan
+        });
+        let readers: Vec<usize> = (0..rng.range(1, 12))
+            .map(|_| {
+                let query = rng.pick(&[
+                    "offset=-1&live=sse",
+                    "offset=-1&live=sse",
+                    "offset=-1",
+                    "offset=-1&live=long-poll",
+                ]);
+                let mut plan = read(&path, query).plan(rng.skewed(5_000_000));
+                plan.pace = match rng.below(5) {
+                    0 => Pace::Slow {
+                        bytes: rng.range(1_000, 20_000) as usize,
+                        every_us: rng.skewed(20_000) + 1,
+                    },
+                    1 => Pace::Stuck {
+                        after_bytes: rng.skewed(20_000) as usize,
+                        for_us: rng.pick(&[10_000, 5_000_000]),
+                    },
+                    _ => Pace::Eager,
+                };
+                if rng.chance(200) {
+                    let how = rng.pick(&[How::Close, How::Reset, How::HalfClose]);
+                    plan.leave = Some((When::AtUs(rng.skewed(5_000_000)), how));
+                }
+                sim.client(plan)
+            })
+            .collect();
+        checks.push((readers, messages));
+    }
+    if rng.chance(300) {
+        sim.run_ms(rng.skewed(5_000));
+        sim.drain(400_000);
+    }
+    let finished = sim.finish();
+    assert_eq!(finished.sim.shard.snapshot().durable.readers, 0, "who has left does not read");
+    checks.iter().map(|(readers, messages)| check(&finished, readers, *messages)).sum()
+}
+
+#[test]
+fn readers_see_what_was_published_whatever_the_machine_does() {
+    let whole: usize = (0..200).map(random_run).sum();
+    assert!(whole > 100, "{whole} readers saw the end of their streams");
+}
