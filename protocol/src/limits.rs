@@ -75,6 +75,8 @@ pub const ACCEPTS_ARMED_MAX: usize = 64;
 /// Clients on their way from other shards to one, at most. Beyond, a shard keeps what it accepts. They take descriptors of the
 /// shard that accepted them.
 pub const HANDED_MAX: usize = 1024;
+/// Milliseconds after which a client that is to go to another shard, and found its queue full, tries again.
+pub const MOVE_RETRY_MS: u64 = 1;
 /// Times a client is handed on before it is kept: each was decided by newer loads than the one before.
 pub const HANDED_ON_MAX: u8 = 3;
 /// Milliseconds a client that was accepted during a drain has for its first request.

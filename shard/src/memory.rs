@@ -3,7 +3,9 @@
 
 use crate::core::slab_entry_bytes;
 use crate::settings::Settings;
-use protocol::limits::{LATE_ERROR_BYTES_MAX, LOG_SEGMENT_BYTES_MAX};
+use protocol::limits::{
+    LATE_ERROR_BYTES_MAX, LOG_SEGMENT_BYTES_MAX, TLS_HANDSHAKE_BYTES_MAX, TLS_RECORD_BYTES_MAX,
+};
 
 /// Of a shard, whatever it serves: histograms, rings, executor, stack, records on their way to the control thread.
 const SHARD_FIXED_BYTES: u64 = 12 << 20;
@@ -13,6 +15,11 @@ const PROCESS_BYTES: u64 = 24 << 20;
 const STREAM_BOXES_BYTES: u64 = 4 << 10;
 /// Operations in flight of one connection, an entry of 64 bytes and some each.
 const OPS_BYTES: u64 = 4 * 96;
+/// A TLS session: keys, what rustls keeps of the handshake, the peer's certificates.
+const TLS_SESSION_BYTES: u64 = 16 << 10;
+/// Beside it: a partial record in a buffer that grew by doubling, and a batch of records that replaces one still being sent.
+const TLS_CONN_BYTES: u64 =
+    TLS_SESSION_BYTES + 2 * TLS_RECORD_BYTES_MAX as u64 + 2 * LOG_SEGMENT_BYTES_MAX as u64;
 /// What the allocator loses between blocks of different sizes: one part of so many.
 const ALLOCATOR_PART: u64 = 8;
 
@@ -31,10 +38,12 @@ pub struct WorstCase {
     pub buffers: u64,
     /// What one client has at most before it draws on the overdraft, times all clients of a shard.
     pub clients: u64,
+    /// Durable streams: those of one shard, which has all.
+    pub durable: u64,
     /// The overdraft of a shard, and what the last to draw may exceed it by.
     pub overdraft: u64,
-    /// Durable streams of a shard.
-    pub durable: u64,
+    /// TLS of a shard's connections, both sides.
+    pub tls: u64,
     /// Everything else of a shard.
     pub fixed: u64,
     /// Shards.
@@ -42,8 +51,8 @@ pub struct WorstCase {
 }
 
 impl WorstCase {
-    /// Of so many shards with these settings.
-    pub fn of(settings: &Settings, shards: usize, upstreams: usize) -> Self {
+    /// Of so many shards with these settings and so many backends, some of which may speak TLS.
+    pub fn of(settings: &Settings, shards: usize, upstreams: usize, tls_upstreams: bool) -> Self {
         let head_bytes = settings.head.head_bytes as u64;
         let clients_max = settings.connections_max as u64;
         let pooled = (settings.pool_idle_max * upstreams) as u64;
@@ -53,6 +62,12 @@ impl WorstCase {
         // Slabs grow by doubling. Beside each client, its backend's connection and two that are being closed.
         let entries = 2 * (4 * clients_max + pooled) * (slab_entry_bytes() + OPS_BYTES);
         let allocated = clients_max * client + entries;
+        let tls_clients = settings.listeners.iter().any(|listener| listener.tls.is_some());
+        let handshakes = settings.tls_handshakes_max.min(settings.connections_max) as u64;
+        // A handshake's message may be kept in a buffer that grew by doubling.
+        let tls = u64::from(tls_clients)
+            * (clients_max * TLS_CONN_BYTES + handshakes * 2 * TLS_HANDSHAKE_BYTES_MAX as u64)
+            + u64::from(tls_upstreams) * (clients_max + pooled) * TLS_CONN_BYTES;
         WorstCase {
             buffers: u64::from(settings.buffers) * u64::from(settings.buffer_bytes),
             clients: allocated + allocated / ALLOCATOR_PART,
@@ -65,6 +80,7 @@ impl WorstCase {
                 let bytes = settings.durable.store_bytes_max + LOG_SEGMENT_BYTES_MAX as u64;
                 bytes + bytes / ALLOCATOR_PART
             }),
+            tls: tls + tls / ALLOCATOR_PART,
             fixed: SHARD_FIXED_BYTES,
             shards: shards as u64,
         }
@@ -72,18 +88,19 @@ impl WorstCase {
 
     /// Of one shard.
     pub fn shard(&self) -> u64 {
-        self.buffers + self.clients + self.overdraft + self.durable + self.fixed
+        self.buffers + self.clients + self.overdraft + self.tls + self.fixed
     }
 
     /// Of the whole process.
     pub fn total(&self) -> u64 {
-        self.shards.saturating_mul(self.shard()).saturating_add(PROCESS_BYTES)
+        self.shards.saturating_mul(self.shard()).saturating_add(self.durable).saturating_add(PROCESS_BYTES)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::Listener;
     use crate::uring::tests::settings;
 
     #[test]
@@ -91,7 +108,7 @@ mod tests {
         let of = |change: &dyn Fn(&mut Settings)| {
             let mut settings = settings();
             change(&mut settings);
-            WorstCase::of(&settings, 1, 1).total()
+            WorstCase::of(&settings, 1, 1, false).total()
         };
         let base = of(&|_| {});
         let more = |change: &dyn Fn(&mut Settings)| of(change) - base;
@@ -104,7 +121,16 @@ mod tests {
         assert!(more(&|settings| settings.pool_idle_max += 100) > 0);
         assert!(more(&|settings| settings.durable.store_bytes_max += 1 << 20) >= 1 << 20);
         assert!(of(&|settings| settings.durable.prefix = None) < base);
-        let two = WorstCase::of(&settings(), 2, 1);
+        let listener = Listener { tls: Some(0) };
+        let with_tls = |settings: &mut Settings| settings.listeners = vec![listener];
+        assert!(more(&with_tls) > 100 * TLS_CONN_BYTES);
+        let more_handshakes = |settings: &mut Settings| {
+            with_tls(settings);
+            settings.tls_handshakes_max = 50;
+        };
+        assert!(more(&more_handshakes) < more(&with_tls));
+        assert!(WorstCase::of(&settings(), 1, 1, true).total() > base + 100 * TLS_CONN_BYTES);
+        let two = WorstCase::of(&settings(), 2, 1, false);
         assert_eq!(two.total() - base, two.shard(), "each shard has its own");
     }
 }

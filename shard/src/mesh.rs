@@ -6,6 +6,7 @@
 
 use crate::settings::{TlsSet, UpstreamSet};
 use crate::stats::{Snapshot, StreamRecord};
+use crate::tls::TlsAtRest;
 use crate::uring::{Bell, EventFd};
 use protocol::limits::HANDED_MAX;
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
@@ -240,8 +241,20 @@ pub struct Neighbours<T> {
     unrung: bool,
 }
 
+/// A client that is moved to another shard between two of its requests.
+#[derive(Debug)]
+pub struct Moved {
+    /// What it has sent and nobody looked at: the request that belongs there, whatever follows.
+    pub(crate) held: Vec<u8>,
+    pub(crate) tls: Option<TlsAtRest>,
+    /// It has sent its FIN.
+    pub(crate) peer_fin: bool,
+    pub(crate) requests: u32,
+    pub(crate) refused: u32,
+}
+
 /// Something that is handed from shard to shard.
-#[derive(PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub struct Handed<T> {
     /// What it is.
     pub what: T,
@@ -249,6 +262,8 @@ pub struct Handed<T> {
     pub listener: usize,
     /// How often it was handed on.
     pub times: u8,
+    /// What its shard knew of it, if it was served there before.
+    pub moved: Option<Box<Moved>>,
 }
 
 #[derive(Debug)]
@@ -316,6 +331,16 @@ impl<T> Neighbours<T> {
         let Some(outward) = &mut self.outward[to] else { return Err(handed) };
         (outward.unrung, self.unrung) = (true, true);
         outward.queue.push(handed).map_err(|PushError::Full(handed)| handed)
+    }
+
+    /// Whether nothing more can be handed to that shard before it has taken something.
+    pub fn is_full(&self, shard: usize) -> bool {
+        self.outward.get(shard).and_then(Option::as_ref).is_none_or(|outward| outward.queue.is_full())
+    }
+
+    /// Whether that shard takes clients over; it may have stopped since.
+    pub fn is_open(&self, shard: usize) -> bool {
+        self.loads.get(shard).is_some_and(|load| load.0.load(Ordering::Relaxed) != CLOSED)
     }
 
     /// What the next [`Neighbours::take`] gives, unless more is handed over meanwhile.
@@ -394,6 +419,13 @@ mod tests {
 
     fn is_send<T: Send>(_: &T) {}
 
+    impl<T: PartialEq> PartialEq for Handed<T> {
+        fn eq(&self, other: &Self) -> bool {
+            (&self.what, self.times, self.moved.is_none())
+                == (&other.what, other.times, other.moved.is_none())
+        }
+    }
+
     #[test]
     fn what_is_sent_arrives_in_order_and_a_full_queue_gives_it_back() {
         let (mut control, mut shard) = mailbox().unwrap();
@@ -444,7 +476,7 @@ mod tests {
     }
 
     fn once(what: u32) -> Handed<u32> {
-        Handed { what, listener: 0, times: 1 }
+        Handed { what, listener: 0, times: 1, moved: None }
     }
 
     fn mesh(shards: usize) -> Vec<Neighbours<u32>> {

@@ -30,6 +30,8 @@ counters! {
     handed_away => "tokenring_handed_away_total",
     /// Client connections taken over from a shard with more.
     handed_in => "tokenring_handed_in_total",
+    /// Those of them that were moved because a request belonged to another shard.
+    moves => "tokenring_moves_total",
     /// Accepts that failed (no descriptors, no memory).
     accept_errors => "tokenring_accept_errors_total",
     /// Client connections closed.

@@ -70,6 +70,28 @@ pub(crate) struct Tls {
     batch_end: u64,
 }
 
+/// A session that owes its peer nothing, on its way to another shard.
+pub(crate) struct TlsAtRest {
+    side: Side,
+    stage: Stage,
+    opened: bool,
+    heard_close: bool,
+    incoming: Vec<u8>,
+}
+
+impl std::fmt::Debug for TlsAtRest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "TlsAtRest({:?})", self.stage)
+    }
+}
+
+impl From<TlsAtRest> for Tls {
+    fn from(rest: TlsAtRest) -> Self {
+        let TlsAtRest { side, stage, opened, heard_close, incoming } = rest;
+        Tls { stage, opened, heard_close, incoming, ..Tls::new(side) }
+    }
+}
+
 /// What is wanted of rustls once it has taken all that was received.
 enum Task<'a> {
     Receive,
@@ -259,6 +281,13 @@ impl Tls {
             }
         }
         (used, result.map(|()| records))
+    }
+
+    /// Everything of it but its log; nothing may be unsent.
+    pub(crate) fn at_rest(self) -> TlsAtRest {
+        assert!(!self.has_unsent(), "records are left behind");
+        let Tls { side, stage, opened, heard_close, incoming, .. } = self;
+        TlsAtRest { side, stage, opened, heard_close, incoming }
     }
 
     /// So many bytes of `out` were sent; true when the batch that waits for it is through.

@@ -38,10 +38,11 @@ def shard_of(tokenring):
 
 
 @pytest.mark.timeout(240)
-def test_the_protocols_conformance_suite(start_tokenring, tmp_path):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_protocols_conformance_suite(start_tokenring, tmp_path, shards):
     long_poll_ms = "1500"
     flags = ["--durable-prefix", "/v1/stream", "--durable-long-poll-ms", long_poll_ms]
-    tokenring = start_tokenring(shards=1, more=flags)
+    tokenring = start_tokenring(shards=shards, more=flags)
     report = tmp_path / "report.json"
     done = subprocess.run(
         [
@@ -320,9 +321,39 @@ def test_only_paths_under_the_prefix_are_taken_from_backends(start_tokenring, uv
         assert answer.status_code in (404, 405) and "stream" not in answer.text
 
 
-def test_more_than_one_shard_would_have_streams_of_their_own(start_tokenring):
-    off = start_tokenring(shards=2)
-    assert httpx.put(url_of(off), headers=TEXT).status_code == 404
-    refused = start_tokenring(shards=2, ready=False, more=["--durable-prefix", "/v1/durable"])
-    assert refused.wait(10) == EXIT_CONFIG
-    assert "durable_prefix" in refused.log() and "shards" in refused.log()
+def test_a_client_goes_to_the_shard_that_has_the_stream(start_tokenring, uvicorn):
+    tokenring = start_tokenring([uvicorn.url], shards=2)
+    assert httpx.put(url_of(tokenring), headers=TEXT).status_code == 201
+    clients = [httpx.Client() for _ in range(40)]
+    # Every other request is the backend's, and is served wherever the client is.
+    for number, client in enumerate(clients):
+        assert client.get(f"{tokenring.url}/v1/models").status_code == 200
+        assert client.post(url_of(tokenring), headers=TEXT, content=f"{number};").status_code == 204
+        assert client.get(f"{tokenring.url}/v1/models").status_code == 200
+    expected = "".join(f"{number};" for number in range(len(clients)))
+    for client in clients:
+        assert client.get(url_of(tokenring)).text == expected
+        client.close()
+    home, other = tokenring.status()["shards"]
+    assert (home["durable"]["streams"], other["durable"]["streams"]) == (1, 0)
+    assert other["counters"]["moves"] > 0 and home["counters"]["moves"] == 0
+    wait_until(lambda: sum(s["connections"] for s in tokenring.status()["shards"]) == 0, 10, "all to have left")
+
+
+def test_requests_pipelined_behind_one_that_moves_its_client_come_along(start_tokenring):
+    tokenring = start_tokenring(shards=2)
+    put = "PUT /v1/durable/a HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n"
+    post = "POST /v1/durable/a HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nab"
+    get = "GET /v1/durable/a HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    for round in range(30):
+        with socket.create_connection(("127.0.0.1", tokenring.port)) as client:
+            client.settimeout(20)
+            text = (put + post + get).encode()
+            # The rest, or the FIN behind it, may come while the client is on its way.
+            client.sendall(text[: len(text) - round])
+            client.sendall(text[len(text) - round :])
+            client.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        assert answer.count(b"HTTP/1.1 2") == 3, answer
+        assert answer.endswith(b"ab" * (round + 1)), answer
+    assert tokenring.status()["shards"][1]["counters"]["moves"] > 0

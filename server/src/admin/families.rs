@@ -74,6 +74,7 @@ families! {
     UPSTREAM_CONNECTIONS = "tokenring_upstream_connections", Kind::Gauge, ["shard"], "Backend connections open, pooled ones included.";
     IN_FLIGHT = "tokenring_in_flight_bytes", Kind::Gauge, ["shard"], "Bytes lent to the kernel and not yet completed.";
     PENDING = "tokenring_pending_bytes", Kind::Gauge, ["shard"], "Bytes produced for clients and not confirmed sent.";
+    TLS_BYTES = "tokenring_tls_bytes", Kind::Gauge, ["shard"], "Memory of TLS connections beside their sessions: partial records, and records on their way to sockets.";
     LOG_BYTES = "tokenring_log_bytes", Kind::Gauge, ["shard"], "Memory held by event logs.";
     OVERDRAFT = "tokenring_overdraft_bytes", Kind::Gauge, ["shard"], "Memory that streams and connections hold beyond the share of each.";
     OVERDRAFT_MAX = "tokenring_overdraft_bytes_max", Kind::Gauge, ["shard"], "The most they may (overdraft_bytes_max).";

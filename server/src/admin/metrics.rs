@@ -43,6 +43,7 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     page.per_shard(&families::UPSTREAM_CONNECTIONS, view, |snapshot| snapshot.upstream_connections as u64);
     page.per_shard(&families::IN_FLIGHT, view, |snapshot| snapshot.in_flight_bytes);
     page.per_shard(&families::PENDING, view, |snapshot| snapshot.pending_bytes);
+    page.per_shard(&families::TLS_BYTES, view, |snapshot| snapshot.tls_bytes);
     page.per_shard(&families::LOG_BYTES, view, |snapshot| snapshot.log_bytes);
     page.per_shard(&families::OVERDRAFT, view, |snapshot| snapshot.overdraft_bytes);
     let overdraft_max = view.fixed.plan.settings.overdraft_bytes_max;

@@ -74,6 +74,7 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
         "in_flight_bytes": snapshot.in_flight_bytes,
         "pending_bytes": snapshot.pending_bytes,
         "log_bytes": snapshot.log_bytes,
+        "tls_bytes": snapshot.tls_bytes,
         "overdraft_bytes": snapshot.overdraft_bytes,
         "overdraft_bytes_max": plan.settings.overdraft_bytes_max,
         "durable": {

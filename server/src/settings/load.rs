@@ -276,14 +276,6 @@ fn misspelt(variables: &[String], problems: &mut Vec<Problem>) {
 
 /// What must hold between the settings of durable streams.
 fn durable_relations(values: &Values, problems: &mut Vec<Problem>) {
-    let shards = values.integer(&table::SHARDS);
-    if shards > 1 && values.prefix(&table::DURABLE_PREFIX).is_some() {
-        problems.push(Problem::new(format!(
-            "durable_prefix ({}) needs shards = 1, not {shards} ({}): each shard would have streams of its own",
-            values.source(&table::DURABLE_PREFIX),
-            values.source(&table::SHARDS),
-        )));
-    }
     for (small, large) in [
         (&table::DURABLE_BODY_BYTES_MAX, &table::DURABLE_STREAM_BYTES_MAX),
         (&table::DURABLE_STREAM_BYTES_MAX, &table::DURABLE_STORE_BYTES_MAX),
@@ -460,10 +452,6 @@ pub(crate) mod tests {
                 .contains("lag_low (65536, flag --lag-low) must be less than lag_high (65536")
         );
         assert!(error(&[("overdraft-bytes-max", "1MiB")]).contains("at least four times event_bytes_max"));
-        assert!(
-            error(&[("durable-prefix", "/d"), ("shards", "2")])
-                .contains("durable_prefix (flag --durable-prefix) needs")
-        );
         assert!(
             error(&[("durable-body-bytes-max", "32MiB")])
                 .contains("must not exceed durable_stream_bytes_max (16777216")

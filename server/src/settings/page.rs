@@ -154,14 +154,16 @@ pub(crate) fn memory(worst: &WorstCase) -> String {
          # {:>8} MiB  receive buffers of a shard\n\
          # {:>8} MiB  clients of a shard (conns_max), each with its share\n\
          # {:>8} MiB  overdraft of a shard, and its edge\n\
-         # {:>8} MiB  durable streams of a shard (durable_store_bytes_max)\n\
+         # {:>8} MiB  TLS of a shard's connections\n\
          # {:>8} MiB  everything else of a shard\n\
+         # {:>8} MiB  durable streams (durable_store_bytes_max)\n\
          # {:>8} MiB  the process with all shards ({})\n",
         mib(worst.buffers),
         mib(worst.clients),
         mib(worst.overdraft),
-        mib(worst.durable),
+        mib(worst.tls),
         mib(worst.fixed),
+        mib(worst.durable),
         mib(worst.total()),
         worst.shards,
     )
@@ -244,8 +246,15 @@ mod tests {
 
     #[test]
     fn the_memory_at_worst_is_comments() {
-        let worst =
-            WorstCase { buffers: 8 << 20, clients: 1 << 30, overdraft: 1, durable: 0, fixed: 0, shards: 2 };
+        let worst = WorstCase {
+            buffers: 8 << 20,
+            clients: 1 << 30,
+            overdraft: 1,
+            durable: 0,
+            tls: 0,
+            fixed: 0,
+            shards: 2,
+        };
         let text = memory(&worst);
         assert!(text.lines().all(|line| line.is_empty() || line.starts_with("# ")), "{text}");
         assert!(text.contains("    1024 MiB  clients") && text.contains("all shards (2)"), "{text}");

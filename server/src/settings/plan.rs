@@ -122,7 +122,8 @@ impl Plan {
 impl Plan {
     /// The most memory that the process can come to hold.
     pub(crate) fn worst_case(&self) -> WorstCase {
-        WorstCase::of(&self.settings, self.cpus.len(), self.upstreams.len())
+        let tls_upstreams = self.upstream_tls.iter().any(Option::is_some);
+        WorstCase::of(&self.settings, self.cpus.len(), self.upstreams.len(), tls_upstreams)
     }
 }
 

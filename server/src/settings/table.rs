@@ -382,10 +382,7 @@ settings! {
         "Age after which a backend connection takes no further request, so that load follows changes of the backends' addresses; 0 is off.");
 
     DURABLE_PREFIX = Setting::new("durable-prefix", Group::Durable, Kind::Prefix, || Value::Prefix(Some("/v1/durable".to_owned())),
-        "Where durable streams are served. Requests under it go to no backend. What is published there is held in memory, and whoever can connect may publish and read; off serves none.")
-        .derived(|_, so_far| {
-            Value::Prefix((so_far.integer(&SHARDS) == 1).then(|| "/v1/durable".to_owned()))
-        }, "`/v1/durable` with one shard, off with more");
+        "Where durable streams are served. Requests under it go to no backend. What is published there is held in memory, and whoever can connect may publish and read; off serves none.");
     DURABLE_BODY_BYTES_MAX = Setting::new("durable-body-bytes-max", Group::Durable, bytes(KIB, GIB),
         || Value::Integer(limits::DURABLE_BODY_BYTES_MAX),
         "Bytes of one append. More is answered with 413.");
@@ -394,7 +391,7 @@ settings! {
         "Bytes of one stream that are held. Beyond, its oldest messages are dropped, and reading from before them is answered with 410.");
     DURABLE_STORE_BYTES_MAX = Setting::new("durable-store-bytes-max", Group::Durable, bytes(64 * KIB, 1 << 40),
         || Value::Integer(limits::DURABLE_STORE_BYTES_MAX),
-        "Memory of all streams of a shard. For more, closed streams are given up, then the oldest messages of open ones, least recently used first and none that is being read; if that is not enough, publishing is answered with 503.");
+        "Memory of all streams. For more, closed streams are given up, then the oldest messages of open ones, least recently used first and none that is being read; if that is not enough, publishing is answered with 503.");
     DURABLE_LONG_POLL_MS = Setting::new("durable-long-poll-ms", Group::Durable, milliseconds(1, 600_000),
         || Value::Integer(limits::DURABLE_LONG_POLL_MS.into()),
         "How long a long-poll waits for data.");

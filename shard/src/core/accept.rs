@@ -6,6 +6,7 @@
 //! is.
 
 use super::conn::{Client, Conn, Handshake, Role, State};
+use super::moves::Newcomer;
 use super::{Leaving, Shard, TimerOf};
 use crate::io::{Close, Errno, Io, OpId};
 use crate::mesh::{Handed, Neighbours, Report};
@@ -139,7 +140,7 @@ impl<I: Io> Shard<I> {
         self.acceptors[listener].probing = false;
         self.stats.counters.accepts += 1;
         if let Some(socket) = self.hand_away(socket, listener) {
-            self.take_in(socket, listener);
+            self.take_in(Newcomer::fresh(socket, listener));
         }
         if self.permits() == 0 {
             self.follow_accepts();
@@ -163,7 +164,7 @@ impl<I: Io> Shard<I> {
         let Some(to) = neighbours.emptier(with_it, self.settings.connections_max) else {
             return Some(socket);
         };
-        match neighbours.hand(to, Handed { what: self.io.release(socket), listener, times: 1 }) {
+        match neighbours.hand(to, Handed { what: self.io.release(socket), listener, times: 1, moved: None }) {
             Ok(()) => {
                 self.stats.counters.handed_away += 1;
                 None
@@ -177,12 +178,16 @@ impl<I: Io> Shard<I> {
         for _ in 0..HANDED_MAX {
             let load = self.load();
             let Some(neighbours) = &mut self.neighbours else { return };
-            let Some(times) = neighbours.peek().map(|handed| handed.times) else { break };
-            let may_go_on = self.leaving == Leaving::No && times < HANDED_ON_MAX;
+            let Some((times, moved)) = neighbours.peek().map(|handed| (handed.times, handed.moved.is_some()))
+            else {
+                break;
+            };
+            // Who was moved has come to its home.
+            let may_go_on = self.leaving == Leaving::No && times < HANDED_ON_MAX && !moved;
             let most = self.settings.connections_max;
             let onward = if may_go_on { neighbours.emptier(load, most) } else { None };
             // One that found no room anywhere is parked, so that its sender's slot is free again.
-            let homeless = times >= HANDED_ON_MAX && self.parked.len() < ACCEPTS_ARMED_MAX;
+            let homeless = (times >= HANDED_ON_MAX || moved) && self.parked.len() < ACCEPTS_ARMED_MAX;
             if onward.is_none() && !self.has_free_slot() && !homeless {
                 break;
             }
@@ -198,7 +203,7 @@ impl<I: Io> Shard<I> {
                 }
             }
             let socket = self.io.adopt(handed.what);
-            self.take_in(socket, handed.listener);
+            self.take_in(Newcomer { socket, listener: handed.listener, moved: handed.moved });
         }
         if self.permits() == 0 {
             self.follow_accepts();
@@ -228,20 +233,24 @@ impl<I: Io> Shard<I> {
     }
 
     /// Serves a client, or parks it until a slot is free.
-    fn take_in(&mut self, socket: I::Socket, listener: usize) {
+    fn take_in(&mut self, newcomer: Newcomer<I::Socket>) {
         if self.has_free_slot() {
-            self.serve(socket, listener);
+            self.serve(newcomer);
         } else if matches!(self.leaving, Leaving::Stopping { .. }) {
-            self.io.close(socket, Close::Reset);
+            self.io.close(newcomer.socket, Close::Reset);
             self.stats.counters.closes += 1;
         } else {
             self.stats.counters.accept_parks += 1;
-            self.parked.push_back((socket, listener));
+            self.parked.push_back(newcomer);
             self.publish_load();
         }
     }
 
-    fn serve(&mut self, socket: I::Socket, listener: usize) {
+    fn serve(&mut self, newcomer: Newcomer<I::Socket>) {
+        let Newcomer { socket, listener, moved } = newcomer;
+        if let Some(moved) = moved {
+            return self.serve_moved(socket, *moved);
+        }
         let tls = self.settings.listeners.get(listener).and_then(|listener| listener.tls);
         let handshake = tls.map_or(Handshake::None, Handshake::Awaited);
         let mut conn = Conn::new(socket, Role::Client(Client { handshake, ..Client::default() }));
@@ -255,16 +264,22 @@ impl<I: Io> Shard<I> {
             conn.due_ms = conn.due_ms.min(self.now_ms() + DRAIN_FRESH_MS);
         }
         conn.receive_wanted = true;
+        self.insert_client(conn);
+    }
+
+    pub(super) fn insert_client(&mut self, conn: Conn<I::Socket>) -> Option<protocol::slots::Key> {
         match self.conns.insert(conn) {
             Ok(key) => {
                 self.clients += 1;
                 self.publish_load();
                 self.follow_receive(key);
                 self.follow_conn_timer(key);
+                Some(key)
             }
             Err(conn) => {
                 self.io.close(conn.socket, Close::Reset);
                 self.stats.counters.closes += 1;
+                None
             }
         }
     }
@@ -272,9 +287,9 @@ impl<I: Io> Shard<I> {
     /// Those that wait for a slot, in their order: parked ones, then those that neighbours have handed over.
     pub(super) fn serve_waiting(&mut self) {
         while self.has_free_slot()
-            && let Some((socket, listener)) = self.parked.pop_front()
+            && let Some(newcomer) = self.parked.pop_front()
         {
-            self.serve(socket, listener);
+            self.serve(newcomer);
         }
         if self.parked.is_empty() {
             self.take_handed();
@@ -284,9 +299,9 @@ impl<I: Io> Shard<I> {
     /// What the kernel does with the clients in its backlog when their listener is closed.
     fn reset_waiting(&mut self) {
         while let Some(handed) = self.next_handed() {
-            self.parked.push_back((self.io.adopt(handed.what), handed.listener));
+            self.parked.push_back(Newcomer::fresh(self.io.adopt(handed.what), handed.listener));
         }
-        for (socket, _) in std::mem::take(&mut self.parked) {
+        for Newcomer { socket, .. } in std::mem::take(&mut self.parked) {
             self.io.close(socket, Close::Reset);
             self.stats.counters.closes += 1;
         }
@@ -332,8 +347,12 @@ impl<I: Io> Shard<I> {
 
     /// A client slot is free again.
     pub(super) fn client_freed(&mut self) {
-        self.clients -= 1;
         self.stats.counters.closes += 1;
+        self.slot_freed();
+    }
+
+    pub(super) fn slot_freed(&mut self) {
+        self.clients -= 1;
         if !is_planted(Bug::ForgottenAccept) {
             self.serve_waiting();
             self.publish_load();

@@ -48,11 +48,15 @@ impl<I: Io> Shard<I> {
     /// The first thing that is not as it should be.
     pub fn audit(&self) -> Result<(), String> {
         demand!(self.dirty.is_empty() && self.starved.is_empty(), "a turn left work undone");
-        let mut timers: usize =
-            [self.leaving_timer.is_some(), self.handshakes.is_timer_armed(), self.durable.timer.is_some()]
-                .into_iter()
-                .map(usize::from)
-                .sum();
+        let mut timers: usize = [
+            self.leaving_timer.is_some(),
+            self.handshakes.is_timer_armed(),
+            self.durable.timer.is_some(),
+            self.moves.timer_armed,
+        ]
+        .into_iter()
+        .map(usize::from)
+        .sum();
         let mut handshakes = 0;
         let mut clients = 0;
         let mut active = vec![0; self.pool.upstreams.len()];
@@ -111,7 +115,8 @@ impl<I: Io> Shard<I> {
         }
         let deaf = conn.receive_wanted && !conn.peer_fin && conn.ops.connect.is_none();
         demand!(!deaf || conn.ops.receive.is_some(), "it is to be read, and is not: {conn:?}");
-        let unwatched = conn.is_client() && !conn.peer_fin && conn.ops.receive.is_none();
+        let moving = matches!(conn.state, State::Moving(_));
+        let unwatched = conn.is_client() && !moving && !conn.peer_fin && conn.ops.receive.is_none();
         demand!(!unwatched || conn.ops.hangup.is_some(), "nobody would see it leave: {conn:?}");
         let due_ms = Self::conn_due_ms(conn);
         let armed = due_ms == u64::MAX || conn.timer.is_some_and(|(_, armed_ms)| armed_ms <= due_ms);

@@ -35,6 +35,7 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get_mut(key) else { return };
         match conn.state {
             State::Joining(_) => return,
+            State::Moving(_) => return conn.held.extend_from_slice(bytes),
             State::Lingering => {
                 let dropped = conn.client().map_or(0, |client| {
                     client.dropped += bytes.len() as u64;
@@ -69,7 +70,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// Takes what was held, from `from` on.
-    fn client_held_input(&mut self, key: Key, mut held: Vec<u8>, from: usize) {
+    pub(super) fn client_held_input(&mut self, key: Key, mut held: Vec<u8>, from: usize) {
         let left = self.client_input(key, &held[from..]);
         let mut from = held.len() - left;
         // Not with every request of many that came together, or each would move all that follow it.
@@ -83,7 +84,7 @@ impl<I: Io> Shard<I> {
     /// Keeps what a connection is not ready for.
     fn hold(&mut self, key: Key, held: Vec<u8>, from: usize) {
         let Some(conn) = self.conns.get_mut(key) else { return };
-        if from < held.len() && conn.state == State::Open {
+        if from < held.len() && matches!(conn.state, State::Open | State::Moving(_)) {
             (conn.held, conn.held_from) = (held, from);
         }
         self.held_grew(key);
@@ -127,6 +128,10 @@ impl<I: Io> Shard<I> {
         let mut slots = header_slots();
         match parse_request(input, &mut slots, &self.settings.head) {
             Ok(Some(head)) => {
+                if let Some(home) = self.home_elsewhere(&head) {
+                    self.begin_move(key, home);
+                    return Start::Partial;
+                }
                 let raw = &input[..head.head_bytes];
                 *input = &input[head.head_bytes..];
                 self.begin(key, &head, raw, !input.is_empty());
@@ -239,6 +244,10 @@ impl<I: Io> Shard<I> {
         self.describe(stream_key, head);
         if !self.check_request(stream_key, route, head, raw) {
             return;
+        }
+        if durable && !self.is_durable_home() {
+            // Its home takes nobody over any more.
+            return self.end_stream(stream_key, End::Drain);
         }
         if durable {
             self.begin_durable(stream_key, head);

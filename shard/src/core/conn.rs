@@ -4,6 +4,7 @@
 //!   Open ──(last byte confirmed, FIN owed)──► Lingering ──(peer's FIN, or time)──► Joining ──(no op left)──► closed, freed
 //!     └────────────────────────(error, cancel, peer gone)────────────────────────────┘
 //! ```
+//! `Open ──(a request that belongs to another shard)──► Moving ──(no op left)──► handed over, freed`.
 //! `Joining` is the second of three steps: shut down, wait until every operation has completed, close and free.
 
 use crate::io::{Close, OpId};
@@ -20,6 +21,8 @@ pub(crate) enum State {
     Open,
     /// Everything was sent and FIN too; what still arrives is read and dropped, so that no RST destroys what was sent.
     Lingering,
+    /// On its way to another shard, as soon as the kernel holds nothing of it.
+    Moving(usize),
     /// Shut; its operations are ending.
     Joining(Close),
 }

@@ -42,6 +42,7 @@ impl<I: Io> Shard<I> {
                 TimerOf::Drain => self.leaving_timer = None,
                 TimerOf::Handshakes => self.handshake_timer_gone(),
                 TimerOf::Durable => self.durable.timer = None,
+                TimerOf::Moves => self.moves.timer_armed = false,
                 TimerOf::Acceptor(_) => {}
             }
         }
@@ -51,6 +52,8 @@ impl<I: Io> Shard<I> {
                 TimerOf::Stream(key) => self.stream_timer_fired(key),
                 TimerOf::Acceptor(listener) => self.accept_rested(listener),
                 TimerOf::Handshakes => self.handshakes_due(),
+                // They are looked at in every turn.
+                TimerOf::Moves => {}
                 TimerOf::Drain => self.leaving_due(),
                 TimerOf::Durable => self.durable_expire(),
             }
@@ -118,7 +121,7 @@ impl<I: Io> Shard<I> {
         }
         let stream = conn.stream;
         match (&conn.role, conn.state) {
-            (_, State::Joining(_)) => {}
+            (_, State::Joining(_) | State::Moving(_)) => {}
             (_, State::Lingering) => self.join(key, Close::Orderly),
             (Role::Client(_), State::Open) => match stream {
                 Some(stream) if stalled => {

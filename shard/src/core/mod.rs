@@ -13,6 +13,7 @@ mod deadline;
 mod demo;
 mod durable;
 mod finish;
+mod moves;
 mod relay;
 mod secure;
 mod stream;
@@ -28,6 +29,7 @@ pub use audit::Holding;
 use backend::Pool;
 use conn::{Conn, Role};
 use durable::DurableStreams;
+use moves::{Moves, Newcomer};
 use protocol::http::DateLine;
 use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
 use protocol::phase::Phase;
@@ -57,6 +59,7 @@ enum TimerOf {
     Stream(Key),
     Acceptor(usize),
     Handshakes,
+    Moves,
     Durable,
     Drain,
 }
@@ -98,7 +101,8 @@ pub struct Shard<I: Io> {
     durable: DurableStreams,
     clients: usize,
     /// Accepted on a listener, and waiting for a slot: nothing of theirs has been read.
-    parked: VecDeque<(I::Socket, usize)>,
+    parked: VecDeque<Newcomer<I::Socket>>,
+    moves: Moves,
     handshakes: Handshakes,
     tls_scratch: Scratch,
     /// None: the only shard.
@@ -152,6 +156,7 @@ impl<I: Io> Shard<I> {
             durable: DurableStreams::new(settings.durable.clone()),
             clients: 0,
             parked: VecDeque::new(),
+            moves: Moves::default(),
             handshakes: Handshakes::default(),
             tls_scratch: Scratch::default(),
             neighbours: None,
@@ -216,6 +221,7 @@ impl<I: Io> Shard<I> {
         self.fire_timers();
         self.serve_durable();
         self.pump_dirty();
+        self.follow_moves();
         self.feed_starved();
         if !self.parked.is_empty() {
             self.serve_waiting();

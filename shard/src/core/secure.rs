@@ -91,7 +91,7 @@ impl<I: Io> Shard<I> {
     /// Received bytes of a connection that speaks TLS, or is to.
     pub(super) fn tls_received(&mut self, key: Key, bytes: &mut [u8]) {
         let Some(conn) = self.conns.get_mut(key) else { return };
-        if conn.state != State::Open {
+        if !matches!(conn.state, State::Open | State::Moving(_)) {
             // What is dropped need not be decrypted.
             return if conn.is_client() {
                 self.client_received(key, bytes)
@@ -334,6 +334,10 @@ impl<I: Io> Shard<I> {
     /// TLS cannot go on. The alert, if there is one, is in the connection's records and still goes out.
     fn tls_failed(&mut self, key: Key, error: &rustls::Error) {
         let Some(conn) = self.conns.get_mut(key) else { return };
+        if matches!(conn.state, State::Moving(_)) {
+            self.stats.counters.tls_failures += 1;
+            return self.join(key, Close::Orderly);
+        }
         if conn.state != State::Open {
             return;
         }

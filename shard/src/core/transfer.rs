@@ -29,7 +29,8 @@ impl<I: Io> Shard<I> {
             _ => {}
         }
         // A client that is not being read must still be seen to leave.
-        if !conn.receive_wanted && conn.is_client() && conn.ops.hangup.is_none() && !conn.peer_fin {
+        let stays = !matches!(conn.state, State::Moving(_));
+        if stays && !conn.receive_wanted && conn.is_client() && conn.ops.hangup.is_none() && !conn.peer_fin {
             conn.ops.hangup = Some(self.io.watch_hangup(key, conn.socket));
         }
     }
@@ -78,7 +79,8 @@ impl<I: Io> Shard<I> {
             conn.peer_fin = true;
             return self.join(key, Close::Orderly);
         }
-        if std::mem::replace(&mut conn.peer_fin, true) {
+        // On its way to another shard: it will be told there.
+        if std::mem::replace(&mut conn.peer_fin, true) || matches!(conn.state, State::Moving(_)) {
             return;
         }
         match conn.role {
@@ -141,7 +143,7 @@ impl<I: Io> Shard<I> {
         let peer_fin = conn.peer_fin;
         match conn.state {
             State::Joining(_) => self.follow_join(key),
-            State::Lingering => {}
+            State::Lingering | State::Moving(_) => {}
             // An armed receive tells it better, and in order.
             State::Open if conn.ops.receive.is_some() && !conn.receive_cancelled => {}
             State::Open => match result {

@@ -1,0 +1,153 @@
+//! Moving a client to the shard that has what it asks for: the connection goes to the data, and no data is copied between
+//! shards.
+//!
+//! ```text
+//!   this shard                                         its home
+//!   head parsed ─► Moving: receive cancelled
+//!                  no operation left
+//!                  └─ Io::release ─► queue of the mesh ─► Io::adopt ─► the same bytes again, and on
+//! ```
+//! It happens between two requests only: what moves is a socket, the bytes that were received and not used, and TLS at rest.
+
+use super::conn::{Client, Conn, Role, State};
+use super::{Leaving, Shard, TimerOf};
+use crate::io::Io;
+use crate::mesh::{Handed, Moved};
+use crate::tls::Tls;
+use protocol::http::RequestHead;
+use protocol::limits::{HANDED_ON_MAX, MOVE_RETRY_MS};
+use protocol::slots::Key;
+
+/// The shard that has all durable streams (docs/decisions/011-home-of-durable-streams.md).
+const DURABLE_HOME: usize = 0;
+
+/// Clients that are to go to other shards.
+#[derive(Default)]
+pub(super) struct Moves {
+    clients: Vec<Key>,
+    pub(super) timer_armed: bool,
+}
+
+/// A client that a shard is to serve.
+pub(super) struct Newcomer<S> {
+    pub(super) socket: S,
+    /// Index of the listener it came from.
+    pub(super) listener: usize,
+    /// What another shard knew of it; none: nothing of it was read.
+    pub(super) moved: Option<Box<Moved>>,
+}
+
+impl<S> Newcomer<S> {
+    pub(super) fn fresh(socket: S, listener: usize) -> Self {
+        Newcomer { socket, listener, moved: None }
+    }
+}
+
+impl<I: Io> Shard<I> {
+    /// Whether durable streams are served here.
+    pub(super) fn is_durable_home(&self) -> bool {
+        self.neighbours.is_none() || self.index == DURABLE_HOME
+    }
+
+    /// The shard that a request must go to, if it is another one and takes clients.
+    pub(super) fn home_elsewhere(&self, head: &RequestHead<'_, '_>) -> Option<usize> {
+        let neighbours = self.neighbours.as_ref()?;
+        let moves = self.leaving == Leaving::No
+            && !self.is_durable_home()
+            && self.settings.durable.covers(head.path())
+            && neighbours.is_open(DURABLE_HOME);
+        moves.then_some(DURABLE_HOME)
+    }
+
+    /// A client leaves for another shard as soon as the kernel holds nothing of it.
+    pub(super) fn begin_move(&mut self, key: Key, to: usize) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        conn.state = State::Moving(to);
+        conn.receive_wanted = false;
+        (conn.due_ms, conn.look_ms) = (u64::MAX, u64::MAX);
+        if let Some(op) = conn.ops.hangup {
+            self.io.cancel(op);
+        }
+        self.moves.clients.push(key);
+        self.follow_receive(key);
+    }
+
+    /// Hands over whom the kernel has let go of. Looked at in every turn, since what ends an operation also ends its sleep.
+    pub(super) fn follow_moves(&mut self) {
+        if self.moves.clients.is_empty() {
+            return;
+        }
+        let mut blocked = false;
+        for key in std::mem::take(&mut self.moves.clients) {
+            let Some(conn) = self.conns.get(key) else { continue };
+            let State::Moving(to) = conn.state else { continue };
+            let open = self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_open(to));
+            if !conn.ops.none() || conn.waiting > 0 || conn.tls.as_ref().is_some_and(|tls| tls.has_unsent()) {
+                self.moves.clients.push(key);
+            } else if self.leaving != Leaving::No || !open {
+                self.stay(key);
+            } else if self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_full(to)) {
+                blocked = true;
+                self.moves.clients.push(key);
+            } else {
+                self.hand_over(key, to);
+            }
+        }
+        if blocked && !self.moves.timer_armed {
+            self.wheel.insert(self.now_us / 1000 + MOVE_RETRY_MS, TimerOf::Moves);
+            self.moves.timer_armed = true;
+        }
+    }
+
+    /// It is not taken elsewhere, and is answered here.
+    fn stay(&mut self, key: Key) {
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        conn.state = State::Open;
+        conn.receive_wanted = true;
+        let (held, fin) = (conn.take_held(), std::mem::take(&mut conn.peer_fin));
+        self.go_on(key, held, fin);
+    }
+
+    /// Takes up a connection with what it has sent, as if it had just arrived.
+    fn go_on(&mut self, key: Key, held: Vec<u8>, fin: bool) {
+        self.client_held_input(key, held, 0);
+        if fin {
+            self.peer_finished(key);
+        }
+        self.follow_receive(key);
+    }
+
+    fn hand_over(&mut self, key: Key, to: usize) {
+        let Some(mut conn) = self.conns.remove(key) else { return };
+        let held = conn.take_held();
+        self.overdraft_bytes -= conn.drawn;
+        if let Some((timer, _)) = conn.timer.take() {
+            self.wheel.remove(timer);
+        }
+        let (requests, refused) = match &conn.role {
+            Role::Client(client) => (client.requests, client.refused),
+            Role::Backend(_) => (0, 0),
+        };
+        let tls = conn.tls.map(|tls| tls.at_rest());
+        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused };
+        let what = self.io.release(conn.socket);
+        let handed = Handed { what, listener: 0, times: HANDED_ON_MAX, moved: Some(Box::new(moved)) };
+        self.stats.counters.handed_away += 1;
+        self.stats.counters.moves += 1;
+        let result = self.neighbours.as_mut().map(|neighbours| neighbours.hand(to, handed));
+        debug_assert!(matches!(result, Some(Ok(()))), "there was room, and nobody else fills the queue");
+        self.slot_freed();
+    }
+
+    /// Serves a client that comes with a request of its own.
+    pub(super) fn serve_moved(&mut self, socket: I::Socket, moved: Moved) {
+        let Moved { held, tls, peer_fin, requests, refused } = moved;
+        let mut conn = Conn::new(socket, Role::Client(Client { requests, refused, ..Client::default() }));
+        conn.tls = tls.map(|tls| Box::new(Tls::from(tls)));
+        conn.due_ms = self.now_ms() + u64::from(self.idle_ms());
+        conn.receive_wanted = !peer_fin;
+        if let Some(key) = self.insert_client(conn) {
+            self.go_on(key, held, peer_fin);
+        }
+    }
+}
