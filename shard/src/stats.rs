@@ -288,6 +288,8 @@ pub struct StreamRecord {
     pub dialect: &'static str,
     /// Status sent to the client; 0 when none was.
     pub status: u16,
+    /// The certificate that the client showed, DER: its subject names the tenant.
+    pub client_certificate: Option<Box<[u8]>>,
     /// Request method and path, shortened to 120 bytes, for the log.
     pub request: Box<str>,
     /// The model asked for.

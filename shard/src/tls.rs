@@ -168,6 +168,11 @@ impl Tls {
         self.common().handshake_kind() == Some(HandshakeKind::Resumed)
     }
 
+    /// The certificate that the peer showed, DER.
+    pub(crate) fn peer_certificate(&self) -> Option<&[u8]> {
+        self.common().peer_certificates()?.first().map(AsRef::as_ref)
+    }
+
     /// What lies ready in `out` and was not sent.
     pub(crate) fn has_unsent(&self) -> bool {
         self.out.end() > self.ledger.sent()

@@ -225,6 +225,29 @@ def test_large_bodies_both_ways(logs, served, trust, uvicorn):
         tokenring.stop()
 
 
+def test_a_client_takes_its_tls_along_to_another_shard(logs, served, trust):
+    tokenring = tls_tokenring(logs, served, shards=2).ready()
+    try:
+        text, as_json = {"Content-Type": "text/plain"}, {"Content-Type": "application/json"}
+        url = f"{tokenring.url}/v1/durable/a"
+        created = httpx.put(url, headers=text, verify=trust)
+        assert created.headers["location"].startswith("https://")
+        clients = [httpx.Client(verify=trust) for _ in range(30)]
+        for number, client in enumerate(clients):
+            # The first request is served where the client was accepted, the second where the stream is.
+            assert client.post(f"{tokenring.url}/v1/chat/completions", content=BODY, headers=as_json).status_code == 200
+            assert client.post(url, headers=text, content=f"{number};").status_code == 204
+        expected = "".join(f"{number};" for number in range(len(clients)))
+        for client in clients:
+            assert client.get(url).text == expected
+            client.close()
+        counters = [shard["counters"] for shard in tokenring.status()["shards"]]
+        assert counters[1]["moves"] > 0
+        assert sum(each["tls_failures"] + each["tls_handshake_failures"] for each in counters) == 0
+    finally:
+        tokenring.stop()
+
+
 # ---- client certificates
 
 
@@ -241,7 +264,7 @@ def strange(tmp_path_factory):
 @pytest.mark.parametrize("version", ["1.2", "1.3"])
 @pytest.mark.parametrize("auth", ["required", "optional"])
 def test_clients_with_and_without_certificates(start, authority, known, strange, auth, version):
-    tokenring = start("--tls-client-ca", authority.ca, "--tls-client-auth", auth)
+    tokenring = start("--tls-client-ca", authority.ca, "--tls-client-auth", auth, "--access-log", "on")
 
     def ask(*more):
         return run(
@@ -250,6 +273,7 @@ def test_clients_with_and_without_certificates(start, authority, known, strange,
         )  # fmt: skip
 
     assert "[DONE]" in ask("--cert", known.certificate, "--key", known.key).stdout
+    wait_until(lambda: re.search(r'tenant="?CN=', tokenring.log()), 5, "whose stream it was, in the access log")
     without = ask()
     assert ("[DONE]" in without.stdout) == (auth == "optional"), without
     stranger = ask("--cert", strange.certificate, "--key", strange.key)

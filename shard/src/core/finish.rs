@@ -176,11 +176,14 @@ impl<I: Io> Shard<I> {
         {
             self.wheel.remove(timer);
         }
-        let mut sent_bytes = 0;
+        let (mut sent_bytes, mut client_certificate) = (0, None);
         if let Some(conn) = stream.client.and_then(|key| self.conns.get_mut(key))
             && conn.stream == Some(key)
         {
             sent_bytes = conn.ledger.sent();
+            if let (Some(tls), Some(_)) = (&conn.tls, &stream.description) {
+                client_certificate = tls.peer_certificate().map(Box::from);
+            }
             if conn.state == State::Open {
                 conn.stream = None;
             }
@@ -196,6 +199,7 @@ impl<I: Io> Shard<I> {
                 route: stream.route as u16,
                 dialect: stream.dialect.name(),
                 status: stream.status,
+                client_certificate,
                 request: description.request,
                 model: stream.facts.model.take(),
                 upstream: stream.upstream.map(|upstream| upstream as u16),
