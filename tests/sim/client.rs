@@ -53,6 +53,9 @@ pub(crate) struct ClientPlan {
     pub(crate) idle_us: u64,
     /// Writes these bytes as they are instead of requests.
     pub(crate) raw: Option<Vec<u8>>,
+    /// Speaks no TLS where the others do.
+    #[serde(skip)]
+    pub(crate) bare: bool,
 }
 
 impl Default for ClientPlan {
@@ -73,6 +76,7 @@ impl ClientPlan {
             leave: None,
             idle_us: 0,
             raw: None,
+            bare: false,
         }
     }
 }

@@ -1,10 +1,10 @@
 //! The control thread as one more peer of the shard: it gives orders at their time through a bounded mailbox, and reads
 //! reports when it is not busy elsewhere.
 
-use crate::world::{Event, World};
+use crate::world::{Event, World, name};
 use serde::{Deserialize, Serialize};
 use shard::mesh::Command;
-use shard::settings::{Upstream, UpstreamSet};
+use shard::settings::{Upstream, UpstreamSet, UpstreamTls};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -158,7 +158,7 @@ impl World {
             authority: authority(upstream),
             base_path: base_path(upstream),
             addresses: addresses(upstream).map(|host| host.address).collect(),
-            tls: None,
+            tls: self.tongues.backends.is_some().then(|| UpstreamTls { config: 0, name: name() }),
         });
         UpstreamSet { epoch, upstreams: upstreams.collect() }
     }

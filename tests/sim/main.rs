@@ -16,4 +16,5 @@ mod reader;
 mod rng;
 mod run;
 mod script;
+mod tls;
 mod world;

@@ -6,7 +6,7 @@ use crate::io::{SimIo, SimSocket};
 use crate::minimise::{TURNS, TURNS_OF_A_RUN};
 use crate::plan::{Answer, Exchange, Fault, Method, Request};
 use crate::reader::{Message, read_events};
-use crate::world::{Counts, Silence, World};
+use crate::world::{Counts, Identity, Silence, Tongues, World};
 use protocol::demo::DemoSettings;
 use protocol::dialect::Dialect;
 use protocol::http::HeadLimits;
@@ -14,7 +14,7 @@ use protocol::limits::INTERIM_RESPONSES_MAX;
 use protocol::phase::{Deadlines, End};
 use shard::core::{Shard, Sleepy};
 use shard::mesh::{Command, Neighbours, Report, mailbox, neighbours};
-use shard::settings::{HalfClose, Route, Settings, Sleep};
+use shard::settings::{HalfClose, Route, Settings, Sleep, TlsSet};
 use shard::stats::StreamRecord;
 use std::cell::{RefCell, RefMut};
 use std::rc::Rc;
@@ -95,6 +95,8 @@ fn silence(settings: &Settings) -> Silence {
 pub(crate) struct Lenience {
     /// Deadlines are so short, or peers so slow, that any answer may fail by one.
     pub(crate) impatient: bool,
+    /// A peer breaks the rules of TLS.
+    pub(crate) breach: bool,
 }
 
 pub(crate) struct Sim {
@@ -106,9 +108,10 @@ pub(crate) struct Sim {
     pub(crate) forced: Option<u64>,
     /// A shard that always has fewer clients, and hands on to this one whatever it is given.
     mirror: Option<Neighbours<SimSocket>>,
-    /// Reports for which there was no room: records, and snapshots.
+    /// Reports for which there was no room: records, snapshots, and failures of TLS.
     records_dropped: u64,
     snapshots_dropped: u64,
+    failures_dropped: u64,
     snapshots: u64,
     pub(crate) turns: u64,
     /// The most bytes that one response log held unconfirmed.
@@ -145,7 +148,35 @@ impl Sim {
         hosts: Vec<BackendHost>,
         listeners: usize,
     ) -> Self {
-        let mut world = World::new(seed, listeners);
+        Sim::of_world(World::new(seed, listeners), settings, hosts)
+    }
+
+    /// With peers that speak TLS; on which listeners the shard does is for `settings` to say.
+    pub(crate) fn secure(
+        seed: u64,
+        settings: Settings,
+        hosts: Vec<BackendHost>,
+        tongues: Tongues,
+        identity: &Identity,
+    ) -> Self {
+        let mut world = World::new(seed, settings.listeners.len().max(1));
+        world.tongues = tongues;
+        let mut sim = Sim::of_world(world, settings, hosts);
+        sim.certify(1, identity);
+        sim
+    }
+
+    /// Certificate and trust from now on.
+    pub(crate) fn certify(&mut self, epoch: u64, identity: &Identity) {
+        let set = TlsSet {
+            epoch,
+            servers: vec![Arc::clone(&identity.server)],
+            clients: vec![Arc::clone(&identity.client)],
+        };
+        self.shard.command(Command::Tls(Arc::new(set)));
+    }
+
+    fn of_world(mut world: World, settings: Settings, hosts: Vec<BackendHost>) -> Self {
         world.hosts = hosts;
         let upstreams = world.upstream_set(1, &(0..world.hosts.len()).collect::<Vec<_>>());
         world.silence = silence(&settings);
@@ -166,6 +197,7 @@ impl Sim {
             mirror: None,
             records_dropped: 0,
             snapshots_dropped: 0,
+            failures_dropped: 0,
             snapshots: 0,
             turns: 0,
             lag_max: 0,
@@ -273,7 +305,9 @@ impl Sim {
                 assert_eq!(ticket, self.snapshots + self.snapshots_dropped, "each is answered, in order");
                 *(if room { &mut self.snapshots } else { &mut self.snapshots_dropped }) += 1;
             }
-            Report::Started | Report::TlsFailed(_) | Report::Left { .. } | Report::Failed(_) => {}
+            Report::TlsFailed(_) if !room => self.failures_dropped += 1,
+            Report::TlsFailed(failure) => self.world().say(|| format!("TLS failed: {failure:?}")),
+            Report::Started | Report::Left { .. } | Report::Failed(_) => {}
         }
     }
 
@@ -281,7 +315,8 @@ impl Sim {
     fn check_step(&self) {
         let world = self.world.borrow();
         let counters = &self.shard.stats().counters;
-        let counts = Counts {
+        let secure = world.tongues.clients.is_some() || world.tongues.backends.is_some();
+        let mut counts = Counts {
             accepts: counters.accepts,
             client_received_bytes: counters.client_received_bytes,
             client_sent_bytes: counters.client_sent_bytes,
@@ -291,9 +326,14 @@ impl Sim {
             sends_short: counters.sends_short,
             connects: counters.upstream_connects,
         };
+        if secure {
+            // It counts what is said, and the machine what is sent.
+            let Counts { accepts, sends, sends_short, connects, .. } = counts;
+            counts = Counts { accepts, sends, sends_short, connects, ..world.counts };
+        }
         assert_eq!(counts, world.counts, "what the shard has counted, and what happened");
         // It does not ask how a connect ended that it has given up.
-        let errors = counters.upstream_connect_errors;
+        let errors = counters.upstream_connect_errors - counters.upstream_tls_handshake_failures;
         assert!(errors <= u64::from(world.connects_failed), "{errors} connects are said to have failed");
         // With thousands of connections not after every turn, or their number would be squared.
         let (clients, backends, ..) = self.shard.population();
@@ -411,12 +451,18 @@ impl Sim {
         assert!(leftovers.is_empty(), "at rest there are left: {leftovers:#?}");
         population.3 = 0;
         assert_eq!(population, (0, 0, 0, 0), "clients, backends' connections and streams at rest");
-        assert_eq!(self.shard.snapshot().overdraft_bytes, 0, "what was drawn beyond all shares is back");
+        let snapshot = self.shard.snapshot();
+        assert_eq!(
+            (snapshot.handshakes, snapshot.tls_bytes),
+            (0, 0),
+            "handshakes at rest, and what TLS holds"
+        );
+        assert_eq!(snapshot.overdraft_bytes, 0, "what was drawn beyond all shares is back");
         let ends: u64 = self.shard.stats().ends.iter().sum();
         let reported = self.records.len() as u64 + self.records_dropped;
         assert_eq!(ends, reported, "every stream ends once and is reported once");
         let counters = &self.shard.stats().counters;
-        let dropped = self.records_dropped + self.snapshots_dropped;
+        let dropped = self.records_dropped + self.snapshots_dropped + self.failures_dropped;
         assert_eq!(counters.records_dropped, dropped, "reports that found no room");
         let tickets = self.world.borrow().control.tickets;
         assert_eq!(self.snapshots + self.snapshots_dropped, tickets, "every question is answered");
@@ -502,7 +548,8 @@ impl Sim {
                 let silent = matches!(outcome, Outcome::Nothing | Outcome::EventsCut(_));
                 // An idle connection may be closed just as its next request is on its way.
                 let leaving = world.control.leaving_us.is_some_and(|us| us < client.ended_us);
-                let crossed = outcome == Outcome::Nothing && (self.lenience.impatient || leaving || jumped);
+                let crossed = outcome == Outcome::Nothing
+                    && (self.lenience.impatient || self.lenience.breach || leaving || jumped);
                 let cut_by_stop = self.forced.is_some_and(|forced| forced > 0);
                 // It was told so long ago that its connection has been closed since.
                 let asleep = is_asleep(client, 50_000_000);
@@ -550,6 +597,7 @@ impl Sim {
         // Connections that are long in closing hold their slots, of which there are four per client.
         let closing = code == "overload" && self.has_few_slots(world);
         self.lenience.impatient
+            || self.lenience.breach
             || client.jumped_us >= JUMP_US_MIN
             || broken
             || closing
@@ -575,6 +623,7 @@ impl Sim {
     /// Whether an error of this code may have been told.
     fn plausible(&self, world: &World, client: usize, id: usize, code: &str) -> bool {
         let exchange = &world.exchanges[id];
+        let breach = self.lenience.breach && matches!(code, "plain_on_tls" | "upstream_tls");
         let by_fault: &[&str] = match exchange.answer.fault {
             Fault::Cut(_) | Fault::NoAnswer => &["upstream_truncated", "upstream_reset"],
             Fault::Reset(_) => &["upstream_reset", "upstream_truncated"],
@@ -603,6 +652,8 @@ impl Sim {
         let interim = exchange.answer.interim > INTERIM_RESPONSES_MAX && code == "upstream_malformed";
         let closing = code == "overload" && self.has_few_slots(world);
         by_fault.contains(&code)
+            || breach
+            || world.has_broken_backends() && code == "upstream_tls"
             || closing
             || interim
             || leaving

@@ -6,12 +6,12 @@ use crate::client::ClientPlan;
 use crate::control::Order;
 use crate::plan::{Answer, Request};
 use crate::run::{Finished, Sim, settings};
-use crate::world::{Faults, Planted};
+use crate::world::{Faults, Identity, Planted, Tongues};
 use protocol::phase::Deadlines;
 use protocol::planted::{Bug, plant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use shard::settings::{HalfClose, Settings};
+use shard::settings::{HalfClose, Listener, Settings};
 
 /// One request of a client, and how it is answered.
 #[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
@@ -211,6 +211,20 @@ impl Drop for Planting {
 impl Script {
     /// Runs to the end and asks the oracle; panics with what it finds.
     pub(crate) fn run(&self, with: With) -> Finished {
+        self.run_with(with, |tuning, hosts| {
+            Sim::with_listeners(self.seed, tuning, hosts, self.listeners.max(1))
+        })
+    }
+
+    /// The same over TLS.
+    pub(crate) fn run_secure(&self, tongues: Tongues, identity: &Identity) -> Finished {
+        self.run_with(With::NoBug, |mut tuning, hosts| {
+            tuning.listeners = vec![Listener { tls: Some(0) }; self.listeners.max(1)];
+            Sim::secure(self.seed, tuning, hosts, tongues, identity)
+        })
+    }
+
+    fn run_with(&self, with: With, sim: impl FnOnce(Settings, Vec<BackendHost>) -> Sim) -> Finished {
         let _planting = Planting::new(with);
         let mut hosts = self.hosts.clone();
         for (nth, host) in hosts.iter_mut().enumerate() {
@@ -219,7 +233,7 @@ impl Script {
         let mut tuning = self.tuning.settings();
         let upstreams = hosts.iter().map(|host| host.upstream + 1).max().unwrap_or(1);
         tuning.routes[1].upstreams = (0..upstreams).collect();
-        let mut sim = Sim::with_listeners(self.seed, tuning, hosts, self.listeners.max(1));
+        let mut sim = sim(tuning, hosts);
         if self.seed.is_multiple_of(5) {
             sim = sim.beside_a_mirror();
         }

@@ -3,7 +3,7 @@
 
 use super::conn::{Conn, Handshake, Role, State};
 use super::{Leaving, Shard};
-use crate::io::Io;
+use crate::io::{Completion, Io};
 use protocol::slots::Key;
 
 /// What the kernel holds of one connection.
@@ -33,13 +33,19 @@ impl<I: Io> Shard<I> {
     pub fn holdings(&self) -> impl Iterator<Item = (Key, I::Socket, Holding)> {
         self.conns.iter().map(|(key, conn)| {
             let holding = Holding {
-                receive: conn.ops.receive.is_some(),
+                // Of an end that waits for its turn the kernel has told.
+                receive: conn.ops.receive.is_some() && !self.is_end_waiting(key),
                 lent_bytes: conn.lent_bytes(),
                 connect: conn.ops.connect.is_some(),
                 hangup: conn.ops.hangup.is_some(),
             };
             (key, conn.socket, holding)
         })
+    }
+
+    fn is_end_waiting(&self, key: Key) -> bool {
+        let ends = |waiting: &Completion<I::Socket, I::Buffer>| matches!(waiting, Completion::ReceiveEnded { conn, .. } if *conn == key);
+        self.waiting.iter().any(ends)
     }
 
     /// Whether everything that could go on does, and everything that is owned has one owner. To be asked right after a turn.

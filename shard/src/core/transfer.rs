@@ -422,7 +422,7 @@ impl<I: Io> Shard<I> {
         if !conn.ops.none() {
             return;
         }
-        assert!(conn.ledger.in_flight() == 0, "memory of a freed connection is lent");
+        assert!(conn.lent_bytes() == 0, "memory of a freed connection is lent");
         let client = conn.is_client();
         if matches!(&conn.role, Role::Client(client) if client.requests == 0) {
             self.stats.counters.closes_unused += 1;

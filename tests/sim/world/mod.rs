@@ -3,9 +3,11 @@
 
 mod faults;
 mod operations;
+mod secure;
 mod sockets;
 
 pub(crate) use faults::{Faults, Planted};
+pub(crate) use secure::{Heard, Identity, Tongues, name};
 pub(crate) use sockets::{Peer, PeerRead, Unconnected};
 
 use crate::backend::{BackendConn, BackendHost, BackendStep, HostStep};
@@ -34,7 +36,7 @@ pub(crate) struct Silence {
 }
 
 /// What the shard was told, to be compared with what it has counted.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub(crate) struct Counts {
     pub(crate) accepts: u64,
     pub(crate) client_received_bytes: u64,
@@ -117,6 +119,8 @@ pub(crate) struct World {
     pub(crate) control: Control,
     pub(crate) silence: Silence,
     pub(crate) log: bool,
+    pub(crate) tongues: Tongues,
+    pub(crate) heard: Heard,
 }
 
 fn hash(bytes: impl Iterator<Item = u8>) -> u64 {
@@ -163,6 +167,8 @@ impl World {
             control: Control::default(),
             silence: Silence { heartbeat_us: u64::MAX, commit_us: u64::MAX, total_us: u64::MAX },
             log: false,
+            tongues: Tongues::default(),
+            heard: Heard::default(),
         }
     }
 
@@ -211,6 +217,7 @@ impl World {
         self.stuck = false;
         self.now += 1 + self.rng.below(self.faults.work_us + 1);
         self.jump();
+        self.send_last_words();
         for ending in std::mem::take(&mut self.endings) {
             self.end(ending);
         }

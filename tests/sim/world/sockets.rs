@@ -2,6 +2,7 @@
 
 use super::World;
 use super::faults::{BREAKS, ECONNRESET};
+use super::secure::PeerTls;
 use protocol::slots::Key;
 use shard::core::Holding;
 use shard::io::{Close, Errno, Half};
@@ -55,6 +56,8 @@ pub(crate) struct Socket {
     pub(super) conn: Option<Key>,
     /// What was asked for and has not been answered.
     pub(super) holding: Holding,
+    /// Its peer speaks TLS.
+    pub(super) tls: Option<Box<PeerTls>>,
 }
 
 #[derive(Debug)]
@@ -117,6 +120,7 @@ impl World {
             send_due: false,
             conn: None,
             holding: Holding::default(),
+            tls: None,
         });
         self.sockets.len() - 1
     }
@@ -216,11 +220,20 @@ impl World {
         }
         let socket = self.new_socket(peer);
         self.listeners[listener].backlog.push_back(socket);
+        if let (Some(config), Peer::Client(client)) = (&self.tongues.clients, peer)
+            && !self.clients[client].plan.bare
+        {
+            self.sockets[socket].tls = Some(PeerTls::client(config, self.tongues.rude_clients));
+            self.tls_flush(socket);
+        }
         Ok(socket)
     }
 
     pub(crate) fn attach_peer(&mut self, socket: usize, peer: Peer) {
         self.sockets[socket].peer = peer;
+        if let (Some(config), Peer::Backend(_)) = (&self.tongues.backends, peer) {
+            self.sockets[socket].tls = Some(PeerTls::server(config, self.tongues.rude_backends));
+        }
     }
 
     pub(super) fn peer_readable(&mut self, socket: usize) {
@@ -232,6 +245,7 @@ impl World {
     }
 
     pub(super) fn peer_writable(&mut self, socket: usize) {
+        self.tls_flush(socket);
         match self.sockets[socket].peer {
             Peer::Client(client) => self.client_writable(client),
             Peer::Backend(backend) => self.backend_writable(backend),
@@ -241,6 +255,15 @@ impl World {
 
     /// Bytes taken; an error when the connection is reset.
     pub(crate) fn peer_write(&mut self, index: usize, bytes: &[u8]) -> Result<usize, Errno> {
+        if self.sockets[index].tls.is_none() {
+            return self.pipe_write(index, bytes);
+        }
+        // An empty write tells of a reset.
+        self.pipe_write(index, &[])?;
+        Ok(self.tls_write(index, bytes))
+    }
+
+    pub(super) fn pipe_write(&mut self, index: usize, bytes: &[u8]) -> Result<usize, Errno> {
         let keep = self.rng.next();
         let socket = &mut self.sockets[index];
         if socket.outward_reset {
@@ -266,6 +289,11 @@ impl World {
     }
 
     pub(crate) fn peer_read(&mut self, index: usize, bytes_max: usize) -> PeerRead {
+        let read = self.pipe_read(index, bytes_max);
+        self.tls_read(index, read)
+    }
+
+    fn pipe_read(&mut self, index: usize, bytes_max: usize) -> PeerRead {
         let socket = &mut self.sockets[index];
         if !socket.outward.is_empty() {
             let take = bytes_max.min(socket.outward.len());
@@ -282,6 +310,9 @@ impl World {
     }
 
     pub(crate) fn peer_fin(&mut self, index: usize) {
+        if !self.tls_end(index) {
+            return;
+        }
         self.sockets[index].inward_fin = true;
         self.receive_soon(index);
         self.hang_soon(index);
