@@ -239,3 +239,193 @@ fn a_peer_that_is_not_trusted_is_named() {
     let error = wire.carry(true, 1).unwrap_err();
     assert!(matches!(error, Error::AlertReceived(_)), "{error}");
 }
+
+// ---- bytes of strangers
+
+/// xorshift64*.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % bound
+    }
+
+    fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| self.below(256) as u8).collect()
+    }
+
+    /// Bytes that look like a record, with a handshake message's head in front more often than not.
+    fn record(&mut self) -> Vec<u8> {
+        let kind = [20, 21, 22, 22, 22, 23, 24, 0x80][self.below(8)];
+        let length = [0, 1, 2, 4, 40, 600, 16_384, 16_640, 18_432, 18_433, 65_535][self.below(11)];
+        let mut record = vec![kind, 3, self.below(5) as u8, (length >> 8) as u8, length as u8];
+        let here = if self.below(3) > 0 { length } else { self.below(length + 1) };
+        let mut body = self.bytes(here);
+        if let [message, high, ..] = &mut body[..] {
+            *message = [1, 2, 4, 8, 11, 20, 24][self.below(7)];
+            *high = if self.below(8) > 0 { 0 } else { *high };
+        }
+        record.extend(body);
+        record
+    }
+
+    /// Somebody sits on the wire.
+    fn mutate(&mut self, bytes: &mut Vec<u8>) {
+        let at = self.below(bytes.len() + 1);
+        let end = at + self.below(bytes.len() - at + 1);
+        match self.below(7) {
+            0 | 1 if at < bytes.len() => bytes[at] ^= 1 << self.below(8),
+            2 => bytes.truncate(at),
+            3 => drop(bytes.drain(at..end)),
+            4 => {
+                let again = bytes[at..end].to_vec();
+                bytes.splice(at..at, again);
+            }
+            5 => {
+                let record = self.record();
+                let at = if self.below(2) == 0 { bytes.len() } else { at };
+                bytes.splice(at..at, record);
+            }
+            _ => {
+                // Another length, or another kind, of the first record.
+                let at = self.below(5);
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte = self.below(256) as u8;
+                }
+            }
+        }
+    }
+}
+
+/// Takes bytes in pieces until they are taken or refused, and looks at what is held after each.
+fn feed(tls: &mut Tls, scratch: &mut Scratch, bytes: &mut [u8], dice: &mut Dice) -> Result<Vec<u8>, Error> {
+    const PIECE_BYTES_MAX: usize = 4096;
+    let mut heard = Vec::new();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let most = [1, 50, PIECE_BYTES_MAX][dice.below(3)];
+        let (piece, after) = rest.split_at_mut((1 + dice.below(most)).min(rest.len()));
+        scratch.plain.clear();
+        let result = tls.receive(piece, scratch);
+        heard.extend_from_slice(&scratch.plain);
+        let most = if tls.is_handshaking() { TLS_HANDSHAKE_BYTES_MAX } else { TLS_RECORD_BYTES_MAX };
+        assert!(tls.incoming.len() <= most + PIECE_BYTES_MAX, "{} bytes are held", tls.incoming.len());
+        assert!(tls.out.end() - tls.ledger.sent() <= 16 * 1024, "answers to strangers are short");
+        if let Err(error) = result {
+            assert_eq!((tls.stage, tls.incoming.capacity()), (Stage::Closed, 0), "{error}");
+            tls.say_close(scratch);
+            return Err(error);
+        }
+        rest = after;
+    }
+    Ok(heard)
+}
+
+fn take_out(tls: &mut Tls) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while let Some(range) = tls.out().lend(tls.ledger.sent(), u32::MAX) {
+        bytes.extend(range.to_vec());
+        tls.ledger.lend(range.len() as u32);
+        tls.confirmed(range.len() as u32);
+    }
+    bytes
+}
+
+#[test]
+fn whoever_sits_on_the_wire_can_only_cut_it() {
+    let (mut whole, mut cut) = (0, 0);
+    for versions in BOTH {
+        let pair = configs(versions);
+        for seed in 1..600 {
+            let mut dice = Dice(seed * 0x9E37_79B9);
+            let mut wire = Wire::new(&pair);
+            // Where in the exchange it strikes; beyond its end in some runs.
+            let strike = dice.below(12);
+            let closer = dice.below(2);
+            let said = [dice.bytes(20_000), dice.bytes(40_000)];
+            let mut heard = [Vec::new(), Vec::new()];
+            let mut told = [false, false];
+            let mut quiet = 0;
+            let mut step = 0;
+            'run: while quiet < 2 {
+                let to_server = step % 2 == 0;
+                let (from, to) = match to_server {
+                    true => (&mut wire.client, &mut wire.server),
+                    false => (&mut wire.server, &mut wire.client),
+                };
+                let who = usize::from(!to_server);
+                if from.stage == Stage::Open && !std::mem::replace(&mut told[who], true) {
+                    wire.scratch.plain.clear();
+                    wire.scratch.plain.extend_from_slice(&said[who]);
+                    from.seal(&mut wire.scratch).unwrap();
+                }
+                // One of them has the last word, once it was answered.
+                if who == closer && told[who] && !heard[1 - who].is_empty() {
+                    from.say_close(&mut wire.scratch);
+                }
+                let mut bytes = take_out(from);
+                quiet = if bytes.is_empty() { quiet + 1 } else { 0 };
+                if step == strike {
+                    dice.mutate(&mut bytes);
+                }
+                if to.stage == Stage::Closed {
+                    // What comes now is dropped, and rustls is not asked: it holds its own end for an alert that was sent.
+                    bytes.clear();
+                }
+                match feed(to, &mut wire.scratch, &mut bytes, &mut dice) {
+                    Ok(plain) => heard[who].extend(plain),
+                    Err(_) => {
+                        cut += 1;
+                        break 'run;
+                    }
+                }
+                step += 1;
+                assert!(step < 100, "it does not end");
+            }
+            for (who, tls) in [&wire.server, &wire.client].into_iter().enumerate() {
+                assert!(said[who].starts_with(&heard[who]), "seed {seed}: heard what was not said");
+                assert!(
+                    !tls.heard_close() || heard[who] == said[who],
+                    "seed {seed}: cut, and taken for whole"
+                );
+                whole += usize::from(tls.heard_close());
+            }
+        }
+    }
+    assert!(whole > 200 && cut > 200, "{whole} directions came through, {cut} connections did not");
+}
+
+#[test]
+fn records_of_strangers_cost_little_and_end_soon() {
+    let pair = configs(&[&version::TLS13, &version::TLS12]);
+    let name = ServerName::try_from("model.test").unwrap();
+    let mut scratch = Scratch::default();
+    let mut refused = 0;
+    for seed in 1..2_000 {
+        let mut dice = Dice(seed * 0x9E37_79B9);
+        let mut tls = match seed % 2 {
+            0 => Tls::server(&pair.server).unwrap(),
+            _ => Tls::client(&pair.client, &name, &mut scratch).unwrap(),
+        };
+        for _ in 0..40 {
+            let mut bytes = match dice.below(3) {
+                0 => {
+                    let count = 1 + dice.below(2_000);
+                    dice.bytes(count)
+                }
+                _ => dice.record(),
+            };
+            match feed(&mut tls, &mut scratch, &mut bytes, &mut dice) {
+                Ok(plain) => assert!(plain.is_empty() && !tls.was_open(), "seed {seed}: nobody was there"),
+                Err(_) => {
+                    refused += 1;
+                    break;
+                }
+            }
+        }
+    }
+    assert!(refused > 1_900, "{refused}");
+}
