@@ -389,14 +389,19 @@ fn random_runs() {
     }
 }
 
+/// `SIM_SEED`: a number, or a commit's hash.
+pub(crate) fn seed_asked_for() -> Option<u64> {
+    let text = std::env::var("SIM_SEED").ok()?;
+    let digits = text.trim();
+    let hash = || u64::from_str_radix(digits.get(..12).unwrap_or(digits), 16);
+    Some(digits.parse().or_else(|_| hash()).expect("SIM_SEED is a number, or a hash"))
+}
+
 /// `SIM_SEED` runs that one, and `SIM_RUNS` so many from there on, until `SIM_FAILURES` (1) of them have failed; CI sets it to
 /// the commit's hash.
 #[test]
 fn seed_of_env() {
-    let text = std::env::var("SIM_SEED").unwrap_or_else(|_| "1000000".to_owned());
-    let digits = text.trim();
-    let hash = || u64::from_str_radix(digits.get(..12).unwrap_or(digits), 16);
-    let first: u64 = digits.parse().or_else(|_| hash()).expect("SIM_SEED is a number, or a hash");
+    let first = seed_asked_for().unwrap_or(1_000_000);
     let count = std::env::var("SIM_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(1);
     let failures_max = std::env::var("SIM_FAILURES").ok().and_then(|runs| runs.parse().ok()).unwrap_or(1);
     let mut failures = 0;
