@@ -338,6 +338,11 @@ impl<T> Neighbours<T> {
         self.outward.get(shard).and_then(Option::as_ref).is_none_or(|outward| outward.queue.is_full())
     }
 
+    /// Which shard this end is.
+    pub fn own(&self) -> usize {
+        self.own
+    }
+
     /// Whether that shard takes clients over; it may have stopped since.
     pub fn is_open(&self, shard: usize) -> bool {
         self.loads.get(shard).is_some_and(|load| load.0.load(Ordering::Relaxed) != CLOSED)

@@ -233,6 +233,50 @@ fn a_deleted_stream_ends_its_readers() {
 }
 
 #[test]
+fn a_client_goes_to_the_home_of_streams_once_with_all_that_it_has_sent() {
+    let mut sim = sim_with(11, |_| {}).beside_a_home();
+    sim.client(publish("/v1/durable/a", 50, 100).plan(0));
+    let readers: Vec<usize> = (0..20)
+        .map(|nth| sim.client(read("/v1/durable/a", "offset=-1&live=sse").plan(100_000 + nth)))
+        .collect();
+    let elsewhere = sim.client(Requests::new().ask("GET /v1/elsewhere", LAST, "").plan(0));
+    let finished = sim.finish();
+    assert_eq!(check(&finished, &readers, 50), readers.len());
+    let counters = &finished.sim.shard.stats().counters;
+    assert_eq!(counters.moves, 21, "each that asks for a stream, once");
+    assert!(!finished.sim.world().clients[elsewhere].reader.messages.is_empty());
+}
+
+/// While it is on its way, or about to be.
+#[test]
+fn a_client_that_leaves_on_its_way_to_the_home_is_let_go() {
+    for at_us in 0..40 {
+        for how in [How::Close, How::Reset, How::HalfClose] {
+            let mut sim = sim_with(12 + at_us, |_| {}).beside_a_home();
+            let leave = Some((When::AtUs(at_us * 10), how));
+            sim.client(ClientPlan { leave, ..read("/v1/durable/a", "offset=-1&live=sse").plan(0) });
+            sim.finish();
+        }
+    }
+}
+
+#[test]
+fn during_a_drain_nobody_is_moved() {
+    let mut sim = sim_with(13, |_| {}).beside_a_home();
+    let put = sim.client(ClientPlan {
+        write_bytes: 10,
+        write_gap_us: 20_000,
+        ..Requests::new().ask("PUT /v1/durable/a", &format!("{JSON}{LAST}"), "").plan(0)
+    });
+    sim.run_ms(20);
+    sim.drain(10_000);
+    let finished = sim.finish();
+    let world = finished.sim.world();
+    assert_eq!(world.clients[put].reader.messages[0].status(), 503);
+    assert_eq!(finished.sim.shard.stats().counters.moves, 0);
+}
+
+#[test]
 fn streams_expire_while_nobody_asks_and_the_shard_sleeps_until_then() {
     let mut sim = sim_with(8, |_| {});
     for name in 0..20 {
@@ -299,6 +343,9 @@ fn random_run(seed: u64) -> usize {
         settings.routes[1].deadlines.total_ms = 300_000;
         settings.routes[1].upstreams = Vec::new();
     });
+    if seed % 2 == 1 {
+        sim = sim.beside_a_home();
+    }
     sim.world().faults = machine;
     let streams = rng.range(1, 3);
     let mut checks = Vec::new();

@@ -128,7 +128,7 @@ impl<I: Io> Shard<I> {
         let mut slots = header_slots();
         match parse_request(input, &mut slots, &self.settings.head) {
             Ok(Some(head)) => {
-                if let Some(home) = self.home_elsewhere(&head) {
+                if let Some(home) = self.home_elsewhere(key, &head) {
                     self.begin_move(key, home);
                     return Start::Partial;
                 }
@@ -245,7 +245,7 @@ impl<I: Io> Shard<I> {
         if !self.check_request(stream_key, route, head, raw) {
             return;
         }
-        if durable && !self.is_durable_home() {
+        if durable && !self.is_durable_home(key) {
             // Its home takes nobody over any more.
             return self.end_stream(stream_key, End::Drain);
         }

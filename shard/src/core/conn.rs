@@ -133,6 +133,8 @@ pub(crate) struct Client {
     /// A partial head is held, and its deadline runs.
     pub(crate) in_head: bool,
     pub(crate) handshake: Handshake,
+    /// It was moved here for what it asks for, and stays.
+    pub(crate) at_home: bool,
     /// Bytes dropped while lingering.
     pub(crate) dropped: u64,
 }

@@ -220,11 +220,13 @@ impl<I: Io> Shard<I> {
         self.complete_waiting();
         self.fire_timers();
         self.serve_durable();
-        self.pump_dirty();
         self.follow_moves();
+        self.pump_dirty();
         self.feed_starved();
         if !self.parked.is_empty() {
             self.serve_waiting();
+            // Who was moved here comes with a request.
+            self.pump_dirty();
         }
         self.follow_leaving();
         self.ring_neighbours();

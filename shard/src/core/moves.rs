@@ -44,16 +44,18 @@ impl<S> Newcomer<S> {
 }
 
 impl<I: Io> Shard<I> {
-    /// Whether durable streams are served here.
-    pub(super) fn is_durable_home(&self) -> bool {
-        self.neighbours.is_none() || self.index == DURABLE_HOME
+    /// Whether durable streams are served here to this client.
+    pub(super) fn is_durable_home(&self, key: Key) -> bool {
+        let home = self.neighbours.as_ref().is_none_or(|neighbours| neighbours.own() == DURABLE_HOME);
+        let role = self.conns.get(key).map(|conn| &conn.role);
+        home || matches!(role, Some(Role::Client(client)) if client.at_home)
     }
 
-    /// The shard that a request must go to, if it is another one and takes clients.
-    pub(super) fn home_elsewhere(&self, head: &RequestHead<'_, '_>) -> Option<usize> {
+    /// The shard that a client's request must go to, if it is another one and takes clients.
+    pub(super) fn home_elsewhere(&self, key: Key, head: &RequestHead<'_, '_>) -> Option<usize> {
         let neighbours = self.neighbours.as_ref()?;
         let moves = self.leaving == Leaving::No
-            && !self.is_durable_home()
+            && !self.is_durable_home(key)
             && self.settings.durable.covers(head.path())
             && neighbours.is_open(DURABLE_HOME);
         moves.then_some(DURABLE_HOME)
@@ -142,7 +144,8 @@ impl<I: Io> Shard<I> {
     /// Serves a client that comes with a request of its own.
     pub(super) fn serve_moved(&mut self, socket: I::Socket, moved: Moved) {
         let Moved { held, tls, peer_fin, requests, refused } = moved;
-        let mut conn = Conn::new(socket, Role::Client(Client { requests, refused, ..Client::default() }));
+        let client = Client { requests, refused, at_home: true, ..Client::default() };
+        let mut conn = Conn::new(socket, Role::Client(client));
         conn.tls = tls.map(|tls| Box::new(Tls::from(tls)));
         conn.due_ms = self.now_ms() + u64::from(self.idle_ms());
         conn.receive_wanted = !peer_fin;

@@ -152,6 +152,7 @@ impl World {
         let in_flight = [open.receive, open.send, open.connect, open.hangup];
         assert!(in_flight == [None; 4], "s{socket} is given away with operations in flight: {in_flight:?}");
         open.away = true;
+        open.conn = None;
     }
 
     pub(crate) fn adopt(&mut self, socket: usize) {
