@@ -51,7 +51,7 @@ impl<I: Io> Shard<I> {
                 TimerOf::Conn(key) => self.conn_timer_fired(key),
                 TimerOf::Stream(key) => self.stream_timer_fired(key),
                 TimerOf::Acceptor(listener) => self.accept_rested(listener),
-                TimerOf::Handshakes => self.handshakes_due(),
+                TimerOf::Handshakes => self.admit_handshakes(),
                 // They are looked at in every turn.
                 TimerOf::Moves => {}
                 TimerOf::Drain => self.leaving_due(),

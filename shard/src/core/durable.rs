@@ -411,17 +411,7 @@ impl<I: Io> Shard<I> {
             .map(|(key, _)| key)
             .collect();
         for key in readers {
-            let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) else {
-                continue;
-            };
-            match &mut durable.state {
-                State::Polling(_) => self.durable_poll(key, true),
-                State::Reading(reading) => {
-                    reading.finish();
-                    self.durable_fill(key);
-                }
-                State::Collecting(_) | State::Answered => {}
-            }
+            self.durable_due(key);
         }
     }
 }

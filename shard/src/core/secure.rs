@@ -183,16 +183,12 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    pub(super) fn handshakes_due(&mut self) {
-        self.admit_handshakes();
-    }
-
     pub(super) fn handshake_timer_gone(&mut self) {
         self.handshakes.timer_armed = false;
     }
 
     /// Takes the hellos that have waited, as far as there is room for them.
-    fn admit_handshakes(&mut self) {
+    pub(super) fn admit_handshakes(&mut self) {
         while let Some(&key) = self.handshakes.waiting.front() {
             if let Some(server) = self.is_waiting_to_begin(key) {
                 if !self.may_begin_handshake() {
