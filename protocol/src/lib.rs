@@ -14,6 +14,7 @@ pub mod limits;
 pub mod log;
 pub mod phase;
 pub mod planted;
+pub mod resume;
 pub mod slots;
 pub mod sse;
 pub mod wheel;

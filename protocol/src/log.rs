@@ -10,6 +10,13 @@
 //!   └─────────┴───────────────────┴────────┴ ─ ─ ─ ┘
 //! ```
 //!
+//! A log that is kept ([`Log::keep`]) holds on to what was delivered, as far as its window reaches, and knows where each event
+//! ends, so that a subscriber can begin behind any of them:
+//!
+//! ```text
+//!   start ──── history, up to the window ──── floor ──── owed to somebody ──── end
+//! ```
+//!
 //! A segment is `Rc<[Cell<u8>]>`: its address is stable, whoever was lent a range keeps it alive, and appending behind a
 //! lent range needs no unsafe code. Filled bytes are never written again while somebody else holds the segment.
 
@@ -37,6 +44,12 @@ impl Lent {
     #[allow(clippy::len_without_is_empty, reason = "a lent range is never empty")]
     pub fn len(&self) -> usize {
         (self.end - self.start) as usize
+    }
+
+    /// What is left behind the first `bytes`; `None`: nothing.
+    pub fn skip(mut self, bytes: u32) -> Option<Lent> {
+        self.start = self.start.saturating_add(bytes);
+        (self.start < self.end).then_some(self)
     }
 
     /// A copy of the bytes, for simulations and tests.
@@ -141,6 +154,31 @@ mod spare {
     }
 }
 
+/// What a log that is kept knows besides its bytes.
+struct Kept {
+    /// Bytes of history that are held on to.
+    window_bytes: u64,
+    /// Everything below was delivered to all who are owed it.
+    floor: u64,
+    /// Where the events' own bytes begin, behind the head of the answer.
+    begin: u64,
+    /// Id of the first event of `ends`.
+    first_id: u64,
+    /// Where events end, the low 32 bits of the offsets: what is held at a time is far less than 4 GiB.
+    ends: VecDeque<u32>,
+}
+
+/// Where in a log a subscriber is to begin.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// At this offset, which is held.
+    At(u64),
+    /// It was, once; what is held begins behind the event with this id.
+    Gone(u64),
+    /// There is no such event yet.
+    Ahead,
+}
+
 /// The log of one stream.
 #[derive(Default)]
 pub struct Log {
@@ -150,6 +188,9 @@ pub struct Log {
     older: VecDeque<Segment>,
     end: u64,
     last_event_id: u64,
+    /// Memory of all segments, bytes.
+    memory_bytes: usize,
+    kept: Option<Box<Kept>>,
 }
 
 impl Log {
@@ -179,9 +220,81 @@ impl Log {
         self.last_event_id
     }
 
-    /// Bytes of memory held in segments, filled or not.
+    /// Bytes of memory held in segments, filled or not, and in the index of a log that is kept.
     pub fn memory_bytes(&self) -> usize {
-        self.older.iter().chain(&self.last).map(|segment| segment.memory.len()).sum()
+        self.memory_bytes + self.kept.as_ref().map_or(0, |kept| size_of::<Kept>() + 4 * kept.ends.capacity())
+    }
+
+    /// Bytes held that nobody is owed: history.
+    pub fn history_bytes(&self) -> u64 {
+        self.kept.as_ref().map_or(0, |kept| kept.floor.saturating_sub(self.start()))
+    }
+
+    /// From here on, what is delivered is held on to, about the last `window_bytes` of it. What was appended so far is the
+    /// head of the answer; events follow.
+    pub fn keep(&mut self, window_bytes: u64) {
+        let (floor, begin) = (self.start(), self.end);
+        let first_id = self.last_event_id + 1;
+        self.kept = Some(Box::new(Kept { window_bytes, floor, begin, first_id, ends: VecDeque::new() }));
+    }
+
+    /// What was appended last was the end of an event.
+    pub fn event_ends(&mut self) {
+        if let Some(kept) = &mut self.kept {
+            kept.ends.push_back(self.end as u32);
+        }
+    }
+
+    /// Where a subscriber begins that has had the event with this id, and those before it (0: none).
+    pub fn behind(&self, id: u64) -> Place {
+        if id > self.last_event_id {
+            return Place::Ahead;
+        }
+        let Some(kept) = &self.kept else { return Place::Gone(self.last_event_id) };
+        let full = |low: u32| self.end - u64::from((self.end as u32).wrapping_sub(low));
+        let at = match id {
+            0 => Some(kept.begin),
+            id => id.checked_sub(kept.first_id).and_then(|nth| kept.ends.get(nth as usize)).map(|&low| full(low)),
+        };
+        match at {
+            Some(at) if at >= self.start() => Place::At(at),
+            // The index may reach a little further back than the bytes do.
+            _ => {
+                let held = |low: &u32| full(*low) < self.start();
+                let earlier = kept.ends.iter().take_while(|low| held(low)).count() as u64;
+                Place::Gone(kept.first_id + earlier)
+            }
+        }
+    }
+
+    /// Everything below is delivered; a log that is not kept holds nothing below it.
+    pub fn floor(&self) -> u64 {
+        self.kept.as_ref().map_or(self.start(), |kept| kept.floor)
+    }
+
+    /// Lets history go until no more than `bytes` of it are held, in whole segments.
+    pub fn forget(&mut self, bytes: u64) {
+        let floor = self.floor();
+        while self.older.front().is_some_and(|first| first.end() <= floor && floor - first.end() >= bytes) {
+            self.drop_first();
+        }
+        let start = self.start();
+        if let Some(kept) = &mut self.kept {
+            // One below the start is kept: a subscriber begins where the one before its event ends.
+            let end = self.end;
+            let below = |low: u32| end - u64::from((end as u32).wrapping_sub(low)) < start;
+            while kept.ends.front().is_some_and(|&low| below(low)) {
+                kept.ends.pop_front();
+                kept.first_id += 1;
+            }
+        }
+    }
+
+    fn drop_first(&mut self) {
+        if let Some(segment) = self.older.pop_front() {
+            self.memory_bytes -= segment.memory.len();
+            spare::give(segment.memory);
+        }
     }
 
     /// Appends the concatenation of `parts` as one contiguous range; returns its offset.
@@ -220,6 +333,7 @@ impl Log {
         let last = match self.last.take() {
             // Never filled: of no more use.
             Some(segment) if segment.filled == 0 => {
+                self.memory_bytes -= segment.memory.len();
                 spare::give(segment.memory);
                 0
             }
@@ -232,7 +346,9 @@ impl Log {
         };
         let next = (last * 2).clamp(LOG_SEGMENT_FIRST_BYTES, LOG_SEGMENT_BYTES_MAX);
         // An append larger than a segment gets one of its own.
-        self.last = Some(Segment::with_capacity(self.end, next.max(bytes)));
+        let segment = Segment::with_capacity(self.end, next.max(bytes));
+        self.memory_bytes += segment.memory.len();
+        self.last = Some(segment);
     }
 
     /// A contiguous range from `from` (`start <= from < end`) to the end of its segment, at most `bytes_max`; `None` at the end.
@@ -253,22 +369,32 @@ impl Log {
     /// Gives all memory back if everything below `below` is everything there is, lent or not.
     pub fn trim(&mut self, below: u64) {
         self.release(below);
-        if below >= self.end {
-            self.last = None;
+        if below >= self.end
+            && self.kept.is_none()
+            && let Some(last) = self.last.take()
+        {
+            self.memory_bytes -= last.memory.len();
         }
     }
 
     /// Releases what lies below `below` (the lowest cursor of all subscribers, or the start of the window), in whole segments.
     pub fn release(&mut self, below: u64) {
+        if let Some(kept) = &mut self.kept {
+            kept.floor = kept.floor.max(below);
+            let (floor, window_bytes) = (kept.floor, kept.window_bytes);
+            // Most often there is nothing to do, and the index is not looked at.
+            if self.older.front().is_some_and(|first| first.end() <= floor && floor - first.end() >= window_bytes) {
+                self.forget(window_bytes);
+            }
+            return;
+        }
         let early = is_planted(Bug::WindowEdge);
         while self
             .older
             .front()
             .is_some_and(|segment| segment.end() <= below || early && segment.base < below)
         {
-            if let Some(segment) = self.older.pop_front() {
-                spare::give(segment.memory);
-            }
+            self.drop_first();
         }
         if !self.older.is_empty() || self.last.as_ref().is_none_or(|last| last.end() > below) {
             return;
@@ -278,6 +404,7 @@ impl Log {
         if let Some(last) = self.last.take_if(|last| {
             last.memory.len() > 2 * LOG_SEGMENT_FIRST_BYTES || Rc::strong_count(&last.memory) == 1
         }) {
+            self.memory_bytes -= last.memory.len();
             spare::give(last.memory);
         }
         self.older = VecDeque::new();
@@ -402,6 +529,80 @@ mod tests {
         }
         logs.clear();
         assert_eq!(spare::bytes(), 8 * LOG_SPARE_BYTES_MAX, "eight sizes, each full");
+    }
+
+    /// A log of `events` events, of `bytes` each and one heartbeat behind every third; gives where each ends.
+    fn kept(events: u64, bytes: usize, window_bytes: u64) -> (Log, Vec<u64>) {
+        let mut log = Log::new();
+        log.append(&[b"HTTP/1.1 200 OK\r\n\r\n"]);
+        log.keep(window_bytes);
+        let mut ends = vec![log.end()];
+        for id in 1..=events {
+            assert_eq!(log.next_event_id(), id);
+            log.append(&[&vec![b'a' + (id % 26) as u8; bytes]]);
+            log.event_ends();
+            ends.push(log.end());
+            if id % 3 == 0 {
+                log.append(&[b":\n\n"]);
+            }
+            log.release(log.end());
+        }
+        (log, ends)
+    }
+
+    #[test]
+    fn a_log_that_is_kept_is_read_again_from_behind_any_event() {
+        let (log, ends) = kept(50, 100, 1 << 20);
+        for (id, &end) in ends.iter().enumerate() {
+            assert_eq!(log.behind(id as u64), Place::At(end));
+        }
+        assert_eq!(log.behind(51), Place::Ahead);
+        let rest = read(&log, ends[47]);
+        assert_eq!(rest, [vec![b'a' + 48 % 26; 100], b":\n\n".to_vec(), vec![b'a' + 49 % 26; 100], vec![b'a' + 50 % 26; 100]].concat());
+        assert_eq!(log.history_bytes(), log.end());
+    }
+
+    #[test]
+    fn history_is_bounded_by_the_window_and_says_where_it_begins() {
+        let window_bytes = 100_000;
+        let (log, ends) = kept(5_000, 200, window_bytes);
+        let held = log.end() - log.start();
+        assert!((window_bytes..window_bytes + LOG_SEGMENT_BYTES_MAX as u64).contains(&held), "{held}");
+        assert!(log.memory_bytes() < held as usize + LOG_SEGMENT_BYTES_MAX + 4 * 2 * 5_000);
+        let Place::Gone(first) = log.behind(0) else { panic!("the start is still held") };
+        assert!(ends[first as usize] >= log.start() && ends[first as usize - 1] < log.start());
+        for id in 0..=5_000 {
+            let expected = if id < first { Place::Gone(first) } else { Place::At(ends[id as usize]) };
+            assert_eq!(log.behind(id), expected, "{id}");
+        }
+    }
+
+    #[test]
+    fn what_is_owed_is_held_whatever_the_window_is() {
+        let mut log = Log::new();
+        log.keep(0);
+        for id in 1..=1_000 {
+            assert_eq!(log.next_event_id(), id);
+            log.append(&[&[7; 300]]);
+            log.event_ends();
+        }
+        log.forget(0);
+        assert_eq!((log.start(), log.behind(0)), (0, Place::At(0)));
+        log.release(150_000);
+        assert!(log.start() <= 150_000 && log.start() > 150_000 - LOG_SEGMENT_BYTES_MAX as u64);
+        assert_eq!(log.behind(500), Place::At(150_000));
+        log.release(100);
+        assert_eq!(log.floor(), 150_000, "it does not go back");
+    }
+
+    #[test]
+    fn a_range_that_was_lent_is_given_piece_by_piece() {
+        let mut log = Log::new();
+        log.append(&[b"hello"]);
+        let lent = log.lend(0, u32::MAX).unwrap();
+        let rest = lent.skip(2).unwrap();
+        assert_eq!(rest.to_vec(), b"llo");
+        assert!(rest.skip(3).is_none());
     }
 
     #[test]
