@@ -109,6 +109,21 @@ pub const COMPLETIONS_PER_TURN_MAX: usize = 1024;
 /// Milliseconds after which a turn counts as a fault of the shard.
 pub const TURN_FAULT_MS: u64 = 10;
 
+/// Bytes of a stream that are kept behind its readers, for those who come back: a minute or more of a model's answer.
+pub const RESUME_WINDOW_BYTES: u64 = 256 * 1024;
+/// Memory of what is kept of the streams of one shard, bytes.
+pub const RESUME_BYTES_MAX: u64 = 128 * 1024 * 1024;
+/// Memory that a kept stream takes besides its log, bytes: its entry, its places in the indexes.
+pub const RESUME_STREAM_COST_BYTES: u64 = 512;
+/// Milliseconds a stream goes on without a client.
+pub const DETACH_MS: u32 = 30_000;
+/// Milliseconds a stream that is over is kept.
+pub const KEEP_MS: u32 = 300_000;
+/// Readers that begin on a shard within a second: each costs a replay of up to a window.
+pub const RESUMES_PER_S: u32 = 4_000;
+/// Readers of shared streams that are served in one turn; the others wait for the next.
+pub const READERS_PER_TURN_MAX: usize = 512;
+
 /// Bytes of one append to a durable stream: checking JSON of that size takes a few milliseconds.
 pub const DURABLE_BODY_BYTES_MAX: u64 = 1024 * 1024;
 /// Bytes of one durable stream that are held.

@@ -254,7 +254,10 @@ impl Log {
         let full = |low: u32| self.end - u64::from((self.end as u32).wrapping_sub(low));
         let at = match id {
             0 => Some(kept.begin),
-            id => id.checked_sub(kept.first_id).and_then(|nth| kept.ends.get(nth as usize)).map(|&low| full(low)),
+            id => id
+                .checked_sub(kept.first_id)
+                .and_then(|nth| kept.ends.get(nth as usize))
+                .map(|&low| full(low)),
         };
         match at {
             Some(at) if at >= self.start() => Place::At(at),
@@ -383,7 +386,11 @@ impl Log {
             kept.floor = kept.floor.max(below);
             let (floor, window_bytes) = (kept.floor, kept.window_bytes);
             // Most often there is nothing to do, and the index is not looked at.
-            if self.older.front().is_some_and(|first| first.end() <= floor && floor - first.end() >= window_bytes) {
+            if self
+                .older
+                .front()
+                .is_some_and(|first| first.end() <= floor && floor - first.end() >= window_bytes)
+            {
                 self.forget(window_bytes);
             }
             return;
@@ -558,7 +565,16 @@ mod tests {
         }
         assert_eq!(log.behind(51), Place::Ahead);
         let rest = read(&log, ends[47]);
-        assert_eq!(rest, [vec![b'a' + 48 % 26; 100], b":\n\n".to_vec(), vec![b'a' + 49 % 26; 100], vec![b'a' + 50 % 26; 100]].concat());
+        assert_eq!(
+            rest,
+            [
+                vec![b'a' + 48 % 26; 100],
+                b":\n\n".to_vec(),
+                vec![b'a' + 49 % 26; 100],
+                vec![b'a' + 50 % 26; 100]
+            ]
+            .concat()
+        );
         assert_eq!(log.history_bytes(), log.end());
     }
 

@@ -161,7 +161,10 @@ impl Ask {
 fn cursor(head: &RequestHead<'_, '_>) -> Result<u64, Fault> {
     let of_query = |name: &str| {
         let pairs = head.query().unwrap_or_default().split('&');
-        pairs.filter_map(|pair| pair.split_once('=')).find(|(key, _)| *key == name).map(|(_, value)| value.as_bytes())
+        pairs
+            .filter_map(|pair| pair.split_once('='))
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| value.as_bytes())
     };
     let text = head
         .header("last-event-id")
@@ -200,10 +203,14 @@ pub const BEFORE_WINDOW: Fault = fault(
 /// What the cursor names has not happened.
 pub const AHEAD: Fault = fault(400, "cursor_ahead", "This stream has no event with this id yet.");
 /// The cursor is none.
-pub const BAD_CURSOR: Fault = fault(400, "bad_cursor", "An event id is a number: the last one that was seen.");
+pub const BAD_CURSOR: Fault =
+    fault(400, "bad_cursor", "An event id is a number: the last one that was seen.");
 /// The method is none that streams know.
-pub const NO_SUCH_METHOD: Fault =
-    fault(405, "method_not_allowed", "A stream is read by GET and stopped by DELETE; its status is read by GET.");
+pub const NO_SUCH_METHOD: Fault = fault(
+    405,
+    "method_not_allowed",
+    "A stream is read by GET and stopped by DELETE; its status is read by GET.",
+);
 /// The reader speaks a version in which this answer cannot be sent.
 pub const NEEDS_HTTP_1_1: Fault =
     fault(505, "needs_http_1_1", "This stream was asked for in HTTP/1.1, and is read in it.");
@@ -215,7 +222,9 @@ mod tests {
 
     fn some(number: u64) -> StreamId {
         let mut tag = [0; TAG_BYTES];
-        tag.iter_mut().enumerate().for_each(|(nth, byte)| *byte = (number as u8).wrapping_mul(31).wrapping_add(nth as u8 * 17));
+        tag.iter_mut()
+            .enumerate()
+            .for_each(|(nth, byte)| *byte = (number as u8).wrapping_mul(31).wrapping_add(nth as u8 * 17));
         StreamId { node: number as u16, shard: !number as u16, number: number & NUMBER_MAX, tag }
     }
 
@@ -253,7 +262,10 @@ mod tests {
         assert_eq!(ask(&format!("GET /v1/streams/{id}?x=1&last_event_id=8&after=7 HTTP/1.1\r\n")), events(8));
         assert_eq!(ask(&format!("GET /v1/streams/{id}?after=7 HTTP/1.1\r\nLast-Event-ID: 9\r\n")), events(9));
         assert_eq!(ask(&format!("GET /v1/streams/{id}/ HTTP/1.1\r\nLast-Event-ID:\r\n")), events(0));
-        assert_eq!(ask(&format!("GET /v1/streams/{id}/status HTTP/1.1\r\n")), Ok(Ask { id, want: Want::Status }));
+        assert_eq!(
+            ask(&format!("GET /v1/streams/{id}/status HTTP/1.1\r\n")),
+            Ok(Ask { id, want: Want::Status })
+        );
         assert_eq!(ask(&format!("DELETE /v1/streams/{id} HTTP/1.1\r\n")), Ok(Ask { id, want: Want::Stop }));
     }
 

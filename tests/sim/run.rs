@@ -37,6 +37,7 @@ pub(crate) fn settings() -> Settings {
         commit_ms: 10_000,
         half_close: HalfClose::Leave,
         event_ids: true,
+        resume: None,
     };
     let backends =
         Route { name: "all".to_owned(), path_prefix: "/".to_owned(), upstreams: vec![0], ..route.clone() };
@@ -58,6 +59,10 @@ pub(crate) fn settings() -> Settings {
         event_bytes_max: 256 << 10,
         lag_high_bytes: 64 << 10,
         lag_low_bytes: 16 << 10,
+        resume_bytes_max: 1 << 20,
+        detached_max: 100,
+        resumes_per_s: 1_000,
+        stream_key: [7; 32],
         retry_bytes_max: 64 << 10,
         overdraft_bytes_max: 64 << 20,
         pool_idle_max: 8,

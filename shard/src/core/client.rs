@@ -14,6 +14,7 @@ use protocol::http::{
 };
 use protocol::limits::{BODY_PROGRESS_BYTES, FACTS_PREFIX_BYTES_MAX, LINGER_BYTES_MAX};
 use protocol::phase::{End, Step};
+use protocol::resume::Ask;
 use protocol::slots::Key;
 
 /// What the start of some input is.
@@ -225,6 +226,7 @@ impl<I: Io> Shard<I> {
         };
         let route = &settings.routes[index];
         let durable = settings.durable.covers(path);
+        let asks = !durable && super::resume::covers(head);
         let dialect = if durable { Dialect::Plain } else { Dialect::of_path(path) };
         let mut stream = Stream::new(key, index, dialect, head.version, self.now_us);
         stream.step(Step::HeadDone);
@@ -248,6 +250,9 @@ impl<I: Io> Shard<I> {
         if durable && !self.is_durable_home(key) {
             // Its home takes nobody over any more.
             return self.end_stream(stream_key, End::Drain);
+        }
+        if asks {
+            return self.begin_asking(stream_key, head);
         }
         if durable {
             self.begin_durable(stream_key, head);
@@ -275,6 +280,21 @@ impl<I: Io> Shard<I> {
             client.body_progress = BODY_PROGRESS_BYTES;
         }
         self.follow_stream_timer(stream_key);
+    }
+
+    /// A request for a stream by its id.
+    fn begin_asking(&mut self, key: Key, head: &RequestHead<'_, '_>) {
+        let done = self.streams.get(key).is_some_and(|stream| stream.request_done);
+        if self.shard_of_stream(head.path()).is_some() {
+            // Its home takes nobody over any more.
+            return self.end_stream(key, End::Drain);
+        }
+        if !done {
+            // Nobody sends a body with these, and it would have to be read to its end.
+            return self.refuse(key, Refusal::BodyTooLarge);
+        }
+        self.request_complete(key);
+        self.ask(key, Ask::parse(head));
     }
 
     fn describe(&mut self, key: Key, head: &RequestHead<'_, '_>) {
@@ -457,7 +477,11 @@ impl<I: Io> Shard<I> {
     pub(super) fn client_cut(&mut self, key: Key) -> Close {
         let stream = self.conns.get(key).and_then(|conn| conn.stream);
         let how = stream.map_or(Close::Orderly, |stream| self.how_to_cut(stream));
-        if let Some(stream) = stream {
+        if let Some(stream) = stream
+            && self.may_detach(stream)
+        {
+            self.detach(stream);
+        } else if let Some(stream) = stream {
             // One that left with the end mark in hand had all it was owed.
             let served = self.streams.get(stream).is_some_and(|stream| {
                 let sent = self.conns.get(key).map_or(0, |conn| conn.ledger.sent());

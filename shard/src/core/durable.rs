@@ -92,7 +92,7 @@ impl DurableStreams {
 }
 
 impl<I: Io> Shard<I> {
-    fn durable_now(&self) -> Now {
+    pub(super) fn durable_now(&self) -> Now {
         let since_start_ms = (self.now_us - self.started_us) / 1000;
         let at_start_ms =
             self.settings.unix_time_at_start_s * 1000 + u64::from(self.settings.unix_time_at_start_ms);

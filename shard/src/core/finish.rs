@@ -85,8 +85,13 @@ impl<I: Io> Shard<I> {
         if let Some(backend) = backend {
             self.disengage(backend, Close::Orderly);
         }
-        if let Some(client) = client {
-            self.mark_dirty(client);
+        self.appended(key);
+        if client.is_none() {
+            // Nothing is to be delivered by it.
+            if let Some(stream) = self.streams.get_mut(key) {
+                stream.step(Step::Delivered);
+            }
+            self.settle(key);
         }
     }
 
@@ -139,12 +144,42 @@ impl<I: Io> Shard<I> {
         self.end_stream(key, End::Done);
     }
 
+    /// An error in the dialect's form, the request being whole.
+    pub(super) fn answer_error(&mut self, key: Key, fault: &Fault, extra: &str) {
+        let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        write_error(stream, fault, &mut self.scratch, self.date.at(unix_time_s), now_us, extra);
+        stream.produced = true;
+        self.end_stream(key, End::Done);
+    }
+
+    /// An answer without a body.
+    pub(super) fn answer_empty(&mut self, key: Key, status: u16) {
+        let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        stream.status = status;
+        stream.answer = Answer::Body(Framing::None);
+        let date = self.date.at(unix_time_s);
+        self.scratch.clear();
+        write_own_response_head(
+            &mut self.scratch,
+            status,
+            stream.version,
+            !stream.close,
+            Framing::None,
+            date,
+        );
+        stream.append_response(&self.scratch, now_us);
+        self.end_stream(key, End::Done);
+    }
+
     /// Everything produced was confirmed sent.
     pub(super) fn delivered(&mut self, key: Key) {
         let Some(conn) = self.conns.get(key) else { return };
         let Some(stream_key) = conn.stream else { return };
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
-        assert!(conn.ledger.sent() == stream.response.end(), "delivered means confirmed to the last byte");
+        let whole = stream.reader.is_some() || conn.ledger.sent() == stream.response.end();
+        assert!(whole, "delivered means confirmed to the last byte");
         let (reset, close) = (stream.reset, stream.close || !stream.request_done);
         stream.step(Step::Delivered);
         self.settle(stream_key);
@@ -159,6 +194,7 @@ impl<I: Io> Shard<I> {
 
     /// Counts a stream that is over, reports it and frees it.
     pub(super) fn settle(&mut self, key: Key) {
+        self.release_source(key);
         let Some(mut stream) = self.streams.remove(key) else { return };
         debug_assert!(stream.backend.is_none(), "a settled stream holds no backend");
         let end = stream.end.unwrap_or(End::ClientLeft);
@@ -167,6 +203,7 @@ impl<I: Io> Shard<I> {
         if let Some(durable) = stream.durable.take() {
             self.durable_settle(*durable);
         }
+        let reader = stream.reader.take();
         let duration_us = self.now_us - stream.started_us;
         if end == End::Done {
             self.stats.histograms.stream_us.saturating_record(duration_us);
@@ -187,6 +224,9 @@ impl<I: Io> Shard<I> {
             if conn.state == State::Open {
                 conn.stream = None;
             }
+        }
+        if let Some(reader) = reader {
+            self.reader_left(&reader);
         }
         if let Some(description) = stream.description.take() {
             if self.reports.len() >= RECORDS_PER_TURN_MAX {

@@ -15,6 +15,7 @@ mod durable;
 mod finish;
 mod moves;
 mod relay;
+mod resume;
 mod secure;
 mod stream;
 mod transfer;
@@ -35,6 +36,8 @@ use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
 use protocol::phase::Phase;
 use protocol::slots::{Key, Slots};
 use protocol::wheel::{TimerId, Wheel};
+use resume::Kept;
+pub use resume::KeptTotals;
 use secure::Handshakes;
 use std::collections::VecDeque;
 use std::hint::black_box;
@@ -62,6 +65,10 @@ enum TimerOf {
     Moves,
     Durable,
     Drain,
+    /// A stream without a client, or one that is over, has had its time.
+    Source(Key),
+    /// Readers wait for their turn to begin.
+    Resumes,
 }
 
 /// What the shard has been told about its end.
@@ -99,6 +106,7 @@ pub struct Shard<I: Io> {
     acceptors: Vec<Acceptor>,
     pool: Pool,
     durable: DurableStreams,
+    kept: Kept,
     clients: usize,
     /// Accepted on a listener, and waiting for a slot: nothing of theirs has been read.
     parked: VecDeque<Newcomer<I::Socket>>,
@@ -144,16 +152,20 @@ impl<I: Io> Shard<I> {
         let clients_max = settings.connections_max;
         // Each client may hold a backend's connection, while those of its earlier requests or attempts are still being
         // closed; the pool's idle ones come on top.
-        let conns_max = clients_max * 4 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
+        let conns_max = clients_max * 4
+            + settings.detached_max
+            + settings.pool_idle_max * upstreams.upstreams.len().max(1);
         let mut shard = Shard {
             io,
             index,
             conns: Slots::new(conns_max),
-            streams: Slots::new(clients_max),
+            // Each client has one, or reads one that lost its client meanwhile; some have none.
+            streams: Slots::new(2 * clients_max + settings.detached_max),
             wheel: Wheel::new(now_us / 1000),
             acceptors: (0..listeners).map(|_| Acceptor::default()).collect(),
             pool: Pool::default(),
             durable: DurableStreams::new(settings.durable.clone()),
+            kept: Kept::new(&settings, index),
             clients: 0,
             parked: VecDeque::new(),
             moves: Moves::default(),
@@ -220,6 +232,7 @@ impl<I: Io> Shard<I> {
         self.complete_waiting();
         self.fire_timers();
         self.serve_durable();
+        self.serve_readers();
         self.follow_moves();
         self.pump_dirty();
         self.feed_starved();
@@ -271,6 +284,7 @@ impl<I: Io> Shard<I> {
             || !self.reports.is_empty()
             || !self.waiting.is_empty()
             || self.durable.is_busy()
+            || self.kept.is_busy()
             || self.left
             || self.is_closing_listeners();
         if busy || sleepy == Sleepy::No {
@@ -439,6 +453,7 @@ impl<I: Io> Shard<I> {
             log_bytes,
             tls_bytes,
             overdraft_bytes: self.overdraft_bytes,
+            kept: self.kept.totals(),
             durable: self.durable.store.totals(),
             buffers_free: self.io.buffers_free(),
             timers: self.wheel.len(),

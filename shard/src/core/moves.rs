@@ -54,9 +54,13 @@ impl<I: Io> Shard<I> {
     /// The shard that a client's request must go to, if it is another one and takes clients.
     pub(super) fn home_elsewhere(&self, key: Key, head: &RequestHead<'_, '_>) -> Option<usize> {
         let neighbours = self.neighbours.as_ref()?;
+        let durable = self.settings.durable.covers(head.path());
+        if !durable && let Some(home) = self.shard_of_stream(head.path()) {
+            return (self.leaving == Leaving::No && neighbours.is_open(home)).then_some(home);
+        }
         let moves = self.leaving == Leaving::No
             && !self.is_durable_home(key)
-            && self.settings.durable.covers(head.path())
+            && durable
             && neighbours.is_open(DURABLE_HOME);
         moves.then_some(DURABLE_HOME)
     }

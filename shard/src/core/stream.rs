@@ -2,6 +2,7 @@
 //! holds what a stream knows and how bytes get into its logs, ready for the wire.
 
 use super::durable::Durable;
+use super::resume::Reader;
 use protocol::demo::DemoModel;
 use protocol::dialect::{Dialect, Meaning};
 use protocol::facts::{RequestFacts, Scanner};
@@ -58,6 +59,12 @@ pub(crate) struct Stream {
     pub(crate) token_due_ms: u64,
     /// Memory beyond the stream's share, bytes.
     pub(crate) drawn: u64,
+    /// Memory of what is kept of it, accounted for, bytes.
+    pub(crate) charged: u64,
+    /// Those who know its id find it there.
+    pub(crate) source: Option<Key>,
+    /// It reads another stream.
+    pub(crate) reader: Option<Box<Reader>>,
     pub(crate) route: usize,
     pub(crate) answer: Answer,
     pub(crate) client: Option<Key>,
@@ -167,6 +174,9 @@ impl Stream {
             sequence_number: None,
             events_sent: 0,
             drawn: 0,
+            charged: 0,
+            source: None,
+            reader: None,
             started_us: now_us,
             asked_us: now_us,
             first_token_us: None,
@@ -211,6 +221,11 @@ impl Stream {
             Answer::Body(framing) => framing == Framing::UntilClose,
             Answer::None => false,
         }
+    }
+
+    /// Whether a backend produces it, whose silences have limits.
+    pub(crate) fn has_backend_clock(&self) -> bool {
+        self.demo.is_none() && self.durable.is_none() && self.reader.is_none()
     }
 
     pub(crate) fn has_events_answer(&self) -> bool {
@@ -263,6 +278,7 @@ impl Stream {
         } else {
             self.response.append(&[before, between, after]);
         }
+        self.response.event_ends();
         self.spoke(now_us);
     }
 
