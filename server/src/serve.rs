@@ -64,7 +64,10 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     let mut seed = [0; 8];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
-    let plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
+    let mut plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
+    // Ids of streams are good for the life of the process, as the streams are.
+    rustix::rand::getrandom(&mut plan.settings.stream_key, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
     let worst = plan.worst_case().total();
     if worst > machine.memory {
         log::info!(
