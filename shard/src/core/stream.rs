@@ -2,7 +2,7 @@
 //! holds what a stream knows and how bytes get into its logs, ready for the wire.
 
 use super::durable::Durable;
-use super::resume::Reader;
+use super::reader::Reader;
 use protocol::demo::DemoModel;
 use protocol::dialect::{Dialect, Meaning};
 use protocol::facts::{RequestFacts, Scanner};
