@@ -433,8 +433,11 @@ impl<I: Io> Shard<I> {
                 }
                 continue;
             };
-            let log = if conn.is_client() { &stream.response } else { &stream.request };
-            let lag = conn.ledger.lag(log.end());
+            let lag = match &stream.reader {
+                Some(reader) => self.owed_to(reader, stream),
+                None if conn.is_client() => conn.ledger.lag(stream.response.end()),
+                None => conn.ledger.lag(stream.request.end()),
+            };
             pending_bytes += lag;
             if conn.is_client() && lag > 0 {
                 lagging.push((lag, key));

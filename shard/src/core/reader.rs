@@ -7,7 +7,7 @@ use super::{Shard, TimerOf};
 use crate::io::Io;
 use crate::settings::SlowReader;
 use protocol::limits::READERS_PER_TURN_MAX;
-use protocol::log::Lent;
+use protocol::log::{Lent, Log, Place};
 use protocol::phase::{End, Phase, Step};
 use protocol::slots::Key;
 
@@ -129,21 +129,15 @@ impl<I: Io> Shard<I> {
         let skip = self.settings.routes[source.route]
             .resume
             .is_some_and(|resume| resume.slow_reader == SlowReader::Skip);
-        let log = match source.producer {
-            Some(producer) => self
-                .streams
-                .get(producer)
-                .map(|stream| (stream.response.end(), stream.response.last_event_id())),
-            None => Some((source.log.end(), source.log.last_event_id())),
-        };
-        let (Some((end, last)), true) = (log, skip) else {
+        let newest = self.source_log(source).and_then(newest_in);
+        let (Some((at, last)), true) = (newest, skip) else {
             self.stats.counters.readers_dropped += 1;
             return self.end_stream(key, End::Lagged);
         };
         self.stats.counters.readers_skipped += 1;
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(reader) = &mut stream.reader else { return };
-        reader.at = end;
+        reader.at = at;
         // A name of its own, so that only who knows it sees it.
         let gap = format!("event: tokenring.gap\ndata: {{\"last_event_id\":{last}}}\n\n");
         stream.append_block(gap.as_bytes(), now_us);
@@ -163,6 +157,13 @@ impl<I: Io> Shard<I> {
         if self.is_held_up(source) {
             self.kept.stir(source);
         }
+    }
+
+    /// Bytes that a reader has not been confirmed.
+    pub(super) fn owed_to(&self, reader: &Reader, stream: &Stream) -> u64 {
+        let source = self.kept.sources.get(reader.source);
+        let end = source.and_then(|source| self.source_log(source)).map_or(0, Log::end);
+        end.saturating_sub(reader.confirmed()) + (stream.response.end() - reader.own_at)
     }
 
     /// Whether a source follows its readers, instead of leaving them behind.
@@ -236,8 +237,12 @@ impl<I: Io> Shard<I> {
     fn follow_readers(&mut self, key: Key) {
         let Some(source) = self.kept.sources.get(key) else { return };
         let Some(producer) = source.producer else { return };
-        if source.detached || self.streams.get(producer).is_none_or(|stream| stream.client.is_some()) {
+        if self.streams.get(producer).is_none_or(|stream| stream.client.is_some()) {
             return;
+        }
+        if source.detached {
+            // What its last reader had stays owed.
+            return self.follow_marks(producer);
         }
         let Some(log) = self.source_log(source) else { return };
         let slowest = |readers: &[Key]| {
@@ -317,6 +322,15 @@ impl<I: Io> Shard<I> {
             self.kept.waiting_timer = Some(self.wheel.insert(now_ms + wait_ms, TimerOf::Resumes));
         }
     }
+}
+
+/// Where the newest event that a log still holds begins, and the id of the one before it.
+fn newest_in(log: &Log) -> Option<(u64, u64)> {
+    let last = log.last_event_id();
+    [last.saturating_sub(1), last].into_iter().find_map(|id| match log.behind(id) {
+        Place::At(at) => Some((at, id)),
+        _ => None,
+    })
 }
 
 /// For simulations: whether what is kept agrees with itself.

@@ -5,7 +5,7 @@ use super::Shard;
 use super::kept::{Source, push_id_line};
 use super::reader::Reader;
 use super::relay::{EVENT_STREAM_HEADERS, ExtraLines};
-use super::stream::{Answer, Stream};
+use super::stream::{Answer, Description, Stream};
 use crate::io::Io;
 use protocol::fault::{Fault, write_json_string};
 use protocol::http::{Framing, RequestHead, Version, write_own_response_head};
@@ -58,8 +58,8 @@ impl<I: Io> Shard<I> {
         let Some(log) = self.source_log(source) else { return };
         let producer = source.producer.and_then(|producer| self.streams.get(producer));
         let pending = |reader: &Key| {
-            let reader = self.streams.get(*reader).and_then(|stream| stream.reader.as_ref());
-            reader.map(|reader| log.end() - reader.confirmed())
+            let stream = self.streams.get(*reader)?;
+            Some(self.owed_to(stream.reader.as_ref()?, stream))
         };
         let client = producer.and_then(|stream| self.conns.get(stream.client?));
         let client_pending = client.map(|conn| conn.ledger.lag(log.end()));
@@ -245,7 +245,12 @@ impl<I: Io> Shard<I> {
         (stream.status, stream.close, stream.streaming) = (producer.status, producer.close, true);
         (stream.started_us, stream.asked_us) = (producer.started_us, producer.asked_us);
         (stream.upstream, stream.first_token_us) = (producer.upstream, producer.first_token_us);
-        stream.description = producer.description.take();
+        // Of two, one is told from the other in the access log.
+        if let Some(description) = &mut producer.description {
+            let of_stream = format!("stream of {}", description.request).into();
+            let request = std::mem::replace(&mut description.request, of_stream);
+            stream.description = Some(Box::new(Description { request, refusal: None }));
+        }
         stream.facts.model = producer.facts.model.clone();
         stream.reader = Some(Box::new(Reader {
             source: source_key,
