@@ -46,6 +46,12 @@ impl Lent {
         (self.end - self.start) as usize
     }
 
+    /// The first `bytes` of it, or all if it has no more.
+    pub fn first(&self, bytes: u32) -> Lent {
+        let end = self.end.min(self.start.saturating_add(bytes));
+        Lent { memory: Rc::clone(&self.memory), start: self.start, end }
+    }
+
     /// What is left behind the first `bytes`; `None`: nothing.
     pub fn skip(mut self, bytes: u32) -> Option<Lent> {
         self.start = self.start.saturating_add(bytes);
@@ -618,6 +624,7 @@ mod tests {
         let lent = log.lend(0, u32::MAX).unwrap();
         let rest = lent.skip(2).unwrap();
         assert_eq!(rest.to_vec(), b"llo");
+        assert_eq!((rest.first(2).to_vec(), rest.first(9).to_vec()), (b"ll".to_vec(), b"llo".to_vec()));
         assert!(rest.skip(3).is_none());
     }
 

@@ -19,6 +19,10 @@ impl<I: Io> Shard<I> {
     /// owed (the rest, the end, or the error in its dialect) is in the log when this returns.
     pub(super) fn end_stream(&mut self, key: Key, end: End) {
         let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
+        if self.has_all_of_its_source(key) {
+            // The end is among what is on its way to it, and nothing may follow that.
+            return;
+        }
         let Some(stream) = self.streams.get_mut(key) else { return };
         if stream.end.is_some() {
             return;

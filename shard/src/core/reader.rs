@@ -18,7 +18,7 @@ pub(crate) struct Reader {
     pub(super) place: usize,
     /// Next byte of the source's log to be lent.
     pub(super) at: u64,
-    /// Of what was lent of it: what is in flight, or is left of it.
+    /// Of what was lent of it, which ends between two events: what is not confirmed, or with TLS not sealed.
     pub(super) lent: Option<Lent>,
     /// Next byte of its own log to be lent.
     pub(super) own_at: u64,
@@ -58,8 +58,10 @@ impl<I: Io> Shard<I> {
         loop {
             let stream = self.streams.get_mut(key)?;
             let reader = stream.reader.as_mut()?;
-            if let Some(rest) = &reader.lent {
-                return Some(rest.clone());
+            if let Some(rest) = reader.lent.take() {
+                let range = rest.first(bytes_max);
+                reader.lent = if sealed { rest.skip(bytes_max) } else { Some(rest) };
+                return Some(range);
             }
             if let Some(range) = stream.response.lend(reader.own_at, bytes_max) {
                 if sealed {
@@ -74,12 +76,11 @@ impl<I: Io> Shard<I> {
                 return None;
             }
             let (source, at) = (reader.source, reader.at);
-            match self.supply(source, at, bytes_max) {
+            match self.supply(source, at) {
                 Supply::Range(range) => {
                     let reader = self.streams.get_mut(key)?.reader.as_mut()?;
                     reader.at += range.len() as u64;
-                    reader.lent = (!sealed).then(|| range.clone());
-                    return Some(range);
+                    reader.lent = Some(range);
                 }
                 Supply::Later => return None,
                 Supply::Over(end) => {
@@ -91,7 +92,7 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    fn supply(&self, source: Key, at: u64, bytes_max: u32) -> Supply {
+    fn supply(&self, source: Key, at: u64) -> Supply {
         let Some(source) = self.kept.sources.get(source) else { return Supply::Over(End::Gone) };
         let Some(log) = self.source_log(source) else { return Supply::Over(End::Gone) };
         if at < log.start() {
@@ -102,11 +103,24 @@ impl<I: Io> Shard<I> {
             Some(_) => None,
             None => source.end,
         };
-        match (log.lend(at, bytes_max), end) {
+        match (log.lend(at, u32::MAX), end) {
             (Some(range), _) => Supply::Range(range),
             (None, Some(end)) => Supply::Over(end),
             (None, None) => Supply::Later,
         }
+    }
+
+    /// Whether a reader has been lent its stream to the end; it is over then.
+    pub(super) fn has_all_of_its_source(&mut self, key: Key) -> bool {
+        let Some(stream) = self.streams.get(key) else { return false };
+        let Some(reader) = stream.reader.as_ref().filter(|_| stream.end.is_none()) else { return false };
+        let Supply::Over(end) = self.supply(reader.source, reader.at) else { return false };
+        let client = stream.client;
+        self.reader_over(key, end);
+        if let Some(client) = client {
+            self.mark_dirty(client);
+        }
+        true
     }
 
     /// It has all of its stream, the end included.
@@ -144,11 +158,13 @@ impl<I: Io> Shard<I> {
     }
 
     /// A send of a reader's has ended.
-    pub(super) fn reader_confirmed(&mut self, key: Key, bytes: u32) {
+    pub(super) fn reader_confirmed(&mut self, key: Key, bytes: u32, sealed: bool) {
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(reader) = &mut stream.reader else { return };
         let source = reader.source;
-        if std::mem::take(&mut reader.own_lent) {
+        if sealed {
+            // Its cursors moved when the records were made.
+        } else if std::mem::take(&mut reader.own_lent) {
             reader.own_at += u64::from(bytes);
             stream.response.release(reader.own_at);
         } else if let Some(lent) = reader.lent.take() {
@@ -344,7 +360,7 @@ impl<I: Io> Shard<I> {
         }
         let served = self.kept.sources.get(reader.source).is_some_and(|source| source.stirred);
         let waits = stream.produced || reader.waits || served;
-        match self.supply(reader.source, reader.at, u32::MAX) {
+        match self.supply(reader.source, reader.at) {
             Supply::Later => Ok(()),
             _ if waits => Ok(()),
             _ => Err(format!("a reader at {} is owed something, and is sent nothing", reader.at)),

@@ -236,9 +236,10 @@ impl<I: Io> Shard<I> {
         }
         let Some(conn) = self.conns.get(client) else { return };
         let (sent, in_flight) = (conn.ledger.sent(), conn.ledger.in_flight());
-        // With TLS what is in flight are records: nothing of the log is lent.
-        let lent =
-            if conn.tls.is_none() && in_flight > 0 { producer.response.lend(sent, in_flight) } else { None };
+        // With TLS what is in flight are records. What it is within of is lent to its end, which is an event's.
+        let from = if conn.tls.is_some() { sent + u64::from(in_flight) } else { sent };
+        let lent = producer.response.lend(from, u32::MAX);
+        let at = from + lent.as_ref().map_or(0, |lent| lent.len() as u64);
         let mut stream = Stream::new(client, producer.route, producer.dialect, producer.version, now_us);
         stream.phase = Phase::Streaming;
         stream.answer = producer.answer;
@@ -255,7 +256,7 @@ impl<I: Io> Shard<I> {
         stream.reader = Some(Box::new(Reader {
             source: source_key,
             place: source.readers.len(),
-            at: sent + u64::from(in_flight),
+            at,
             lent,
             own_at: 0,
             own_lent: false,

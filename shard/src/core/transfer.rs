@@ -288,7 +288,7 @@ impl<I: Io> Shard<I> {
         let now_us = self.now_us;
         let Some(conn) = self.conns.get_mut(key) else { return };
         conn.ledger.complete(bytes);
-        let client = conn.is_client();
+        let (client, sealed) = (conn.is_client(), conn.tls.is_some());
         let counters = &mut self.stats.counters;
         *(if client { &mut counters.client_sent_bytes } else { &mut counters.upstream_sent_bytes }) +=
             u64::from(bytes);
@@ -303,7 +303,7 @@ impl<I: Io> Shard<I> {
         let Some(stream_key) = conn.stream else { return };
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
         if client && stream.reader.is_some() {
-            self.reader_confirmed(stream_key, bytes);
+            self.reader_confirmed(stream_key, bytes, sealed);
             if !is_planted(Bug::LostWakeUp) {
                 self.mark_dirty(key);
             }
