@@ -14,7 +14,7 @@ use protocol::limits::INTERIM_RESPONSES_MAX;
 use protocol::phase::{Deadlines, End};
 use shard::core::{Shard, Sleepy};
 use shard::mesh::{Command, Neighbours, Report, mailbox, neighbours};
-use shard::settings::{HalfClose, Route, Settings, Sleep, TlsSet};
+use shard::settings::{HalfClose, OnLeave, Resume, Route, Settings, Sleep, SlowReader, TlsSet};
 use shard::stats::StreamRecord;
 use std::cell::{RefCell, RefMut};
 use std::rc::Rc;
@@ -37,7 +37,13 @@ pub(crate) fn settings() -> Settings {
         commit_ms: 10_000,
         half_close: HalfClose::Leave,
         event_ids: true,
-        resume: None,
+        // What is delivered is kept; who leaves is not waited for.
+        resume: Some(Resume {
+            window_bytes: 64 << 10,
+            on_leave: OnLeave::Cancel,
+            keep_ms: 1_000,
+            slow_reader: SlowReader::Auto,
+        }),
     };
     let backends =
         Route { name: "all".to_owned(), path_prefix: "/".to_owned(), upstreams: vec![0], ..route.clone() };
