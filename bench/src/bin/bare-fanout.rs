@@ -1,4 +1,5 @@
-//! The floor of the fan-out comparison: what comes from one publisher is written to every reader, and nothing is looked at.
+//! The floor of the fan-out comparison: what comes from one publisher is answered with a byte and written to every reader, and
+//! nothing is looked at.
 //!
 //! One epoll thread, edge-triggered, TCP_NODELAY. A reader gets a response head when it is accepted, whatever it asks for; it
 //! holds memory only while it is slower than the publisher.
@@ -18,6 +19,8 @@ const PUBLISHER: u64 = u64::MAX - 2;
 const ACCEPTS_PER_TURN: usize = 64;
 /// Bytes read at once.
 const PIECE_BYTES: usize = 64 << 10;
+/// What the publisher is told for whatever it sent.
+const ANSWER: &[u8] = b"+";
 const HEAD: &[u8] =
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nConnection: close\r\n\r\n";
 
@@ -92,7 +95,13 @@ fn publish(mut publisher: &TcpStream, piece: &mut [u8], readers: &mut Slots<Read
     loop {
         match publisher.read(piece) {
             Ok(0) => return false,
-            Ok(count) => readers.retain(|reader| reader.send(&piece[..count])),
+            Ok(count) => {
+                // The publisher waits for it, as for any server's answer.
+                if publisher.write(ANSWER).is_err() {
+                    return false;
+                }
+                readers.retain(|reader| reader.send(&piece[..count]));
+            }
             Err(error) => {
                 return matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted);
             }

@@ -122,7 +122,7 @@ struct Received {
 struct Publisher {
     socket: TcpStream,
     unsent: Unsent,
-    /// The answer that is awaited; raw events have none.
+    /// The answer that is awaited; raw events are answered with a byte.
     answer: ResponseReader,
     /// When what is being answered was to be published.
     awaited_ns: Option<u64>,
@@ -282,8 +282,8 @@ impl Run {
                     "POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: text/plain\r\nContent-Length: {length}\r\n\r\n"
                 )?;
                 out.extend_from_slice(&message);
-                publisher.awaited_ns = Some(due_ns);
             }
+            publisher.awaited_ns = Some(due_ns);
             publisher.unsent.flush(&publisher.socket)?;
         }
         Ok(())
@@ -300,8 +300,12 @@ impl Run {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error),
             };
-            let complete = publisher.answer.feed(&piece[..count], |_, _| {}).map_err(io::Error::other)?;
-            let status = publisher.answer.head().map_or(0, |head| head.status);
+            let (complete, status) = if self.options.raw.is_some() {
+                (true, 200)
+            } else {
+                let complete = publisher.answer.feed(&piece[..count], |_, _| {}).map_err(io::Error::other)?;
+                (complete, publisher.answer.head().map_or(0, |head| head.status))
+            };
             if complete && let Some(due_ns) = publisher.awaited_ns.take() {
                 if !(200..300).contains(&status) {
                     self.report.faults.status += 1;
