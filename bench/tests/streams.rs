@@ -71,8 +71,11 @@ fn every_reader_of_the_bare_fanout_gets_every_event() {
     }
 }
 
-/// Gives each event to one reader as `change` says: which events come at that place, by their sequence numbers.
-fn tampering(change: fn(u64) -> Vec<u64>) -> (SocketAddr, SocketAddr) {
+/// Which events come in an event's place, by their sequence numbers.
+type Change = fn(u64) -> Vec<u64>;
+
+/// Gives each event to one reader as `change` says.
+fn tampering(change: Change) -> (SocketAddr, SocketAddr) {
     let readers = TcpListener::bind("127.0.0.1:0").unwrap();
     let publishers = TcpListener::bind("127.0.0.1:0").unwrap();
     let addresses = (readers.local_addr().unwrap(), publishers.local_addr().unwrap());
@@ -101,7 +104,7 @@ fn tampering(change: fn(u64) -> Vec<u64>) -> (SocketAddr, SocketAddr) {
 
 #[test]
 fn what_is_lost_doubled_or_reordered_is_told() {
-    let cases: [(fn(u64) -> Vec<u64>, &[(&str, u64)]); 4] = [
+    let cases: [(Change, &[(&str, u64)]); 4] = [
         (|sequence| vec![sequence], &[]),
         (|sequence| if sequence == 5 { vec![] } else { vec![sequence] }, &[("lost", 1)]),
         (|sequence| if sequence == 5 { vec![5, 5] } else { vec![sequence] }, &[("doubled", 1)]),

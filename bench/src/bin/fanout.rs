@@ -46,6 +46,9 @@ struct Options {
     /// Publish whole events, as bare-fanout takes them, on a connection to this address.
     #[arg(long, conflicts_with_all = ["publish", "create"])]
     raw: Option<SocketAddr>,
+    /// Instead of publishing: have the fake backend stream through the target, and read that stream by its id.
+    #[arg(long, conflicts_with_all = ["raw", "create"])]
+    relayed: bool,
     /// How many readers.
     #[arg(long, default_value_t = 100)]
     readers: usize,
@@ -97,8 +100,10 @@ struct Run {
     /// Readers that are still to get something.
     owed: usize,
     publisher: Publisher,
-    /// Events to be published.
+    /// Events that every reader is owed. Of a relayed stream, which goes on: those that any has seen in the window.
     events: u64,
+    /// The last that any reader has seen.
+    newest: u64,
     report: Report,
     window: Window,
     /// Events of which the latency counts: those due between the window's edges.
@@ -132,7 +137,7 @@ struct Publisher {
 }
 
 impl Run {
-    fn new(options: Options) -> io::Result<Self> {
+    fn new(mut options: Options) -> io::Result<Self> {
         let limit = net::raise_descriptor_limit();
         if options.readers as u64 + 16 > limit {
             let message =
@@ -141,6 +146,9 @@ impl Run {
         }
         if let Some(path) = &options.create {
             create(options.target, path)?;
+        }
+        if options.relayed {
+            options.read = open_relayed(&options)?;
         }
         let poller = Poller::new()?;
         let socket = TcpStream::connect(options.raw.unwrap_or(options.target))?;
@@ -162,7 +170,12 @@ impl Run {
             answered: 0,
             owed: options.readers,
             publisher,
-            events: (options.rate * (options.warmup + options.duration)).ceil() as u64,
+            events: if options.relayed {
+                u64::MAX
+            } else {
+                (options.rate * (options.warmup + options.duration)).ceil() as u64
+            },
+            newest: 0,
             report: Report::new(),
             window: Window::new(options.marks),
             measured: 0..0,
@@ -193,6 +206,13 @@ impl Run {
             if now >= end_ns {
                 end_ns = u64::MAX;
                 self.window.end(now, &self.report);
+                if self.options.relayed {
+                    self.events = self.newest;
+                    let behind = |reader: &&Reader| {
+                        reader.socket.is_some() && reader.received.sequence.last() < self.newest
+                    };
+                    self.owed = self.readers.iter().filter(behind).count();
+                }
             }
             self.publish(now)?;
             if (self.owed == 0 && self.window.is_over()) || now > deadline_ns {
@@ -248,6 +268,7 @@ impl Run {
     fn due_ns(&self) -> u64 {
         let publisher = &self.publisher;
         if publisher.start_ns == u64::MAX
+            || self.options.relayed
             || publisher.awaited_ns.is_some()
             || publisher.published == self.events
         {
@@ -295,6 +316,8 @@ impl Run {
         publisher.unsent.flush(&publisher.socket)?;
         loop {
             let count = match publisher.socket.read(piece) {
+                // It has nothing to do.
+                Ok(0) if self.options.relayed => return Ok(()),
                 Ok(0) => return Err(io::Error::other("the publisher's connection was closed")),
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -343,6 +366,7 @@ impl Run {
                     received.take(&piece[..count], &mut self.report, &self.measured);
                     self.answered += usize::from(received.has_head && !had_head);
                     let done = last < self.events && received.sequence.last() >= self.events;
+                    self.newest = self.newest.max(received.sequence.last());
                     self.owed -= usize::from(done);
                     // Edge-triggered: what comes later is a new event.
                     if !whole {
@@ -415,6 +439,36 @@ impl Received {
             }
         }
     }
+}
+
+/// Asks for a stream that lasts longer than all of this, reads its head, and leaves. Gives the path of the stream.
+fn open_relayed(options: &Options) -> io::Result<String> {
+    let events = (options.rate * (options.warmup + options.duration + 2.0 * options.grace)).ceil() as u64;
+    let fake = format!("stream=0&events={events}&rate={}&payload={}", options.rate, options.payload);
+    let body = format!(
+        "{{\"model\":\"fake\",\"stream\":true,\"metadata\":{{\"fake\":\"{fake}\"}},\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}"
+    );
+    let mut socket = TcpStream::connect(options.target)?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    write!(
+        socket,
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        options.target,
+        body.len()
+    )?;
+    let (mut head, mut piece) = (Vec::new(), [0; 4096]);
+    while head_end(&head).is_none() {
+        match socket.read(&mut piece)? {
+            0 => break,
+            count => head.extend_from_slice(&piece[..count]),
+        }
+    }
+    String::from_utf8_lossy(&head)
+        .split("\r\n")
+        .filter_map(|line| line.split_once(": "))
+        .find(|(name, _)| name.eq_ignore_ascii_case("tokenring-stream"))
+        .map(|(_, id)| format!("/v1/streams/{id}"))
+        .ok_or_else(|| io::Error::other("the stream has no id"))
 }
 
 /// Creates the stream, waiting for the answer.
