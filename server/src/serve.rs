@@ -13,7 +13,7 @@ use crate::settings::address::format_cpus;
 use crate::settings::load::Effective;
 use crate::settings::plan::Plan;
 use crate::settings::table;
-use crate::settings::{DESCRIPTORS_PER_CLIENT, Machine, descriptors_elsewhere};
+use crate::settings::{Machine, descriptors_elsewhere, descriptors_per_client};
 use crate::tls::Store;
 use shard::host::{self, ShardPlan, ShardThread};
 use shard::mesh;
@@ -81,7 +81,8 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     let keeper = Keeper::new(store, &plan, clock::now(), clock::since_1970().as_secs());
     let shards = plan.cpus.len() as u64;
     let connections = shards * plan.settings.connections_max as u64;
-    let descriptors = descriptors_elsewhere(shards) + connections * DESCRIPTORS_PER_CLIENT;
+    let per_client = descriptors_per_client(!plan.upstreams.is_empty());
+    let descriptors = descriptors_elsewhere(shards) + connections * per_client;
     if let Err(error) = uring::reserve_descriptors(descriptors.min(limit).min(DESCRIPTORS_RESERVED_MAX)) {
         log::warn!("cannot reserve {descriptors} descriptors: {error}");
     }

@@ -299,7 +299,7 @@ settings! {
     BUFFER_SIZE = Setting::new("buffer-size", Group::Shards, bytes(512, MIB), || Value::Integer(8 * KIB),
         "Bytes of one receive buffer.");
     CONNS_MAX = Setting::new("conns-max", Group::Shards, count("COUNT", 1, 16 * MIB), || Value::Integer(1024),
-        "Client connections of a shard at a time. With all slots taken, new clients wait in the kernel's backlog. A relayed client needs two descriptors, its own and its backend's.")
+        "Client connections of a shard at a time. With all slots taken, new clients wait in the kernel's backlog. A relayed client needs two descriptors, its own and its backend's; where there is no upstream at all, one is enough, and this may be set to twice its default.")
         .derived(|machine, so_far| Value::Integer(machine.connections_default(so_far)),
             "what the descriptor limit allows, at most 262144");
     NOTSENT_LOWAT = Setting::new("notsent-lowat", Group::Shards, bytes(0, GIB), || Value::Integer(16 * KIB),
