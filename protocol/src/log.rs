@@ -74,13 +74,15 @@ struct Segment {
     memory: Rc<[Cell<u8>]>,
     /// Log offset of `memory[0]`.
     base: u64,
+    /// Id of the first event in it, or of the next one if there is none.
+    first_id: u64,
     /// `0 <= filled <= memory.len()`
     filled: u32,
 }
 
 impl Segment {
-    fn with_capacity(base: u64, bytes: usize) -> Self {
-        Segment { memory: spare::take(bytes), base, filled: 0 }
+    fn with_capacity(base: u64, first_id: u64, bytes: usize) -> Self {
+        Segment { memory: spare::take(bytes), base, first_id, filled: 0 }
     }
 
     fn end(&self) -> u64 {
@@ -160,20 +162,6 @@ mod spare {
     }
 }
 
-/// What a log that is kept knows besides its bytes.
-struct Kept {
-    /// Bytes of history that are held on to.
-    window_bytes: u64,
-    /// Everything below was delivered to all who are owed it.
-    floor: u64,
-    /// Where the events' own bytes begin, behind the head of the answer.
-    begin: u64,
-    /// Id of the first event of `ends`.
-    first_id: u64,
-    /// Where events end, the low 32 bits of the offsets: what is held at a time is far less than 4 GiB.
-    ends: VecDeque<u32>,
-}
-
 /// Where in a log a subscriber is to begin.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Place {
@@ -196,7 +184,16 @@ pub struct Log {
     last_event_id: u64,
     /// Memory of all segments, bytes.
     memory_bytes: usize,
-    kept: Option<Box<Kept>>,
+    /// Bytes of history that are held on to; 0: none, as long as nobody asks for it.
+    window_bytes: u64,
+    /// Everything below was delivered to all who are owed it. Of a log that is kept, as the following.
+    floor: u64,
+    /// Where the events' own bytes begin, behind the head of the answer.
+    begin: u64,
+    /// Offset of the oldest byte held.
+    kept_start: u64,
+    /// With the floor there, the oldest segment lies outside of the window.
+    forget_at: u64,
 }
 
 impl Log {
@@ -220,65 +217,89 @@ impl Log {
         self.last_event_id
     }
 
-    /// Takes the next event id. The caller appends that event's bytes next.
-    pub fn next_event_id(&mut self) -> u64 {
-        self.last_event_id += 1;
-        self.last_event_id
+    /// The id of the event that is appended next.
+    pub fn next_event_id(&self) -> u64 {
+        self.last_event_id + 1
     }
 
-    /// Bytes of memory held in segments, filled or not, and in the index of a log that is kept.
+    /// What was appended last was that event.
+    pub fn event_ends(&mut self) {
+        self.last_event_id += 1;
+    }
+
+    /// Bytes of memory held in segments, filled or not.
     pub fn memory_bytes(&self) -> usize {
-        self.memory_bytes + self.kept.as_ref().map_or(0, |kept| size_of::<Kept>() + 4 * kept.ends.capacity())
+        self.memory_bytes
     }
 
     /// Bytes held that nobody is owed: history.
     pub fn history_bytes(&self) -> u64 {
-        self.kept.as_ref().map_or(0, |kept| kept.floor.saturating_sub(self.start()))
+        if self.is_kept() { self.floor - self.kept_start } else { 0 }
     }
 
-    /// From here on, what is delivered is held on to, about the last `window_bytes` of it. What was appended so far is the
-    /// head of the answer; events follow.
+    /// From here on, what is delivered is held on to, about the last `window_bytes` (> 0) of it. What was appended so far is
+    /// the head of the answer; events follow.
     pub fn keep(&mut self, window_bytes: u64) {
-        let (floor, begin) = (self.start(), self.end);
-        let first_id = self.last_event_id + 1;
-        self.kept = Some(Box::new(Kept { window_bytes, floor, begin, first_id, ends: VecDeque::new() }));
+        (self.kept_start, self.begin) = (self.start(), self.end);
+        (self.floor, self.window_bytes, self.forget_at) = (self.kept_start, window_bytes.max(1), u64::MAX);
+        self.follow_window();
     }
 
-    /// What was appended last was the end of an event.
-    pub fn event_ends(&mut self) {
-        if let Some(kept) = &mut self.kept {
-            kept.ends.push_back(self.end as u32);
-        }
+    fn is_kept(&self) -> bool {
+        self.window_bytes > 0
     }
 
-    /// Where a subscriber begins that has had the event with this id, and those before it (0: none).
-    pub fn behind(&self, id: u64) -> Place {
+    /// Notes where the floor must be for the oldest segment to be let go.
+    fn follow_window(&mut self) {
+        self.kept_start = self.start();
+        self.forget_at = self.older.front().map_or(u64::MAX, |first| first.end() + self.window_bytes);
+    }
+
+    /// Where a subscriber begins that has had the event with this id, and those before it (0: none). `chunked`: each append was
+    /// one chunk.
+    pub fn behind(&self, id: u64, chunked: bool) -> Place {
         if id > self.last_event_id {
             return Place::Ahead;
         }
-        let Some(kept) = &self.kept else { return Place::Gone(self.last_event_id) };
-        let full = |low: u32| self.end - u64::from((self.end as u32).wrapping_sub(low));
-        let at = match id {
-            0 => Some(kept.begin),
-            id => id
-                .checked_sub(kept.first_id)
-                .and_then(|nth| kept.ends.get(nth as usize))
-                .map(|&low| full(low)),
+        if !self.is_kept() {
+            return Place::Gone(self.last_event_id);
+        }
+        if id == 0 && self.begin >= self.kept_start {
+            return Place::At(self.begin);
+        }
+        let segments = || self.older.iter().chain(&self.last);
+        let Some(first) = segments().next() else {
+            // All of it was let go, and nothing followed.
+            return if id == self.last_event_id {
+                Place::At(self.end)
+            } else {
+                Place::Gone(self.last_event_id)
+            };
         };
-        match at {
-            Some(at) if at >= self.start() => Place::At(at),
-            // The index may reach a little further back than the bytes do.
-            _ => {
-                let held = |low: &u32| full(*low) < self.start();
-                let earlier = kept.ends.iter().take_while(|low| held(low)).count() as u64;
-                Place::Gone(kept.first_id + earlier)
+        if id + 1 <= first.first_id {
+            // The end of that event is gone, but nothing that follows it.
+            return match id + 1 == first.first_id {
+                true => Place::At(first.base),
+                false => Place::Gone(first.first_id - 1),
+            };
+        }
+        let Some(segment) = segments().filter(|segment| segment.first_id <= id).last() else {
+            return Place::Gone(first.first_id - 1);
+        };
+        let bytes: Vec<u8> = segment.memory[..segment.filled as usize].iter().map(Cell::get).collect();
+        let begin = self.begin.saturating_sub(segment.base) as usize;
+        match crate::sse::end_of_event(&bytes[begin.min(bytes.len())..], chunked, segment.first_id, id) {
+            Some(end) => Place::At(segment.base + (begin + end) as u64),
+            None => {
+                debug_assert!(false, "event {id} is not where it should be");
+                Place::Gone(self.last_event_id)
             }
         }
     }
 
     /// Everything below is delivered; a log that is not kept holds nothing below it.
     pub fn floor(&self) -> u64 {
-        self.kept.as_ref().map_or(self.start(), |kept| kept.floor)
+        if self.is_kept() { self.floor } else { self.start() }
     }
 
     /// Lets history go until no more than `bytes` of it are held, in whole segments.
@@ -287,16 +308,7 @@ impl Log {
         while self.older.front().is_some_and(|first| first.end() <= floor && floor - first.end() >= bytes) {
             self.drop_first();
         }
-        let start = self.start();
-        if let Some(kept) = &mut self.kept {
-            // One below the start is kept: a subscriber begins where the one before its event ends.
-            let end = self.end;
-            let below = |low: u32| end - u64::from((end as u32).wrapping_sub(low)) < start;
-            while kept.ends.front().is_some_and(|&low| below(low)) {
-                kept.ends.pop_front();
-                kept.first_id += 1;
-            }
-        }
+        self.follow_window();
     }
 
     fn drop_first(&mut self) {
@@ -347,7 +359,10 @@ impl Log {
                 0
             }
             Some(segment) => {
-                let size = segment.memory.len();
+                let (size, end) = (segment.memory.len(), segment.end());
+                if self.older.is_empty() {
+                    self.forget_at = end + self.window_bytes;
+                }
                 self.older.push_back(segment);
                 size
             }
@@ -355,7 +370,7 @@ impl Log {
         };
         let next = (last * 2).clamp(LOG_SEGMENT_FIRST_BYTES, LOG_SEGMENT_BYTES_MAX);
         // An append larger than a segment gets one of its own.
-        let segment = Segment::with_capacity(self.end, next.max(bytes));
+        let segment = Segment::with_capacity(self.end, self.last_event_id + 1, next.max(bytes));
         self.memory_bytes += segment.memory.len();
         self.last = Some(segment);
     }
@@ -379,7 +394,7 @@ impl Log {
     pub fn trim(&mut self, below: u64) {
         self.release(below);
         if below >= self.end
-            && self.kept.is_none()
+            && !self.is_kept()
             && let Some(last) = self.last.take()
         {
             self.memory_bytes -= last.memory.len();
@@ -388,16 +403,10 @@ impl Log {
 
     /// Releases what lies below `below` (the lowest cursor of all subscribers, or the start of the window), in whole segments.
     pub fn release(&mut self, below: u64) {
-        if let Some(kept) = &mut self.kept {
-            kept.floor = kept.floor.max(below);
-            let (floor, window_bytes) = (kept.floor, kept.window_bytes);
-            // Most often there is nothing to do, and the index is not looked at.
-            if self
-                .older
-                .front()
-                .is_some_and(|first| first.end() <= floor && floor - first.end() >= window_bytes)
-            {
-                self.forget(window_bytes);
+        if self.is_kept() {
+            self.floor = self.floor.max(below);
+            if self.floor >= self.forget_at {
+                self.forget(self.window_bytes);
             }
             return;
         }
@@ -544,19 +553,38 @@ mod tests {
         assert_eq!(spare::bytes(), 8 * LOG_SPARE_BYTES_MAX, "eight sizes, each full");
     }
 
-    /// A log of `events` events, of `bytes` each and one heartbeat behind every third; gives where each ends.
-    fn kept(events: u64, bytes: usize, window_bytes: u64) -> (Log, Vec<u64>) {
+    /// The wire bytes of an event of ours, made to have about so many bytes of data.
+    fn event(id: u64, bytes: usize, chunked: bool) -> Vec<u8> {
+        let data = String::from_utf8(vec![b'a' + (id % 26) as u8; bytes]).unwrap();
+        let block = match id % 4 {
+            // One that has an id of its own, that is another's.
+            0 => format!("event: x\r\nid: {}\r\ndata: {data}\r\nid: {id}\n\r\n", id + 1),
+            1 => format!("id: {id}\nretry: 5\ndata: id: {}\ndata: {data}\n\n", id + 1),
+            _ => format!("id: {id}\ndata: {data}\n\n"),
+        };
+        match chunked {
+            true => format!("{:x}\r\n{block}\r\n", block.len()).into_bytes(),
+            false => block.into_bytes(),
+        }
+    }
+
+    fn beat(chunked: bool) -> &'static [u8] {
+        if chunked { b"3\r\n:\n\n\r\n" } else { b":\n\n" }
+    }
+
+    /// A log of `events` events and one heartbeat behind every third; gives where each ends.
+    fn kept(events: u64, bytes: usize, window_bytes: u64, chunked: bool) -> (Log, Vec<u64>) {
         let mut log = Log::new();
         log.append(&[b"HTTP/1.1 200 OK\r\n\r\n"]);
         log.keep(window_bytes);
         let mut ends = vec![log.end()];
         for id in 1..=events {
             assert_eq!(log.next_event_id(), id);
-            log.append(&[&vec![b'a' + (id % 26) as u8; bytes]]);
+            log.append(&[&event(id, bytes, chunked)]);
             log.event_ends();
             ends.push(log.end());
             if id % 3 == 0 {
-                log.append(&[b":\n\n"]);
+                log.append(&[beat(chunked)]);
             }
             log.release(log.end());
         }
@@ -565,37 +593,41 @@ mod tests {
 
     #[test]
     fn a_log_that_is_kept_is_read_again_from_behind_any_event() {
-        let (log, ends) = kept(50, 100, 1 << 20);
-        for (id, &end) in ends.iter().enumerate() {
-            assert_eq!(log.behind(id as u64), Place::At(end));
+        for chunked in [true, false] {
+            let (log, ends) = kept(50, 100, 1 << 20, chunked);
+            for (id, &end) in ends.iter().enumerate() {
+                // A heartbeat lies in front of the event or behind the one before it, as segments have it.
+                let Place::At(at) = log.behind(id as u64, chunked) else { panic!("{id}") };
+                assert!(
+                    at == end || at == end + beat(chunked).len() as u64,
+                    "{id} ends at {end}, found at {at}"
+                );
+            }
+            assert_eq!(log.behind(51, chunked), Place::Ahead);
+            let Place::At(at) = log.behind(47, chunked) else { panic!() };
+            let expected =
+                [&event(48, 100, chunked), beat(chunked), &event(49, 100, chunked), &event(50, 100, chunked)];
+            assert_eq!(read(&log, at), expected.concat());
+            assert_eq!(log.history_bytes(), log.end());
         }
-        assert_eq!(log.behind(51), Place::Ahead);
-        let rest = read(&log, ends[47]);
-        assert_eq!(
-            rest,
-            [
-                vec![b'a' + 48 % 26; 100],
-                b":\n\n".to_vec(),
-                vec![b'a' + 49 % 26; 100],
-                vec![b'a' + 50 % 26; 100]
-            ]
-            .concat()
-        );
-        assert_eq!(log.history_bytes(), log.end());
     }
 
     #[test]
     fn history_is_bounded_by_the_window_and_says_where_it_begins() {
         let window_bytes = 100_000;
-        let (log, ends) = kept(5_000, 200, window_bytes);
+        let (log, ends) = kept(5_000, 200, window_bytes, true);
         let held = log.end() - log.start();
         assert!((window_bytes..window_bytes + LOG_SEGMENT_BYTES_MAX as u64).contains(&held), "{held}");
-        assert!(log.memory_bytes() < held as usize + LOG_SEGMENT_BYTES_MAX + 4 * 2 * 5_000);
-        let Place::Gone(first) = log.behind(0) else { panic!("the start is still held") };
-        assert!(ends[first as usize] >= log.start() && ends[first as usize - 1] < log.start());
+        assert!(log.memory_bytes() < held as usize + LOG_SEGMENT_BYTES_MAX);
+        let Place::Gone(first) = log.behind(0, true) else { panic!("the start is still held") };
+        assert!(ends[first as usize] <= log.start() && ends[first as usize + 1] > log.start());
         for id in 0..=5_000 {
-            let expected = if id < first { Place::Gone(first) } else { Place::At(ends[id as usize]) };
-            assert_eq!(log.behind(id), expected, "{id}");
+            let end = ends[id as usize];
+            match log.behind(id, true) {
+                Place::Gone(from) => assert!(from == first && id < first, "{id}"),
+                Place::At(at) => assert!(id >= first && (end..end + 9).contains(&at), "{id}: {at} for {end}"),
+                Place::Ahead => panic!("{id}"),
+            }
         }
     }
 
@@ -605,14 +637,13 @@ mod tests {
         log.keep(0);
         for id in 1..=1_000 {
             assert_eq!(log.next_event_id(), id);
-            log.append(&[&[7; 300]]);
+            log.append(&[&event(id, 300, false)]);
             log.event_ends();
         }
         log.forget(0);
-        assert_eq!((log.start(), log.behind(0)), (0, Place::At(0)));
+        assert_eq!((log.start(), log.behind(0, false)), (0, Place::At(0)));
         log.release(150_000);
         assert!(log.start() <= 150_000 && log.start() > 150_000 - LOG_SEGMENT_BYTES_MAX as u64);
-        assert_eq!(log.behind(500), Place::At(150_000));
         log.release(100);
         assert_eq!(log.floor(), 150_000, "it does not go back");
     }

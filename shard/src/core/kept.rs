@@ -224,7 +224,7 @@ impl<I: Io> Shard<I> {
     /// Something was appended for whoever reads a stream.
     pub(super) fn appended(&mut self, key: Key) {
         let Some(stream) = self.streams.get(key) else { return };
-        let source = stream.source;
+        let source = stream.source.filter(|_| stream.followed);
         if let Some(client) = stream.client {
             self.mark_dirty(client);
         }

@@ -143,7 +143,7 @@ impl<I: Io> Shard<I> {
         let skip = self.settings.routes[source.route]
             .resume
             .is_some_and(|resume| resume.slow_reader == SlowReader::Skip);
-        let newest = self.source_log(source).and_then(newest_in);
+        let newest = self.source_log(source).and_then(|log| newest_in(log, source.chunked));
         let (Some((at, last)), true) = (newest, skip) else {
             self.stats.counters.readers_dropped += 1;
             return self.end_stream(key, End::Lagged);
@@ -341,9 +341,9 @@ impl<I: Io> Shard<I> {
 }
 
 /// Where the newest event that a log still holds begins, and the id of the one before it.
-fn newest_in(log: &Log) -> Option<(u64, u64)> {
+fn newest_in(log: &Log, chunked: bool) -> Option<(u64, u64)> {
     let last = log.last_event_id();
-    [last.saturating_sub(1), last].into_iter().find_map(|id| match log.behind(id) {
+    [last.saturating_sub(1), last].into_iter().find_map(|id| match log.behind(id, chunked) {
         Place::At(at) => Some((at, id)),
         _ => None,
     })

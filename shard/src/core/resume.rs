@@ -70,7 +70,7 @@ impl<I: Io> Shard<I> {
             Some(stream) => stream.phase.name(),
             None => "over",
         };
-        let earliest = match log.behind(0) {
+        let earliest = match log.behind(0, source.chunked) {
             Place::Gone(first) => first + 1,
             _ => 1,
         };
@@ -143,7 +143,8 @@ impl<I: Io> Shard<I> {
             return self.answer_fault(key, &resume::STOPPED, "");
         }
         let Some(log) = self.source_log(source) else { return };
-        let (place, last, done) = (log.behind(after), log.last_event_id(), source.end == Some(End::Done));
+        let (place, last, done) =
+            (log.behind(after, source.chunked), log.last_event_id(), source.end == Some(End::Done));
         let Some(stream) = self.streams.get(key) else { return };
         if source.chunked && stream.version == Version::Http10 {
             return self.answer_fault(key, &resume::NEEDS_HTTP_1_1, "");
@@ -229,6 +230,7 @@ impl<I: Io> Shard<I> {
         let Some(source) = self.kept.sources.get_mut(source_key) else { return };
         let Some(producer_key) = source.producer else { return };
         let Some(producer) = self.streams.get_mut(producer_key) else { return };
+        producer.followed = true;
         let Some(client) = producer.client else { return };
         // One that is still sending its request is needed where it is.
         if !producer.request_done || producer.end.is_some() {

@@ -61,6 +61,8 @@ pub(crate) struct Stream {
     pub(crate) drawn: u64,
     /// Memory of what is kept of it, accounted for, bytes.
     pub(crate) charged: u64,
+    /// Somebody reads it by its id, or did.
+    pub(crate) followed: bool,
     /// Those who know its id find it there.
     pub(crate) source: Option<Key>,
     /// It reads another stream.
@@ -175,6 +177,7 @@ impl Stream {
             events_sent: 0,
             drawn: 0,
             charged: 0,
+            followed: false,
             source: None,
             reader: None,
             started_us: now_us,
