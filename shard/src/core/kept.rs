@@ -149,6 +149,8 @@ impl Kept {
     pub(super) fn stir(&mut self, key: Key) {
         if let Some(source) = self.sources.get_mut(key)
             && !std::mem::replace(&mut source.stirred, true)
+            // Within a round it is queued already.
+            && source.served == 0
         {
             self.stirred.push_back(key);
         }

@@ -222,24 +222,22 @@ impl<I: Io> Shard<I> {
             let Some(key) = self.kept.stirred.pop_front() else { break };
             let Some(source) = self.kept.sources.get_mut(key) else { continue };
             if source.served == 0 {
+                // A round begins. What comes while it lasts is for another one.
                 source.stirred = false;
             }
             let (from, all) = (source.served, source.readers.len());
             let to = all.min(from + room);
             room -= to.saturating_sub(from);
             source.served = if to < all { to } else { 0 };
-            let unfinished = source.served > 0;
+            let goes_on = source.served > 0 || source.stirred;
             for nth in from..to {
                 let reader = self.kept.sources.get(key).and_then(|source| source.readers.get(nth)).copied();
                 if let Some(client) = reader.and_then(|reader| self.streams.get(reader)?.client) {
                     self.mark_dirty(client);
                 }
             }
-            if unfinished {
+            if goes_on {
                 // The others first, then the rest of its readers.
-                if let Some(source) = self.kept.sources.get_mut(key) {
-                    source.stirred = true;
-                }
                 self.kept.stirred.push_back(key);
             }
             self.follow_readers(key);
@@ -358,7 +356,8 @@ impl<I: Io> Shard<I> {
         if reader.lent.is_some() || own > 0 {
             return Err(format!("a reader is owed {own} bytes of its own, or the rest of what it was lent"));
         }
-        let served = self.kept.sources.get(reader.source).is_some_and(|source| source.stirred);
+        let source = self.kept.sources.get(reader.source);
+        let served = source.is_some_and(|source| source.stirred || source.served > 0);
         let waits = stream.produced || reader.waits || served;
         match self.supply(reader.source, reader.at) {
             Supply::Later => Ok(()),
