@@ -26,6 +26,8 @@ pub(crate) struct Reader {
     pub(super) own_lent: bool,
     /// Waits for its turn to begin.
     pub(super) waits: bool,
+    /// Of one that shares a tail: its position in the durable stream behind what it was lent, if that ends between two events.
+    pub(super) behind: Option<u64>,
 }
 
 impl Reader {
@@ -78,9 +80,10 @@ impl<I: Io> Shard<I> {
             let (source, at) = (reader.source, reader.at);
             match self.supply(source, at) {
                 Supply::Range(range) => {
+                    let behind = self.position_behind(source, at + range.len() as u64);
                     let reader = self.streams.get_mut(key)?.reader.as_mut()?;
                     reader.at += range.len() as u64;
-                    reader.lent = Some(range);
+                    (reader.lent, reader.behind) = (Some(range), behind);
                 }
                 Supply::Later => return None,
                 Supply::Over(end) => {
@@ -136,6 +139,9 @@ impl<I: Io> Shard<I> {
 
     /// The window has left a reader behind.
     fn reader_lagged(&mut self, key: Key) {
+        if self.leave_tail(key) {
+            return;
+        }
         let now_us = self.now_us;
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(reader) = &mut stream.reader else { return };
@@ -187,6 +193,7 @@ impl<I: Io> Shard<I> {
         let Some(source) = self.kept.sources.get(key) else { return false };
         let slow_reader = self.resume_of(source.route).map(|resume| resume.slow_reader);
         source.producer.is_some()
+            && source.tail.is_none()
             && match slow_reader {
                 Some(SlowReader::Block) => true,
                 Some(SlowReader::Auto) => source.readers.len() == 1,
@@ -279,6 +286,10 @@ impl<I: Io> Shard<I> {
     pub(super) fn owed_to_readers(&self, stream: &Stream) -> Option<(u64, u64)> {
         let source = stream.source.filter(|_| stream.client.is_none())?;
         let source = self.kept.sources.get(source)?;
+        if source.tail.is_some() {
+            // Who falls behind is left behind.
+            return Some((0, self.settings.lag_high_bytes));
+        }
         let window_bytes = self.resume_of(stream.route).map_or(0, |resume| resume.window_bytes);
         let high = match source.detached {
             // Half of the window for what comes, half for what its client may not have seen.
@@ -392,7 +403,7 @@ impl<I: Io> Shard<I> {
                     return Err(format!("reader {place} does not know its place"));
                 }
             }
-            if self.kept.by_number.get(&source.number) != Some(&key) {
+            if source.tail.is_none() && self.kept.by_number.get(&source.number) != Some(&key) {
                 return Err("a stream cannot be found by its id".to_owned());
             }
         }
