@@ -151,6 +151,7 @@ impl<I: Io> Shard<I> {
             behind: at,
         }));
         source.readers.push(key);
+        self.stats.counters.durable_shared += 1;
     }
 
     /// Notes where in a tail's log events end; the log has just grown.
