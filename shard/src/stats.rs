@@ -162,6 +162,10 @@ counters! {
     durable_trimmed_bytes => "tokenring_durable_trimmed_bytes_total",
     /// Appends to durable streams, and creations of such, that found no memory.
     durable_full => "tokenring_durable_full_total",
+    /// Live readers of durable streams that came to share what follows with others, because they had all there was.
+    durable_shared => "tokenring_durable_readers_shared_total",
+    /// Live readers of durable streams that fell behind what they shared with others, and went on by themselves.
+    durable_parted => "tokenring_durable_readers_parted_total",
     /// Records for the control thread dropped because it did not keep up.
     records_dropped => "tokenring_records_dropped_total",
 }

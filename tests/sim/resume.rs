@@ -10,6 +10,7 @@ use crate::rng::Rng;
 use crate::run::{Finished, Sim, settings};
 use crate::tls;
 use protocol::dialect::Dialect;
+use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::phase::End;
 use shard::settings::{OnLeave, Resume, Settings, SlowReader};
 
@@ -435,6 +436,26 @@ fn thousands_who_come_back_at_once_begin_at_their_pace() {
     let finished = sim.finish();
     assert_eq!(check(&finished, &tale), 501);
     assert!(finished.sim.shard.stats().counters.resumes_delayed > 300);
+}
+
+#[test]
+fn more_readers_than_a_turn_has_room_for_all_get_every_event() {
+    let mut sim = sim_with(11, |settings| {
+        settings.resumes_per_s = 1_000_000;
+        (settings.connections_max, settings.backlog) = (3_000, 2_048);
+    });
+    let mut tale = chat(&mut sim, 200, 20_000, |plan| plan);
+    sim.run_ms(200);
+    for _ in 0..2 * READERS_PER_TURN_MAX + 100 {
+        come_back(&mut sim, &mut tale, 0);
+    }
+    sim.run_ms(2_000);
+    for &(client, _) in &tale.readers {
+        let seen = answer(&sim, client).map_or(0, |seen| seen.last());
+        assert!(seen > 50, "a reader has {seen} events after two seconds");
+    }
+    let finished = sim.finish();
+    assert_eq!(check(&finished, &tale), tale.readers.len() + 1);
 }
 
 #[test]

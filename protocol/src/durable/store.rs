@@ -840,7 +840,7 @@ impl Store {
 
     // ---- readers
 
-    fn subscribe(&mut self, id: Id, reader: Key) -> usize {
+    pub(super) fn subscribe(&mut self, id: Id, reader: Key) -> usize {
         let chain: Vec<Id> = self.with_sources(id).collect();
         for source in chain {
             if let Some(stream) = self.streams.get_mut(source) {

@@ -19,6 +19,9 @@ impl<I: Io> Shard<I> {
     /// owed (the rest, the end, or the error in its dialect) is in the log when this returns.
     pub(super) fn end_stream(&mut self, key: Key, end: End) {
         let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
+        if self.end_tail(key, end) {
+            return;
+        }
         if self.has_all_of_its_source(key) {
             // The end is among what is on its way to it, and nothing may follow that.
             return;
@@ -204,8 +207,10 @@ impl<I: Io> Shard<I> {
         let end = stream.end.unwrap_or(End::ClientLeft);
         self.stats.ends[end as usize] += 1;
         self.overdraft_bytes -= stream.drawn;
+        let mut sent_bytes = 0;
         if let Some(durable) = stream.durable.take() {
-            self.durable_settle(*durable);
+            sent_bytes += durable.shared_bytes;
+            self.durable_settle(key, *durable);
         }
         let reader = stream.reader.take();
         let duration_us = self.now_us - stream.started_us;
@@ -217,11 +222,11 @@ impl<I: Io> Shard<I> {
         {
             self.wheel.remove(timer);
         }
-        let (mut sent_bytes, mut client_certificate) = (0, None);
+        let mut client_certificate = None;
         if let Some(conn) = stream.client.and_then(|key| self.conns.get_mut(key))
             && conn.stream == Some(key)
         {
-            sent_bytes = conn.ledger.sent();
+            sent_bytes += conn.ledger.sent();
             if let (Some(tls), Some(_)) = (&conn.tls, &stream.description) {
                 client_certificate = tls.peer_certificate().map(Box::from);
             }

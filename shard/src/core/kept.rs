@@ -11,6 +11,7 @@
 //! the requests for them, `reader` those who read them.
 
 use super::relay::ExtraLines;
+use super::tail::Tail;
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
 use crate::settings::{OnLeave, Resume, Settings};
@@ -80,6 +81,40 @@ pub(super) struct Source {
     pub(super) timer: Option<(TimerId, u64)>,
     /// Its time is over; it goes when its last reader has.
     pub(super) expired: bool,
+    /// What live readers of a durable stream share: it has no id.
+    pub(super) tail: Option<Box<Tail>>,
+}
+
+impl Source {
+    pub(super) fn new(
+        number: u64,
+        producer: Key,
+        route: usize,
+        dialect: Dialect,
+        chunked: bool,
+        now_ms: u64,
+    ) -> Self {
+        Source {
+            number,
+            route,
+            dialect,
+            chunked,
+            producer: Some(producer),
+            log: Log::new(),
+            end: None,
+            readers: Vec::new(),
+            served: 0,
+            stirred: false,
+            detached: false,
+            owed_from: 0,
+            began_ms: now_ms,
+            ended_ms: 0,
+            charged: 0,
+            timer: None,
+            expired: false,
+            tail: None,
+        }
+    }
 }
 
 /// What there is of kept streams at an instant.
@@ -149,18 +184,21 @@ impl Kept {
     pub(super) fn stir(&mut self, key: Key) {
         if let Some(source) = self.sources.get_mut(key)
             && !std::mem::replace(&mut source.stirred, true)
+            // Within a round it is queued already.
+            && source.served == 0
         {
             self.stirred.push_back(key);
         }
     }
 
     pub(super) fn totals(&self) -> KeptTotals {
-        let live = self.sources.iter().filter(|(_, source)| source.producer.is_some()).count();
+        let named = || self.sources.iter().map(|(_, source)| source).filter(|source| source.tail.is_none());
+        let live = named().filter(|source| source.producer.is_some()).count();
         KeptTotals {
             live,
-            over: self.sources.len() - live,
+            over: named().count() - live,
             detached: self.detached,
-            readers: self.sources.iter().map(|(_, source)| source.readers.len()).sum(),
+            readers: named().map(|source| source.readers.len()).sum(),
             waiting: self.waiting.len(),
             bytes: self.bytes,
         }
@@ -184,25 +222,8 @@ impl<I: Io> Shard<I> {
             return;
         }
         let number = self.kept.next_number;
-        let source = Source {
-            number,
-            route: stream.route,
-            dialect: stream.dialect,
-            chunked: stream.events_chunked(),
-            producer: Some(key),
-            log: Log::new(),
-            end: None,
-            readers: Vec::new(),
-            served: 0,
-            stirred: false,
-            detached: false,
-            owed_from: 0,
-            began_ms: now_ms,
-            ended_ms: 0,
-            charged: 0,
-            timer: None,
-            expired: false,
-        };
+        let chunked = stream.events_chunked();
+        let source = Source::new(number, key, stream.route, stream.dialect, chunked, now_ms);
         let Ok(source) = self.kept.sources.insert(source) else { return };
         self.kept.next_number += 1;
         self.kept.by_number.insert(number, source);
@@ -273,6 +294,9 @@ impl<I: Io> Shard<I> {
 
     /// If nobody reads a stream under way, its route says what becomes of it.
     pub(super) fn orphan(&mut self, key: Key) {
+        if self.drop_tail(key) {
+            return;
+        }
         let now_ms = self.now_ms();
         let Some(source) = self.kept.sources.get_mut(key) else { return };
         let Some(producer) = source.producer else { return };
@@ -362,7 +386,9 @@ impl<I: Io> Shard<I> {
         if let Some((timer, _)) = source.timer {
             self.wheel.remove(timer);
         }
-        self.kept.by_number.remove(&source.number);
+        if source.tail.is_none() {
+            self.kept.by_number.remove(&source.number);
+        }
         self.kept.bytes -= source.charged;
         // Names of those that are gone are not kept for ever.
         for names in [&mut self.kept.over, &mut self.kept.live] {

@@ -20,6 +20,7 @@ mod relay;
 mod resume;
 mod secure;
 mod stream;
+mod tail;
 mod transfer;
 
 use crate::io::{Completion, Errno, Io, Wait};
@@ -415,7 +416,8 @@ impl<I: Io> Shard<I> {
         let mut phases = [0; Phase::COUNT];
         let (mut log_bytes, mut pending_bytes, mut in_flight_bytes) = (0, 0, 0);
         for (_, stream) in self.streams.iter() {
-            phases[stream.phase as usize] += 1;
+            // A tail is nobody's stream.
+            phases[stream.phase as usize] += u64::from(!self.is_tail(stream));
             log_bytes += (stream.request.memory_bytes() + stream.response.memory_bytes()) as u64;
         }
         let (mut lagging, mut tls_bytes) = (Vec::new(), 0);
@@ -459,7 +461,7 @@ impl<I: Io> Shard<I> {
             tls_bytes,
             overdraft_bytes: self.overdraft_bytes,
             kept: self.kept.totals(),
-            durable: self.durable.store.totals(),
+            durable: self.durable_totals(),
             buffers_free: self.io.buffers_free(),
             timers: self.wheel.len(),
             draining: self.leaving != Leaving::No,

@@ -26,6 +26,8 @@ pub(crate) struct Reader {
     pub(super) own_lent: bool,
     /// Waits for its turn to begin.
     pub(super) waits: bool,
+    /// Of one that shares a tail: its position in the durable stream behind what it was lent, if that ends between two events.
+    pub(super) behind: Option<u64>,
 }
 
 impl Reader {
@@ -78,9 +80,10 @@ impl<I: Io> Shard<I> {
             let (source, at) = (reader.source, reader.at);
             match self.supply(source, at) {
                 Supply::Range(range) => {
+                    let behind = self.position_behind(source, at + range.len() as u64);
                     let reader = self.streams.get_mut(key)?.reader.as_mut()?;
                     reader.at += range.len() as u64;
-                    reader.lent = Some(range);
+                    (reader.lent, reader.behind) = (Some(range), behind);
                 }
                 Supply::Later => return None,
                 Supply::Over(end) => {
@@ -136,6 +139,9 @@ impl<I: Io> Shard<I> {
 
     /// The window has left a reader behind.
     fn reader_lagged(&mut self, key: Key) {
+        if self.leave_tail(key) {
+            return;
+        }
         let now_us = self.now_us;
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(reader) = &mut stream.reader else { return };
@@ -187,6 +193,7 @@ impl<I: Io> Shard<I> {
         let Some(source) = self.kept.sources.get(key) else { return false };
         let slow_reader = self.resume_of(source.route).map(|resume| resume.slow_reader);
         source.producer.is_some()
+            && source.tail.is_none()
             && match slow_reader {
                 Some(SlowReader::Block) => true,
                 Some(SlowReader::Auto) => source.readers.len() == 1,
@@ -222,24 +229,22 @@ impl<I: Io> Shard<I> {
             let Some(key) = self.kept.stirred.pop_front() else { break };
             let Some(source) = self.kept.sources.get_mut(key) else { continue };
             if source.served == 0 {
+                // A round begins. What comes while it lasts is for another one.
                 source.stirred = false;
             }
             let (from, all) = (source.served, source.readers.len());
             let to = all.min(from + room);
             room -= to.saturating_sub(from);
             source.served = if to < all { to } else { 0 };
-            let unfinished = source.served > 0;
+            let goes_on = source.served > 0 || source.stirred;
             for nth in from..to {
                 let reader = self.kept.sources.get(key).and_then(|source| source.readers.get(nth)).copied();
                 if let Some(client) = reader.and_then(|reader| self.streams.get(reader)?.client) {
                     self.mark_dirty(client);
                 }
             }
-            if unfinished {
+            if goes_on {
                 // The others first, then the rest of its readers.
-                if let Some(source) = self.kept.sources.get_mut(key) {
-                    source.stirred = true;
-                }
                 self.kept.stirred.push_back(key);
             }
             self.follow_readers(key);
@@ -281,6 +286,10 @@ impl<I: Io> Shard<I> {
     pub(super) fn owed_to_readers(&self, stream: &Stream) -> Option<(u64, u64)> {
         let source = stream.source.filter(|_| stream.client.is_none())?;
         let source = self.kept.sources.get(source)?;
+        if source.tail.is_some() {
+            // Who falls behind is left behind.
+            return Some((0, self.settings.lag_high_bytes));
+        }
         let window_bytes = self.resume_of(stream.route).map_or(0, |resume| resume.window_bytes);
         let high = match source.detached {
             // Half of the window for what comes, half for what its client may not have seen.
@@ -358,7 +367,8 @@ impl<I: Io> Shard<I> {
         if reader.lent.is_some() || own > 0 {
             return Err(format!("a reader is owed {own} bytes of its own, or the rest of what it was lent"));
         }
-        let served = self.kept.sources.get(reader.source).is_some_and(|source| source.stirred);
+        let source = self.kept.sources.get(reader.source);
+        let served = source.is_some_and(|source| source.stirred || source.served > 0);
         let waits = stream.produced || reader.waits || served;
         match self.supply(reader.source, reader.at) {
             Supply::Later => Ok(()),
@@ -393,7 +403,7 @@ impl<I: Io> Shard<I> {
                     return Err(format!("reader {place} does not know its place"));
                 }
             }
-            if self.kept.by_number.get(&source.number) != Some(&key) {
+            if source.tail.is_none() && self.kept.by_number.get(&source.number) != Some(&key) {
                 return Err("a stream cannot be found by its id".to_owned());
             }
         }

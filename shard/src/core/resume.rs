@@ -214,6 +214,7 @@ impl<I: Io> Shard<I> {
             own_at: 0,
             own_lent: false,
             waits: !may_begin,
+            behind: None,
         }));
         let client = stream.client;
         self.kept.stir(source_key);
@@ -263,6 +264,7 @@ impl<I: Io> Shard<I> {
             own_at: 0,
             own_lent: false,
             waits: false,
+            behind: None,
         }));
         let Ok(reader_key) = self.streams.insert(stream) else { return };
         source.readers.push(reader_key);

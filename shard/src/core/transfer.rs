@@ -243,7 +243,9 @@ impl<I: Io> Shard<I> {
     fn pump_reader(&mut self, key: Key) {
         let Some(stream_key) = self.conns.get(key).and_then(|conn| conn.stream) else { return };
         let Some(range) = self.next_of_reader(stream_key, LOG_SEGMENT_BYTES_MAX as u32, false) else {
-            return self.follow_delivered(key);
+            // One that went on by itself has what follows in its own log, and is pumped again.
+            let reads = self.streams.get(stream_key).is_none_or(|stream| stream.reader.is_some());
+            return if reads { self.follow_delivered(key) } else { self.mark_dirty(key) };
         };
         let Some(stream) = self.streams.get(stream_key) else { return };
         let stall_ms = u64::from(self.settings.routes[stream.route].deadlines.write_stall_ms);
