@@ -60,6 +60,8 @@ pub struct Settings {
     pub events_ms: u32,
     /// Whether pages of any origin may use the streams.
     pub cors: bool,
+    /// Whether they are written to disk.
+    pub on_disk: bool,
     /// The longest time between a write to disk and its sync, ms; 0: nothing is acknowledged before it is synced.
     pub fsync_interval_ms: u32,
     /// Bytes of a segment file.
@@ -76,6 +78,7 @@ impl Default for Settings {
             long_poll_ms: limits::DURABLE_LONG_POLL_MS,
             events_ms: limits::DURABLE_EVENTS_MS,
             cors: true,
+            on_disk: false,
             fsync_interval_ms: 0,
             segment_bytes: limits::DURABLE_SEGMENT_BYTES,
         }

@@ -12,7 +12,7 @@ use super::stream::{Hidden, Stream};
 use super::{Form, Now, Settings};
 use crate::limits::{DURABLE_REWRITE_BACKLOG_BYTES_MAX, DURABLE_REWRITE_BYTES_PER_TURN};
 use std::cell::Cell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
 /// Bytes of messages put into one record of a snapshot, unless a single one is longer.
 const PIECE_BYTES: u64 = 64 << 10;
@@ -23,20 +23,8 @@ const SEGMENTS_FREE: u64 = 4;
 #[derive(Debug, Default)]
 pub(super) struct Rewriting {
     current: Option<Current>,
-    /// Done, and to be synced.
-    settling: VecDeque<Settling>,
     /// Bytes so far.
     pub(super) bytes: u64,
-}
-
-#[derive(Debug)]
-struct Settling {
-    /// The last record.
-    number: u64,
-    id: Id,
-    /// The first segment that it will need, and that it needs until then.
-    segment: u64,
-    before: u64,
 }
 
 #[derive(Debug)]
@@ -186,6 +174,11 @@ impl Store {
         self.journal.as_ref().map_or(u64::MAX, Journal::acknowledged)
     }
 
+    /// Whether a change would be refused for the disk's sake.
+    pub fn refuses_changes(&self) -> bool {
+        self.journal.as_ref().is_some_and(|journal| journal.refusal().is_some())
+    }
+
     /// Whether the disk does not take what is written.
     pub fn is_failing(&self) -> bool {
         self.journal.as_ref().is_some_and(Journal::is_failing)
@@ -218,11 +211,18 @@ impl Store {
         self.journal.as_mut()?.next_job(now_ms)
     }
 
+    /// The same for the end of the process: everything recorded is synced now, whatever the interval.
+    pub fn last_job(&mut self, now_ms: u64) -> Option<Job> {
+        let journal = self.journal.as_mut()?;
+        journal.hurry(now_ms);
+        journal.next_job(now_ms)
+    }
+
     /// What became of the job.
     pub fn job_done(&mut self, result: Result<(), Failure>, now_ms: u64) {
         let Some(journal) = &mut self.journal else { return };
         journal.complete(result, now_ms);
-        let (acknowledged, synced) = (journal.acknowledged(), journal.synced());
+        let acknowledged = journal.acknowledged();
         while let Some(&(number, id, tail, closed)) = self.unshown.front()
             && number <= acknowledged
         {
@@ -236,17 +236,7 @@ impl Store {
             });
             self.tell(id);
         }
-        while self.rewriting.settling.front().is_some_and(|done| done.number <= synced)
-            && let Some(done) = self.rewriting.settling.pop_front()
-        {
-            if let Some(stream) = self.streams.get_mut(done.id) {
-                stream.segment = done.segment;
-                self.by_segment.insert((done.segment, done.id));
-            }
-        }
-        let settling = self.rewriting.settling.iter().map(|done| done.before);
-        let all = self.by_segment.first().map(|(segment, _)| *segment).into_iter().chain(settling);
-        let needed = all.min().unwrap_or(u64::MAX);
+        let needed = self.by_segment.first().map_or(u64::MAX, |(segment, _)| *segment);
         if let Some(journal) = &mut self.journal {
             journal.release(needed);
         }
@@ -316,12 +306,14 @@ impl Store {
         let segment = current.segment;
         if lengths.is_empty() {
             self.rewriting.current = None;
-            let before = stream.segment;
-            if let Some(deed) = self.deed(Kind::Whole, id)
-                && let Some(number) = self.record(deed, |_| {})
-            {
-                self.by_segment.remove(&(before, id));
-                self.rewriting.settling.push_back(Settling { number, id, segment, before });
+            if let Some(deed) = self.deed(Kind::Whole, id) {
+                self.record(deed, |_| {});
+            }
+            // Those before are removed only when all that is recorded so far is synced.
+            if let Some(stream) = self.streams.get_mut(id) {
+                self.by_segment.remove(&(stream.segment, id));
+                stream.segment = segment;
+                self.by_segment.insert((segment, id));
             }
             return;
         }

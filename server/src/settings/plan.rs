@@ -12,6 +12,7 @@ use protocol::phase::Deadlines;
 use shard::memory::WorstCase;
 use shard::settings::{HalfClose, Listener, Route, Settings, Sleep, UpstreamTls};
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 
 /// What `serve` carries out.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub(crate) struct Plan {
     /// One per shard: the CPU it is pinned to.
     pub(crate) cpus: Vec<Option<usize>>,
     pub(crate) drain_deadline_ms: u64,
+    /// Where durable streams are written.
+    pub(crate) data_dir: Option<PathBuf>,
 }
 
 /// What is to be read for TLS. Listeners and backends of which the same is said share one entry.
@@ -95,6 +98,9 @@ impl Plan {
                 long_poll_ms: narrow(values.integer(&table::DURABLE_LONG_POLL_MS)),
                 events_ms: narrow(values.integer(&table::DURABLE_EVENTS_MS)),
                 cors: values.switch(&table::DURABLE_CORS),
+                on_disk: values.file(&table::DATA_DIR).is_some(),
+                fsync_interval_ms: narrow(values.integer(&table::FSYNC_INTERVAL)),
+                ..durable::Settings::default()
             },
             demo: DemoSettings {
                 tokens_per_s: narrow(values.integer(&table::DEMO_TOKENS_PER_S)),
@@ -115,6 +121,7 @@ impl Plan {
             admin: values.admin(&table::ADMIN).clone(),
             cpus: placement(values, machine),
             drain_deadline_ms: values.integer(&table::DRAIN_DEADLINE_MS),
+            data_dir: values.file(&table::DATA_DIR).map(Path::to_owned),
         }
     }
 }

@@ -13,6 +13,7 @@ mod deadline;
 mod demo;
 mod durable;
 mod finish;
+mod journal;
 mod moves;
 mod relay;
 mod secure;
@@ -219,6 +220,7 @@ impl<I: Io> Shard<I> {
         self.completions = completions;
         self.complete_waiting();
         self.fire_timers();
+        self.follow_journal();
         self.serve_durable();
         self.follow_moves();
         self.pump_dirty();
@@ -440,6 +442,7 @@ impl<I: Io> Shard<I> {
             tls_bytes,
             overdraft_bytes: self.overdraft_bytes,
             durable: self.durable.store.totals(),
+            journal: self.durable.store.journal_state(),
             buffers_free: self.io.buffers_free(),
             timers: self.wheel.len(),
             draining: self.leaving != Leaving::No,
@@ -471,6 +474,15 @@ impl<I: Io> Shard<I> {
         counters.durable_evictions = durable.evictions;
         counters.durable_trimmed_bytes = durable.trimmed_bytes;
         counters.durable_full = durable.full;
+        let (journal, rewritten_bytes) = self.durable.store.journal_counters();
+        counters.durable_journal_records = journal.records;
+        counters.durable_journal_bytes = journal.bytes;
+        counters.durable_journal_syncs = journal.syncs;
+        counters.durable_journal_failures = journal.failures;
+        counters.durable_segments_removed = journal.removed;
+        counters.durable_rewritten_bytes = rewritten_bytes;
+        counters.durable_recovered = self.durable.recovered_streams;
+        counters.durable_damages = self.durable.recovered_damage;
         stats
     }
 

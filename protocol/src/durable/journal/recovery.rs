@@ -4,6 +4,7 @@
 //!   scan, scan, … ─► what is missing, and whether it was acknowledged ─► apply, apply, … ─► finish
 //! ```
 
+use super::super::Form;
 use super::image::{Image, StreamFacts};
 use super::record::{
     self, Deed, Head, KEPT, Kind, Messages, Payload, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES,
@@ -46,6 +47,41 @@ impl Recovered {
     /// The streams, in the order of their creation.
     pub fn streams(&self) -> impl Iterator<Item = StreamFacts<'_>> {
         self.images.iter().map(StreamFacts)
+    }
+
+    /// What a read of a stream from its start gives; of a fork, what its source still holds included.
+    pub fn content(&self, path: &str) -> Option<Vec<u8>> {
+        let mut image = self.images.iter().find(|image| *image.facts.path == *path && !image.deleted)?;
+        let json = Form::of(&image.facts.content_type) == Form::Json;
+        let mut end = image.tail;
+        let mut pieces = Vec::new();
+        loop {
+            let messages: Vec<_> = image.messages().collect();
+            for (behind, message) in messages.into_iter().rev() {
+                let at = behind - message.len() as u64;
+                if at < end {
+                    let length = usize::try_from(end.min(behind) - at).unwrap_or(0);
+                    pieces.push(&message[..length]);
+                    end = at;
+                }
+            }
+            let source = self.images.iter().find(|source| source.created == image.facts.source);
+            match source {
+                Some(source) if end <= image.facts.base && source.tail >= image.facts.base => {
+                    end = end.min(image.facts.base);
+                    image = source;
+                }
+                _ => break,
+            }
+        }
+        pieces.reverse();
+        let mut content = pieces.concat();
+        if json {
+            content.pop();
+            content.insert(0, b'[');
+            content.push(b']');
+        }
+        Some(content)
     }
 
     /// Bytes in segment files.

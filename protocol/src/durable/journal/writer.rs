@@ -264,7 +264,8 @@ impl Journal {
         if let Some(failing) = &self.failing {
             return Some(failing.retry_ms);
         }
-        let removal = self.removals.front().map(|_| self.removal_after_ms);
+        let removal = self.removals.front().filter(|(number, _)| *number <= self.synced);
+        let removal = removal.map(|_| self.removal_after_ms);
         [self.sync_due_ms, removal].into_iter().flatten().min()
     }
 
@@ -305,6 +306,13 @@ impl Journal {
         self.running =
             Some(Running::Write { last: self.last, kept: self.kept.len(), bytes: bytes.len() as u64, sync });
         Some(Job::Write { segment: self.segment, at: self.at, bytes, sync })
+    }
+
+    /// What was written is synced with the next job.
+    pub(in super::super) fn hurry(&mut self, now_ms: u64) {
+        if self.written > self.synced || self.last > self.synced {
+            self.sync_due_ms = Some(now_ms);
+        }
     }
 
     fn has_writes(&self, now_ms: u64) -> bool {
