@@ -156,6 +156,18 @@ pub const DURABLE_STREAM_COST_BYTES: usize = 1024;
 pub const DURABLE_EXPIRY_STEP_MS: u64 = 1_000;
 /// Readers of durable streams served in one turn; those of an append to many wait for the next.
 pub const DURABLE_WAKES_PER_TURN_MAX: usize = 1024;
+/// Bytes of a segment file of the journal of durable streams; the last append in it may go beyond.
+pub const DURABLE_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
+/// Bytes of records that wait for the disk beyond which publishing is refused.
+pub const DURABLE_BACKLOG_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// Milliseconds after which what the disk did not take is tried again, doubling up to the second.
+pub const DURABLE_RETRY_MS: u64 = 250;
+/// The longest of them.
+pub const DURABLE_RETRY_MS_MAX: u64 = 4_000;
+/// Bytes of streams that are written anew in one turn, to free old segments.
+pub const DURABLE_REWRITE_BYTES_PER_TURN: u64 = 128 * 1024;
+/// Bytes of records that wait for the disk above which nothing is written anew.
+pub const DURABLE_REWRITE_BACKLOG_BYTES_MAX: u64 = 1024 * 1024;
 /// Bytes that a reader of a durable stream is given at a time.
 pub const DURABLE_PIECE_BYTES: usize = 16 * 1024;
 

@@ -6,6 +6,7 @@ use crate::settings::load::{self, Effective, Layers};
 use crate::settings::table::{ALL, Group, Setting};
 use crate::settings::value::Value;
 use crate::settings::{Machine, Problem};
+use crate::streams::{Question, What};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -31,7 +32,8 @@ Signals:
   QUIT        print the state as JSON and stop at once
 
 Exit codes:
-  0 all streams ended in peace   1 streams were cut short   64 usage   69 cannot bind, or io_uring refused
+  0 all streams ended in peace   1 streams were cut short   64 usage   65 a data directory is damaged
+  69 cannot bind, data directory in use, or io_uring refused
   70 internal   78 configuration";
 
 /// What the user asked for.
@@ -39,6 +41,7 @@ pub(crate) enum Request {
     Serve(ArgMatches),
     Check(ArgMatches),
     Doctor,
+    Streams(Question),
     ConfigDoc,
     MetricsDoc,
     Man,
@@ -64,6 +67,7 @@ pub(crate) fn command() -> Command {
             Command::new("check").about("Check a configuration, and print every value with where it came from"),
         ))
         .subcommand(Command::new("doctor").about("Check kernel, io_uring, locked memory and descriptors, with remedies"))
+        .subcommand(streams_command())
         .subcommand(Command::new("config-doc").about("Print the page of all settings (docs/CONFIG.md)"))
         .subcommand(Command::new("metrics-doc").about("Print the page of all metrics (docs/METRICS.md)"))
         .subcommand(Command::new("man").about("Print the man page (roff)"))
@@ -76,6 +80,49 @@ pub(crate) fn command() -> Command {
             ),
         );
     with_settings(root)
+}
+
+fn streams_command() -> Command {
+    let directory = Arg::new("data-dir")
+        .long("data-dir")
+        .value_name("DIR")
+        .value_parser(value_parser!(PathBuf))
+        .global(true)
+        .help("The data directory [env: TOKENRING_DATA_DIR]");
+    let path =
+        || Arg::new("path").value_name("PATH").required(true).help("The stream's path, prefix included");
+    Command::new("streams")
+        .about("Look at the durable streams of a data directory (docs/durable.md)")
+        .subcommand_required(true)
+        .arg(directory)
+        .subcommand(Command::new("list").about("All streams"))
+        .subcommand(Command::new("show").about("What is known of one stream").arg(path()))
+        .subcommand(
+            Command::new("export")
+                .about("The content of one stream, as a read from its start gives it")
+                .arg(path()),
+        )
+        .subcommand(Command::new("verify").about("Check every record; exit code 65 if something was lost"))
+}
+
+fn streams_question(matches: &ArgMatches) -> Result<Question, clap::Error> {
+    let named = matches.get_one::<PathBuf>("data-dir").cloned();
+    let variable =
+        || std::env::var_os("TOKENRING_DATA_DIR").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let Some(directory) = named.or_else(variable) else {
+        let mut command = streams_command();
+        return Err(
+            command.error(clap::error::ErrorKind::MissingRequiredArgument, "--data-dir DIR is required")
+        );
+    };
+    let path = |matches: &ArgMatches| matches.get_one::<String>("path").cloned().unwrap_or_default();
+    let what = match matches.subcommand() {
+        Some(("list", _)) => What::List,
+        Some(("show", matches)) => What::Show(path(matches)),
+        Some(("export", matches)) => What::Export(path(matches)),
+        _ => What::Verify,
+    };
+    Ok(Question { directory, what })
 }
 
 fn with_settings(command: Command) -> Command {
@@ -123,6 +170,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = std::ffi::OsString>) -> Resu
             "serve" => Request::Serve(matches),
             "check" => Request::Check(matches),
             "doctor" => Request::Doctor,
+            "streams" => Request::Streams(streams_question(&matches)?),
             "config-doc" => Request::ConfigDoc,
             "metrics-doc" => Request::MetricsDoc,
             "man" => Request::Man,

@@ -11,7 +11,9 @@ pub(crate) enum Exit {
     Forced = 1,
     /// The command line is wrong.
     Usage = 64,
-    /// An address cannot be bound, or the kernel refuses io_uring.
+    /// What a data directory holds is damaged (`tokenring streams verify`).
+    Damaged = 65,
+    /// An address cannot be bound, another process has the data directory, or the kernel refuses io_uring.
     Unavailable = 69,
     /// A shard failed; a mistake of ours.
     Internal = 70,

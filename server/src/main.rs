@@ -6,11 +6,13 @@ mod admin;
 mod cli;
 mod clock;
 mod control;
+mod data_dir;
 mod doctor;
 mod exit;
 mod logs;
 mod serve;
 mod settings;
+mod streams;
 mod tls;
 
 use cli::Request;
@@ -50,6 +52,9 @@ fn run(request: Request) -> Result<Exit, Fatal> {
             let plan = settings::plan::Plan::new(&effective, &machine, 0, 0);
             let store = tls::Store::load(&plan.tls)
                 .map_err(|problems| Fatal::new(Exit::Configuration, problems.join("\n")))?;
+            if let Some(path) = &plan.data_dir {
+                data_dir::check(path)?;
+            }
             let now = clock::since_1970().as_secs();
             let page = settings::page::effective(&effective)
                 + &tls::status::page(&store.status(), &plan, now)
@@ -59,6 +64,10 @@ fn run(request: Request) -> Result<Exit, Fatal> {
         Request::Doctor => {
             let (report, exit) = doctor::report(&shard::uring::probe(), &doctor::authorities());
             print(report.as_bytes()).map(|_| exit)
+        }
+        Request::Streams(question) => {
+            let (text, exit) = streams::answer(&question)?;
+            print(&text).map(|_| exit)
         }
         Request::ConfigDoc => print(settings::page::config_page().as_bytes()),
         Request::MetricsDoc => print(admin::metrics_page().as_bytes()),

@@ -6,6 +6,7 @@ use crate::clock;
 use crate::control::keeper::Keeper;
 use crate::control::resolve::{self, ANSWERS_MAX, Answer};
 use crate::control::{Control, Signals};
+use crate::data_dir::DataDir;
 use crate::doctor;
 use crate::exit::{Exit, Fatal};
 use crate::logs::{Format, Logs};
@@ -15,7 +16,7 @@ use crate::settings::plan::Plan;
 use crate::settings::table;
 use crate::settings::{Machine, descriptors_elsewhere, descriptors_per_client};
 use crate::tls::Store;
-use shard::host::{self, ShardPlan, ShardThread};
+use shard::host::{self, JournalPlan, ShardPlan, ShardThread};
 use shard::mesh;
 use shard::settings::{Settings, UpstreamSet};
 use shard::uring;
@@ -79,6 +80,7 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     let store =
         Store::load(&plan.tls).map_err(|problems| Fatal::new(Exit::Configuration, problems.join("\n")))?;
     let keeper = Keeper::new(store, &plan, clock::now(), clock::since_1970().as_secs());
+    let data_dir = plan.data_dir.as_deref().map(DataDir::open).transpose()?;
     let shards = plan.cpus.len() as u64;
     let connections = shards * plan.settings.connections_max as u64;
     let per_client = descriptors_per_client(!plan.upstreams.is_empty());
@@ -93,6 +95,7 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     }
     let (listening, listeners) = bind(&plan.listen, plan.cpus.len(), &plan.settings)?;
     let admin = admin::bind(&plan.admin)?;
+    let mut journal = data_dir.as_ref().map(journal_plan).transpose()?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -135,6 +138,8 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
                 listeners,
                 port,
                 neighbours: neighbours.next().filter(|_| several),
+                // Shard 0 is the home of all durable streams.
+                journal: journal.take(),
             };
             threads.push(host::spawn(plan).map_err(|error| refused(&format!("shard {index}: {error}")))?);
         }
@@ -159,6 +164,15 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     runtime.shutdown_background();
     join(threads);
     Ok(exit)
+}
+
+/// What a data directory holds, for the shard that goes on writing it.
+fn journal_plan(data_dir: &DataDir) -> Result<JournalPlan, Fatal> {
+    let mut salt = [0; 4];
+    rustix::rand::getrandom(&mut salt, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
+    let recovered = data_dir.recover()?;
+    Ok(JournalPlan { directory: data_dir.path().to_owned(), recovered, salt: u32::from_ne_bytes(salt) })
 }
 
 /// Every address once per shard. Without a port of its own, an address takes the one its first listener got.
@@ -275,12 +289,18 @@ fn banner(fixed: &Fixed, admin: &str, name: Option<&str>) -> String {
          \x20 shards     {shards}\n\
          \x20 upstreams  {upstreams}\n\
          \x20 admin      {admin}\n\
+         {data}\
          \n\
          \x20 {curl}/v1/chat/completions -H 'Content-Type: application/json' \\\n\
          \x20   -d '{{\"model\":\"{model}\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Hello\"}}]}}'\n\
          \n",
         version = env!("CARGO_PKG_VERSION"),
         addresses = addresses.join(" "),
+        data = plan
+            .data_dir
+            .as_ref()
+            .map(|path| format!("  data       {}\n", path.display()))
+            .unwrap_or_default(),
     )
 }
 

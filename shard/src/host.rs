@@ -11,11 +11,13 @@
 //! glommio has. So glommio is slept in exactly while a [`Background`] task is outstanding there.
 
 use crate::core::{Shard, Sleepy};
+use crate::disk::Disk;
+pub use crate::disk::JournalPlan;
 use crate::io::{Errno, Io, Wait};
 use crate::mesh::{Command, Neighbours, Report, ShardPort};
 use crate::settings::{Settings, Sleep, TlsSet, UpstreamSet};
 use crate::uring::{EventFd, Parcel, RingError, UringIo};
-use futures_lite::future::{BoxedLocal, or};
+use futures_lite::future::{BoxedLocal, or, pending};
 use glommio::io::BufferedFile;
 use glommio::timer::Timer;
 use glommio::{LocalExecutorBuilder, Placement, PoolPlacement};
@@ -37,6 +39,8 @@ const GLOMMIO_RING_DEPTH: usize = 64;
 /// How long the last report of a shard waits for room in the mailbox.
 const LAST_REPORT_MS_MAX: u64 = 5_000;
 
+/// Jobs of the journal that a shard that has left still waits for: what was written, its sync, the mark behind it.
+const LAST_JOBS_MAX: usize = 16;
 /// How long a shard that has left waits for its background tasks; then they are abandoned where they are.
 const BACKGROUND_END_MS_MAX: u64 = 5_000;
 
@@ -59,6 +63,8 @@ pub struct ShardPlan {
     pub port: ShardPort,
     /// Its end of the mesh; none for an only shard.
     pub neighbours: Option<Neighbours<Parcel>>,
+    /// Where its durable streams are written; `None`: they are held in memory only.
+    pub journal: Option<JournalPlan>,
 }
 
 /// A shard could not be started, or is lost.
@@ -203,8 +209,12 @@ fn host(plan: &mut ShardPlan, beside: impl FnOnce(&Background)) -> Result<(), Ho
         if let Some(neighbours) = plan.neighbours.take() {
             shard.meet(neighbours);
         }
+        let disk = plan.journal.take().map(|journal| {
+            shard.open_journal(journal.recovered, journal.salt);
+            Disk::new(journal.directory)
+        });
         beside(&background);
-        serve(shard, &mut plan.port, plan.settings.sleep, &background).await
+        serve(shard, &mut plan.port, plan.settings.sleep, &background, disk).await
     })
 }
 
@@ -213,6 +223,7 @@ async fn serve(
     port: &mut ShardPort,
     sleep: Sleep,
     background: &Background,
+    disk: Option<Disk>,
 ) -> Result<(), HostError> {
     let mut reactor: Option<Reactor> = None;
     let mut orphaned = false;
@@ -226,6 +237,9 @@ async fn serve(
         }
         shard.io_mut().sleep_elsewhere(elsewhere);
 
+        if let Some(result) = disk.as_ref().and_then(Disk::take_result) {
+            shard.job_done(result);
+        }
         shard.turn(Sleepy::Yes).map_err(HostError::Turn)?;
         if shard.take_woken() {
             while let Some(command) = port.receive() {
@@ -241,12 +255,19 @@ async fn serve(
         if shard.has_left() {
             break;
         }
+        if let Some(disk) = disk.as_ref().filter(|disk| !disk.is_busy())
+            && let Some(job) = shard.next_job()
+        {
+            disk.start(job, background);
+            // It begins at the next look at glommio, which is to come at once.
+            looked_us = 0;
+        }
 
         if let Some(reactor) = reactor.as_mut().filter(|_| elsewhere) {
             let now_us = shard.io_mut().now_us();
             match shard.io_mut().sleep_owed() {
                 Some(wait) => {
-                    reactor.sleep(wait, now_us).await?;
+                    reactor.sleep(wait, now_us, disk.as_ref()).await?;
                     looked_us = now_us;
                 }
                 None if busy_elsewhere && now_us >= looked_us + GLOMMIO_LOOK_US => {
@@ -256,6 +277,9 @@ async fn serve(
                 None => {}
             }
         }
+    }
+    if let Some(disk) = disk {
+        finish_journal(&mut shard, disk, background).await;
     }
     // Its sockets are closed and its memory is given back before the tasks beside it are waited for.
     drop(shard);
@@ -269,6 +293,21 @@ async fn serve(
         Timer::new(Duration::from_millis(1)).await;
     }
     Ok(())
+}
+
+/// Whatever is recorded and not yet on the disk goes there now, unless the disk does not take it.
+async fn finish_journal(shard: &mut Shard<UringIo>, disk: Disk, background: &Background) {
+    for _ in 0..LAST_JOBS_MAX {
+        if !disk.is_busy() {
+            let Some(job) = shard.last_job() else { break };
+            disk.start(job, background);
+        }
+        disk.done().await;
+        if let Some(result) = disk.take_result() {
+            shard.last_job_done(result);
+        }
+    }
+    disk.close().await;
 }
 
 /// Passes on what the shard reports; what finds no room is dropped and counted, except the news that it left.
@@ -310,8 +349,9 @@ impl Reactor {
         Reactor { event: Rc::new(event.into_file()), bell, read: None }
     }
 
-    /// Until the bell or the time, whichever is first. A bell that has rung before ends it at once.
-    async fn sleep(&mut self, wait: Wait, now_us: u64) -> Result<(), HostError> {
+    /// Until the bell, the time, or the end of a job of the disk's, whichever is first. A bell that has rung before ends it at
+    /// once.
+    async fn sleep(&mut self, wait: Wait, now_us: u64, disk: Option<&Disk>) -> Result<(), HostError> {
         let event = &self.event;
         let read = self.read.get_or_insert_with(|| {
             let event = Rc::clone(event);
@@ -321,6 +361,14 @@ impl Reactor {
             })
         });
         let heard = async { Some(read.await) };
+        let done = async {
+            match disk.filter(|disk| disk.is_busy()) {
+                Some(disk) => disk.done().await,
+                None => pending().await,
+            }
+            None
+        };
+        let heard = or(heard, done);
         let result = match wait {
             Wait::Not => return Ok(()),
             Wait::Forever => heard.await,
@@ -387,6 +435,7 @@ mod tests {
                 listeners: std::mem::take(&mut listeners),
                 port,
                 neighbours: Some(neighbours),
+                journal: None,
             };
             spawn(plan).unwrap()
         });
@@ -515,6 +564,7 @@ mod tests {
                 listeners: vec![listener],
                 port,
                 neighbours: None,
+                journal: None,
             };
             let mut hosted = Hosted { thread: spawn_with(plan, beside).unwrap(), control, address };
             assert!(matches!(hosted.report(), Report::Started));
@@ -633,6 +683,7 @@ mod tests {
             listeners: Vec::new(),
             port,
             neighbours: None,
+            journal: None,
         };
         let thread = spawn(plan).unwrap();
         assert!(control.wait(5_000));
@@ -665,6 +716,7 @@ mod tests {
                 listeners: vec![listener],
                 port,
                 neighbours: None,
+                journal: None,
             };
             let thread = spawn(plan).unwrap();
             assert!(control.wait(5_000));

@@ -4,6 +4,7 @@
 #![warn(missing_docs)]
 
 pub mod core;
+mod disk;
 pub mod host;
 pub mod io;
 pub mod memory;

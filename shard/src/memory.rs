@@ -4,7 +4,8 @@
 use crate::core::slab_entry_bytes;
 use crate::settings::Settings;
 use protocol::limits::{
-    LATE_ERROR_BYTES_MAX, LOG_SEGMENT_BYTES_MAX, TLS_HANDSHAKE_BYTES_MAX, TLS_RECORD_BYTES_MAX,
+    DURABLE_BACKLOG_BYTES_MAX, LATE_ERROR_BYTES_MAX, LOG_SEGMENT_BYTES_MAX, TLS_HANDSHAKE_BYTES_MAX,
+    TLS_RECORD_BYTES_MAX,
 };
 
 /// Of a shard, whatever it serves: histograms, rings, executor, stack, records on their way to the control thread.
@@ -86,7 +87,11 @@ impl WorstCase {
             // An append may end in a segment that is larger than it.
             durable: settings.durable.prefix.as_ref().map_or(0, |_| {
                 let bytes = settings.durable.store_bytes_max + LOG_SEGMENT_BYTES_MAX as u64;
-                bytes + bytes / ALLOCATOR_PART
+                // What waits for the disk: kept until it is synced and given to the kernel, each in a buffer that grew by
+                // doubling.
+                let waiting = DURABLE_BACKLOG_BYTES_MAX + settings.durable.body_bytes_max;
+                let waiting = if settings.durable.on_disk { 4 * waiting } else { 0 };
+                bytes + bytes / ALLOCATOR_PART + waiting
             }),
             tls: tls + tls / ALLOCATOR_PART,
             fixed: SHARD_FIXED_BYTES,
@@ -140,6 +145,7 @@ mod tests {
             more(&|settings| settings.routes[0].resume = Some(resume)) >= settings().resume_bytes_max,
             "what is kept"
         );
+        assert!(more(&|settings| settings.durable.on_disk = true) > 2 * DURABLE_BACKLOG_BYTES_MAX);
         let listener = Listener { tls: Some(0) };
         let with_tls = |settings: &mut Settings| settings.listeners = vec![listener];
         assert!(more(&with_tls) > 100 * TLS_CONN_BYTES);

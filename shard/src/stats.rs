@@ -166,6 +166,22 @@ counters! {
     durable_shared => "tokenring_durable_readers_shared_total",
     /// Live readers of durable streams that fell behind what they shared with others, and went on by themselves.
     durable_parted => "tokenring_durable_readers_parted_total",
+    /// Records of durable streams made for the journal on disk.
+    durable_journal_records => "tokenring_durable_journal_records_total",
+    /// Bytes written to it.
+    durable_journal_bytes => "tokenring_durable_journal_bytes_total",
+    /// Syncs of it; each serves all that waits for one.
+    durable_journal_syncs => "tokenring_durable_journal_syncs_total",
+    /// Writes, syncs and removals of segments that failed.
+    durable_journal_failures => "tokenring_durable_journal_failures_total",
+    /// Segment files removed because no stream needed them any more.
+    durable_segments_removed => "tokenring_durable_segments_removed_total",
+    /// Bytes of streams written anew so that old segments can go.
+    durable_rewritten_bytes => "tokenring_durable_rewritten_bytes_total",
+    /// Durable streams found on disk at the start.
+    durable_recovered => "tokenring_durable_recovered_total",
+    /// Damages of durable streams found on disk at the start; the log says what each costs.
+    durable_damages => "tokenring_durable_damages_total",
     /// Records for the control thread dropped because it did not keep up.
     records_dropped => "tokenring_records_dropped_total",
 }
@@ -261,6 +277,8 @@ pub struct Snapshot {
     pub kept: crate::core::KeptTotals,
     /// What the durable streams hold.
     pub durable: protocol::durable::Totals,
+    /// How their journal stands; none without a data directory, and on other shards.
+    pub journal: Option<protocol::durable::journal::JournalState>,
     /// Receive buffers free, of [`crate::settings::Settings::buffers`].
     pub buffers_free: usize,
     /// Timers armed.

@@ -11,11 +11,15 @@
 //! A [`Store`] holds the streams of one shard. It does no I/O and knows no clock; whom an append concerns it tells by
 //! [`Store::take_woken`].
 
+pub mod journal;
 mod json;
 mod lines;
 mod offset;
+mod persist;
 mod reading;
+mod reads;
 mod request;
+mod room;
 mod store;
 mod stream;
 mod timestamp;
@@ -36,6 +40,9 @@ use crate::limits;
 /// The refusal of a body that is longer than it may be.
 pub const TOO_LARGE: Fault = refusals::TOO_LARGE;
 
+/// The answer to a change that the disk did not take in time.
+pub const UNCERTAIN: Fault = refusals::UNCERTAIN;
+
 /// What the operator decides.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Settings {
@@ -53,6 +60,12 @@ pub struct Settings {
     pub events_ms: u32,
     /// Whether pages of any origin may use the streams.
     pub cors: bool,
+    /// Whether they are written to disk.
+    pub on_disk: bool,
+    /// The longest time between a write to disk and its sync, ms; 0: nothing is acknowledged before it is synced.
+    pub fsync_interval_ms: u32,
+    /// Bytes of a segment file.
+    pub segment_bytes: u64,
 }
 
 impl Default for Settings {
@@ -65,6 +78,9 @@ impl Default for Settings {
             long_poll_ms: limits::DURABLE_LONG_POLL_MS,
             events_ms: limits::DURABLE_EVENTS_MS,
             cors: true,
+            on_disk: false,
+            fsync_interval_ms: 0,
+            segment_bytes: limits::DURABLE_SEGMENT_BYTES,
         }
     }
 }
@@ -217,6 +233,27 @@ mod refusals {
     );
     pub(super) const FORK_DEPTH: Fault =
         fault(409, "fork_depth", "A fork of a fork of a fork may go 32 levels deep.");
+    pub(super) const JOURNAL_FAILED: Fault = Fault {
+        status: 503,
+        code: "disk_failed",
+        message: "The disk does not take what is written at present; nothing was changed.",
+        culprit: Culprit::Gateway,
+        retry_helps: true,
+    };
+    pub(super) const JOURNAL_BEHIND: Fault = Fault {
+        status: 503,
+        code: "disk_behind",
+        message: "Too much waits for the disk; nothing was changed.",
+        culprit: Culprit::Gateway,
+        retry_helps: true,
+    };
+    pub(super) const UNCERTAIN: Fault = Fault {
+        status: 503,
+        code: "not_durable",
+        message: "The disk did not take it. It is tried again, and may yet be done: a repetition with producer headers is safe.",
+        culprit: Culprit::Gateway,
+        retry_helps: true,
+    };
     pub(super) const FULL: Fault = Fault {
         status: 503,
         code: "store_full",

@@ -276,7 +276,7 @@ impl Store {
         };
         let plain = *plain;
         let Some(stream) = self.stream(reading.id) else { return Progress::Gone };
-        let tail = stream.tail();
+        let tail = stream.shown_tail();
         let Some(current) = event else {
             if reading.finishing && told.is_some() {
                 return Progress::Ended;
@@ -305,7 +305,7 @@ impl Store {
                 return Progress::More;
             }
             // At the end: the reader is told so once, and once more when nothing can follow.
-            let state = (reading.at, stream.closed && reading.at == tail);
+            let state = (reading.at, stream.is_shown_closed() && reading.at == tail);
             if *told != Some(state) {
                 *told = Some(state);
                 if plain {
@@ -340,7 +340,7 @@ impl Store {
         reading.events += 1;
         write_id(stream.offset(reading.at), out);
         out.push(b'\n');
-        *told = Some((reading.at, stream.closed && reading.at == tail));
+        *told = Some((reading.at, stream.is_shown_closed() && reading.at == tail));
         if !plain {
             write_control(self, reading.id, reading.at, cursor, now, out);
         }
@@ -350,7 +350,7 @@ impl Store {
     /// Where an event ends that begins at `at`: after one message, or after as many as make a batch. `None`: what there is
     /// is the beginning of a character whose rest is still to come.
     fn event_end(&self, id: Id, form: Form, at: u64, plain: bool) -> Option<u64> {
-        let closed = self.stream(id)?.closed;
+        let closed = self.stream(id)?.is_shown_closed();
         let mut end = self.message_end(id, at)?;
         let mut messages = 1;
         let whole = |end: u64| if form == Form::Text { end - self.broken_bytes(id, at, end) } else { end };
@@ -361,7 +361,7 @@ impl Store {
             }
             (end, messages) = (next, messages + 1);
         }
-        let at_tail = self.stream(id).is_some_and(|stream| stream.tail() == end);
+        let at_tail = self.stream(id).is_some_and(|stream| stream.shown_tail() == end);
         if closed && at_tail {
             return Some(end);
         }
@@ -447,9 +447,9 @@ fn write_id(offset: super::Offset, out: &mut Vec<u8>) {
 fn write_control(store: &Store, id: Id, at: u64, cursor: &mut Cursor, now: Now, out: &mut Vec<u8>) {
     let Some(stream) = store.stream(id) else { return };
     let offset = stream.offset(at);
-    let at_tail = at == stream.tail();
+    let at_tail = at == stream.shown_tail();
     write!(out, "event: control\ndata:{{\"streamNextOffset\":\"{offset}\"").ok();
-    if at_tail && stream.closed {
+    if at_tail && stream.is_shown_closed() {
         out.extend_from_slice(b",\"upToDate\":true,\"streamClosed\":true");
     } else {
         write!(out, ",\"streamCursor\":\"{}\"", cursor.next(now)).ok();

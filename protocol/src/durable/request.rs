@@ -38,6 +38,13 @@ pub enum Operation {
     Preflight,
 }
 
+impl Operation {
+    /// Whether it may change something.
+    pub fn is_change(&self) -> bool {
+        matches!(self, Operation::Create(_) | Operation::Append(_) | Operation::Delete)
+    }
+}
+
 /// When a stream ends by itself.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub(super) enum Expiry {

@@ -1,21 +1,19 @@
-//! The streams of one shard: found by path, bounded in memory, ended when their time is over.
-//!
-//! Where memory runs out, it is given up in this order, least recently used first, and never where somebody is reading:
-//! closed streams whole; the oldest messages of open ones; open streams of which nothing is held. All of it is counted.
+//! The streams of one shard: found by path, written to, read by whoever asks. How they end and what memory they take is in
+//! `room`, what answers to reads say in `reads`, what is told the journal in `persist`.
 
+use super::journal::Journal;
 use super::lines::{Lines, PREFLIGHT};
-use super::reading::{Cursor, Reading, body_bytes};
-use super::request::{Append, Create, Expiry, Fork, From, Live, Operation, Read, Request};
+use super::persist::Rewriting;
+use super::reading::{Cursor, Reading};
+use super::request::{Append, Create, Expiry, Fork, From, Operation, Request};
 use super::stream::{Origin, Stream, Verdict};
 use super::{Form, Now, Offset, Settings, json, refusals};
 use crate::dialect::Dialect;
 use crate::fault::Fault;
-use crate::limits::{
-    DURABLE_EXPIRY_STEP_MS, DURABLE_FORK_DEPTH_MAX, DURABLE_PAGE_BYTES_MAX, DURABLE_STREAM_COST_BYTES,
-};
+use crate::limits::{DURABLE_EXPIRY_STEP_MS, DURABLE_FORK_DEPTH_MAX, DURABLE_STREAM_COST_BYTES};
 use crate::log::Lent;
 use crate::slots::{Key, Slots};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 /// Of streams that are created without one (PROTOCOL.md section 5.1).
 pub(super) const DEFAULT_CONTENT_TYPE: &str = "application/octet-stream";
@@ -50,11 +48,11 @@ pub enum Reply {
 /// A long-poll that waits. It is one of its stream's readers until [`Store::poll`] answers or [`Store::give_up`].
 #[derive(Debug)]
 pub struct Poll {
-    id: Id,
-    slot: usize,
-    at: u64,
-    cursor: Cursor,
-    reader: Key,
+    pub(super) id: Id,
+    pub(super) slot: usize,
+    pub(super) at: u64,
+    pub(super) cursor: Cursor,
+    pub(super) reader: Key,
 }
 
 macro_rules! counters {
@@ -97,43 +95,39 @@ pub struct Totals {
     pub readers: u64,
 }
 
-/// What can be given up, first to last.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(super) enum Class {
-    /// Closed.
-    Closed,
-    /// Open, with messages.
-    Open,
-    /// Open, without.
-    Empty,
-}
-
 /// The streams of one shard.
 pub struct Store {
-    settings: Settings,
-    streams: Slots<Stream>,
-    by_path: HashMap<Box<str>, Id>,
-    bytes: u64,
-    readers: u64,
+    pub(super) settings: Settings,
+    pub(super) streams: Slots<Stream>,
+    pub(super) by_path: HashMap<Box<str>, Id>,
+    pub(super) bytes: u64,
+    pub(super) readers: u64,
     /// `created` of the newest stream.
-    created: u64,
+    pub(super) created: u64,
     /// Counts uses.
-    tick: u64,
+    pub(super) tick: u64,
     /// All streams by the tick of their last use, as it was when they were put there.
-    orders: [BTreeSet<(u64, Id)>; 3],
+    pub(super) orders: [BTreeSet<(u64, Id)>; 3],
     /// Streams that can expire, by when, as it was when they were put there.
-    due: BTreeSet<(u64, Id)>,
+    pub(super) due: BTreeSet<(u64, Id)>,
     /// Streams that have something to tell their readers.
-    changed: Vec<Id>,
+    pub(super) changed: Vec<Id>,
     /// Readers of streams that are no more.
-    left_over: Vec<Key>,
-    counters: Counters,
+    pub(super) left_over: Vec<Key>,
+    pub(super) counters: Counters,
+    /// Where every change is written; none without a data directory.
+    pub(super) journal: Option<Journal>,
+    /// What is recorded and may not be shown yet: the record, and what may be shown when it is acknowledged.
+    pub(super) unshown: VecDeque<(u64, Id, u64, bool)>,
+    /// Streams by the first segment that they need.
+    pub(super) by_segment: BTreeSet<(u64, Id)>,
+    pub(super) rewriting: Rewriting,
 }
 
-type Outcome = Result<Reply, Refused>;
+pub(super) type Outcome = Result<Reply, Refused>;
 
 /// A refusal, and the lines that go with it.
-struct Refused(Fault, Lines);
+pub(super) struct Refused(pub(super) Fault, pub(super) Lines);
 
 impl Store {
     /// An empty one.
@@ -152,6 +146,10 @@ impl Store {
             changed: Vec::new(),
             left_over: Vec::new(),
             counters: Counters::default(),
+            journal: None,
+            unshown: VecDeque::new(),
+            by_segment: BTreeSet::new(),
+            rewriting: Rewriting::default(),
         }
     }
 
@@ -167,6 +165,9 @@ impl Store {
 
     /// Carries a request out. `reader` is who will be named by [`Store::take_woken`], should it become a reader.
     pub fn handle(&mut self, request: &Request, body: &[u8], reader: Key, now: Now) -> Reply {
+        if let Some(fault) = self.write_refusal(&request.operation) {
+            return Reply::Answer(self.refuse(&fault));
+        }
         let outcome = match &request.operation {
             Operation::Create(create) => self.create(request, create, body, now),
             Operation::Append(append) => self.append(request, append, body, now),
@@ -176,6 +177,11 @@ impl Store {
             Operation::Preflight => Ok(self.preflight()),
         };
         outcome.unwrap_or_else(|Refused(fault, lines)| Reply::Answer(refusal(&fault, lines)))
+    }
+
+    /// Why a change is not even tried: the journal could not take it.
+    fn write_refusal(&self, operation: &Operation) -> Option<Fault> {
+        if operation.is_change() { self.journal.as_ref()?.refusal() } else { None }
     }
 
     /// The answer to a request that could not be taken apart.
@@ -192,12 +198,14 @@ impl Store {
         let stream = self.streams.get(poll.id).filter(|stream| !stream.deleted);
         let reply = match stream {
             None => Reply::Answer(self.refuse(&refusals::NOT_FOUND)),
-            Some(stream) if poll.at < stream.tail() => {
+            Some(stream) if poll.at < stream.shown_tail() => {
                 let (id, at, reader) = (poll.id, poll.at, poll.reader);
                 self.page(id, at, From::Offset(stream.offset(at)), Some(&mut poll.cursor), None, reader, now)
                     .unwrap_or_else(|Refused(fault, lines)| Reply::Answer(refusal(&fault, lines)))
             }
-            Some(stream) if stream.closed || over => self.nothing_new(poll.id, &mut poll.cursor, now),
+            Some(stream) if stream.is_shown_closed() || over => {
+                self.nothing_new(poll.id, &mut poll.cursor, now)
+            }
             Some(_) => return None,
         };
         self.unsubscribe(poll.id, poll.slot, now);
@@ -302,6 +310,7 @@ impl Store {
                 self.queue_due(id, due_ms);
             }
         }
+        self.record_create(id, &messages);
         self.used(id, now);
         self.settle_bytes(id);
         Ok(self.created(201, id, request))
@@ -348,9 +357,11 @@ impl Store {
     fn fork_point(&self, id: Id, fork: &Fork) -> Result<u64, Fault> {
         let source = self.streams.get(id).ok_or(refusals::SOURCE_NOT_FOUND)?;
         let mut at = match fork.offset {
-            None => source.tail(),
+            None => source.shown_tail(),
             Some(Offset { position: 0, .. }) => 0,
-            Some(offset) if offset.generation != source.generation || offset.position > source.tail() => {
+            Some(offset)
+                if offset.generation != source.generation || offset.position > source.shown_tail() =>
+            {
                 return Err(refusals::FORK_BEYOND);
             }
             Some(offset) => offset.position,
@@ -433,6 +444,7 @@ impl Store {
                 .map_err(|fault| self.refused(fault))?;
         }
         let window = self.settings.stream_bytes_max;
+        let at = self.streams.get(id).map_or(0, Stream::tail);
         if let Some(stream) = self.streams.get_mut(id) {
             for message in &messages {
                 stream.push(message);
@@ -452,6 +464,7 @@ impl Store {
             self.counters.appends += u64::from(!body.is_empty());
             self.counters.append_bytes += body.len() as u64;
         }
+        self.record_append(id, append, at, &messages);
         self.used(id, now);
         self.settle_bytes(id);
         self.tell(id);
@@ -459,7 +472,7 @@ impl Store {
         Ok(self.appended(status, id, tag.map(|tag| (tag.epoch, tag.sequence))))
     }
 
-    fn append_to_closed(&mut self, id: Id, append: &Append, body: &[u8], now: Now) -> Outcome {
+    pub(super) fn append_to_closed(&mut self, id: Id, append: &Append, body: &[u8], now: Now) -> Outcome {
         let Some(stream) = self.streams.get(id) else { return Err(self.refused(refusals::NOT_FOUND)) };
         match &append.producer {
             // Section 5.2.1: the very append that closed it, once more.
@@ -518,13 +531,13 @@ impl Store {
     }
 
     fn metadata(&mut self, request: &Request, now: Now) -> Outcome {
-        let id = self.open(&request.path, now)?;
+        let id = self.open_shown(&request.path, now)?;
         let Some(stream) = self.streams.get(id) else { return Err(self.refused(refusals::NOT_FOUND)) };
         let mut lines = self.lines();
         lines
             .add("Content-Type", &stream.content_type)
-            .add("Stream-Next-Offset", stream.offset(stream.tail()))
-            .add_if(stream.closed, "Stream-Closed", "true");
+            .add("Stream-Next-Offset", stream.offset(stream.shown_tail()))
+            .add_if(stream.is_shown_closed(), "Stream-Closed", "true");
         match &stream.expiry {
             Expiry::Never => {}
             Expiry::Ttl(seconds) => _ = lines.add("Stream-TTL", seconds),
@@ -549,187 +562,6 @@ impl Store {
         }
         lines.add("Allow", "GET, HEAD, POST, PUT, DELETE, OPTIONS");
         Reply::Answer(Answer { status: 204, lines: lines.0, body: Vec::new() })
-    }
-
-    fn begin_read(&mut self, request: &Request, read: &Read, reader: Key, now: Now) -> Outcome {
-        let id = self.open(&request.path, now)?;
-        self.counters.reads += 1;
-        self.used(id, now);
-        let at = self.resolve(id, read.from)?;
-        let Some(stream) = self.streams.get(id) else { return Err(self.refused(refusals::NOT_FOUND)) };
-        let (form, closed, at_end) = (stream.form, stream.closed, at == stream.tail());
-        let mut cursor = Cursor::new(read.cursor);
-        match read.live {
-            Live::No if read.from == From::End => Ok(self.nothing_yet(id)),
-            Live::No => self.page(id, at, read.from, None, read.if_none_match.as_deref(), reader, now),
-            Live::LongPoll if !at_end => {
-                let etag = read.if_none_match.as_deref();
-                self.page(id, at, read.from, Some(&mut cursor), etag, reader, now)
-            }
-            Live::LongPoll if closed => Ok(self.nothing_new(id, &mut cursor, now)),
-            Live::LongPoll => {
-                let slot = self.subscribe(id, reader);
-                Ok(Reply::Wait(Poll { id, slot, at, cursor, reader }))
-            }
-            // 204 is what tells an EventSource not to come back (WHATWG HTML section 9.2.2).
-            Live::Events | Live::PlainEvents
-                if closed && at_end && (read.resumed || read.live == Live::PlainEvents) =>
-            {
-                Ok(self.nothing_new(id, &mut cursor, now))
-            }
-            Live::Events | Live::PlainEvents => {
-                let plain = read.live == Live::PlainEvents;
-                let mut reading = Reading::events(id, form, at, plain, cursor, now);
-                reading.slot = Some(self.subscribe(id, reader));
-                let mut lines = self.lines();
-                // The name alone: clients compare the whole value.
-                lines
-                    .add("Content-Type", "text/event-stream")
-                    .add("Cache-Control", "no-cache, no-transform")
-                    .add("X-Accel-Buffering", "no")
-                    .add_if(form == Form::Binary, "Stream-SSE-Data-Encoding", "base64");
-                Ok(Reply::Events(Answer { status: 200, lines: lines.0, body: Vec::new() }, reading))
-            }
-        }
-    }
-
-    /// The position that a read is to begin at, if it is there.
-    fn resolve(&self, id: Id, from: From) -> Result<u64, Refused> {
-        let Some(stream) = self.streams.get(id) else { return Err(self.refused(refusals::NOT_FOUND)) };
-        let at = match from {
-            From::End => return Ok(stream.tail()),
-            From::Start | From::Offset(Offset::ZERO) => 0,
-            From::Offset(offset) if offset.generation != stream.generation => {
-                return Err(self.refused(refusals::OTHER_STREAM));
-            }
-            From::Offset(offset) if offset.position > stream.tail() => {
-                return Err(self.refused(refusals::OFFSET_BEYOND));
-            }
-            From::Offset(offset) => offset.position,
-        };
-        if self.earliest(id).is_none_or(|earliest| earliest > at) {
-            let mut lines = self.lines();
-            self.add_earliest(id, &mut lines);
-            return Err(Refused(refusals::OFFSET_GONE, lines));
-        }
-        if stream.form == Form::Json && !self.is_boundary(id, at) {
-            return Err(self.refused(refusals::BAD_OFFSET));
-        }
-        Ok(at)
-    }
-
-    /// Not in the protocol: from where on a stream can be read whose start was dropped.
-    fn add_earliest(&self, id: Id, lines: &mut Lines) {
-        if let (Some(stream), Some(earliest)) = (self.streams.get(id), self.earliest(id)) {
-            lines.add_if(earliest > 0, "Stream-Earliest-Offset", stream.offset(earliest));
-        }
-    }
-
-    /// Section 8, `offset=now` without a live mode: where the end is, and no more.
-    fn nothing_yet(&self, id: Id) -> Reply {
-        let mut lines = self.lines();
-        let mut body = Vec::new();
-        if let Some(stream) = self.streams.get(id) {
-            lines
-                .add("Content-Type", &stream.content_type)
-                .add("Stream-Next-Offset", stream.offset(stream.tail()))
-                .add("Stream-Up-To-Date", "true")
-                .add_if(stream.closed, "Stream-Closed", "true")
-                .add("Cache-Control", "no-store");
-            if stream.form == Form::Json {
-                body.extend_from_slice(b"[]");
-            }
-        }
-        Reply::Answer(Answer { status: 200, lines: lines.0, body })
-    }
-
-    /// Section 5.7: the end of a long-poll that has brought nothing.
-    fn nothing_new(&self, id: Id, cursor: &mut Cursor, now: Now) -> Reply {
-        let mut lines = self.lines();
-        if let Some(stream) = self.streams.get(id) {
-            lines
-                .add("Stream-Next-Offset", stream.offset(stream.tail()))
-                .add("Stream-Up-To-Date", "true")
-                .add_if(stream.closed, "Stream-Closed", "true")
-                .add_if(!stream.closed, "Stream-Cursor", cursor.next(now))
-                .add("Cache-Control", "no-store");
-        }
-        Reply::Answer(Answer { status: 204, lines: lines.0, body: Vec::new() })
-    }
-
-    /// A page from `at` on (section 5.6).
-    #[allow(clippy::too_many_arguments, reason = "the parts of one answer")]
-    fn page(
-        &mut self,
-        id: Id,
-        at: u64,
-        from: From,
-        cursor: Option<&mut Cursor>,
-        if_none_match: Option<&str>,
-        reader: Key,
-        now: Now,
-    ) -> Outcome {
-        let end = self.page_end(id, at);
-        let Some(stream) = self.streams.get(id) else { return Err(self.refused(refusals::NOT_FOUND)) };
-        let form = stream.form;
-        let at_end = end == stream.tail();
-        let closed = stream.closed && at_end;
-        let start = match from {
-            From::Start => "-1".to_owned(),
-            _ => stream.offset(at).to_string(),
-        };
-        // Section 10.1: it differs with the closing, so that nobody misses that for having the data.
-        let etag = format!(
-            "\"{}:{start}:{}{}\"",
-            stream.created,
-            stream.offset(end),
-            if closed { ":c" } else { "" }
-        );
-        let mut lines = self.lines();
-        lines
-            .add("ETag", &etag)
-            .add("Stream-Next-Offset", stream.offset(end))
-            .add_if(at_end, "Stream-Up-To-Date", "true")
-            .add_if(closed, "Stream-Closed", "true")
-            // What lies between two offsets never changes. That nothing lies there yet does, at any time.
-            .add(
-                "Cache-Control",
-                if at < end {
-                    "private, max-age=60, stale-while-revalidate=300"
-                } else {
-                    "private, no-cache"
-                },
-            );
-        if let Some(cursor) = cursor {
-            lines.add("Stream-Cursor", cursor.next(now));
-        }
-        if if_none_match.is_some_and(|known| names(known, &etag)) {
-            return Ok(Reply::Answer(Answer { status: 304, lines: lines.0, body: Vec::new() }));
-        }
-        lines.add("Content-Type", &stream.content_type);
-        let head = Answer { status: 200, lines: lines.0, body: Vec::new() };
-        let mut reading = Reading::page(id, form, at, end);
-        reading.slot = Some(self.subscribe(id, reader));
-        Ok(Reply::Body(head, body_bytes(form, at, end), reading))
-    }
-
-    /// Whole messages, as many as a page holds; of bytes, less than one if that is longer.
-    fn page_end(&self, id: Id, at: u64) -> u64 {
-        let Some(stream) = self.streams.get(id) else { return at };
-        let limit = at + DURABLE_PAGE_BYTES_MAX;
-        if stream.tail() <= limit {
-            return stream.tail();
-        }
-        if stream.form != Form::Json {
-            return limit;
-        }
-        let mut end = self.message_end(id, at).unwrap_or(at);
-        while let Some(next) = self.message_end(id, end)
-            && next <= limit
-        {
-            end = next;
-        }
-        end
     }
 
     // ---- streams and their sources
@@ -760,14 +592,15 @@ impl Store {
             let stream = self.streams.get(id)?;
             if at >= stream.base {
                 // A fork may end its source's message early.
-                return stream.message_end(at).map(|end| end.min(most));
+                let end = stream.message_end(at)?.min(most);
+                return Some(end).filter(|&end| end <= stream.shown_tail());
             }
             most = most.min(stream.base);
             id = stream.source?;
         }
     }
 
-    fn is_boundary(&self, mut id: Id, at: u64) -> bool {
+    pub(super) fn is_boundary(&self, mut id: Id, at: u64) -> bool {
         while let Some(stream) = self.streams.get(id) {
             if at >= stream.base {
                 return at == stream.base || stream.is_boundary(at);
@@ -800,18 +633,18 @@ impl Store {
     }
 
     /// A stream, its source, the source of that.
-    fn with_sources(&self, id: Id) -> impl Iterator<Item = Id> {
+    pub(super) fn with_sources(&self, id: Id) -> impl Iterator<Item = Id> {
         std::iter::successors(Some(id), |&id| self.streams.get(id)?.source)
     }
 
-    fn hold_source(&mut self, source: Option<Id>, hold: bool) {
+    pub(super) fn hold_source(&mut self, source: Option<Id>, hold: bool) {
         if let Some(stream) = source.and_then(|id| self.streams.get_mut(id)) {
             stream.forks = if hold { stream.forks + 1 } else { stream.forks - 1 };
         }
     }
 
     /// The stream at a path; one that is due is not.
-    fn find(&mut self, path: &str, now: Now) -> Option<Id> {
+    pub(super) fn find(&mut self, path: &str, now: Now) -> Option<Id> {
         let id = *self.by_path.get(path)?;
         if self.streams.get(id)?.due_ms() <= now.ms && !self.streams.get(id)?.deleted {
             self.expire_one(id);
@@ -820,7 +653,7 @@ impl Store {
     }
 
     /// The same, where it can be used.
-    fn open(&mut self, path: &str, now: Now) -> Result<Id, Refused> {
+    pub(super) fn open(&mut self, path: &str, now: Now) -> Result<Id, Refused> {
         match self.find(path, now) {
             None => Err(self.refused(refusals::NOT_FOUND)),
             Some(id) if self.streams.get(id).is_some_and(|stream| stream.deleted) => {
@@ -830,11 +663,18 @@ impl Store {
         }
     }
 
-    fn lines(&self) -> Lines {
+    /// The same, where readers may know of it.
+    pub(super) fn open_shown(&mut self, path: &str, now: Now) -> Result<Id, Refused> {
+        let id = self.open(path, now)?;
+        let shown = self.streams.get(id).is_some_and(Stream::is_shown);
+        if shown { Ok(id) } else { Err(self.refused(refusals::NOT_FOUND)) }
+    }
+
+    pub(super) fn lines(&self) -> Lines {
         Lines::new(self.settings.cors)
     }
 
-    fn refused(&self, fault: Fault) -> Refused {
+    pub(super) fn refused(&self, fault: Fault) -> Refused {
         Refused(fault, self.lines())
     }
 
@@ -851,7 +691,7 @@ impl Store {
         self.streams.get_mut(id).map_or(0, |stream| stream.readers.insert(reader))
     }
 
-    fn unsubscribe(&mut self, id: Id, slot: usize, now: Now) {
+    pub(super) fn unsubscribe(&mut self, id: Id, slot: usize, now: Now) {
         self.readers -= 1;
         // With a stream that is gone, its readers are out of its sources too.
         let Some(stream) = self.streams.get_mut(id) else { return };
@@ -868,178 +708,13 @@ impl Store {
         }
     }
 
-    fn tell(&mut self, id: Id) {
+    pub(super) fn tell(&mut self, id: Id) {
         if let Some(stream) = self.streams.get_mut(id)
             && !stream.readers.is_empty()
             && !std::mem::replace(&mut stream.changed, true)
         {
             self.changed.push(id);
         }
-    }
-
-    // ---- the end of streams
-
-    fn expire_one(&mut self, id: Id) {
-        self.counters.expiries += 1;
-        self.delete_or_keep(id);
-    }
-
-    /// Section 5.4: a stream with forks goes on to exist, for them alone.
-    fn delete_or_keep(&mut self, id: Id) {
-        let Some(stream) = self.streams.get_mut(id) else { return };
-        if stream.forks > 0 {
-            stream.deleted = true;
-            if let Some(due_ms) = stream.queued_due_ms.take() {
-                self.due.remove(&(due_ms, id));
-            }
-            self.tell(id);
-        } else {
-            self.remove(id);
-        }
-    }
-
-    /// Removes a stream without forks, and those of its sources that were only kept for it.
-    fn remove(&mut self, id: Id) {
-        let mut next = Some(id);
-        while let Some(id) = next {
-            let chain: Vec<Id> = self.with_sources(id).skip(1).collect();
-            let Some(stream) = self.streams.remove(id) else { return };
-            self.by_path.remove(&stream.path);
-            self.bytes -= stream.counted;
-            if let Some((class, tick)) = stream.queued {
-                self.orders[class as usize].remove(&(tick, id));
-            }
-            if let Some(due_ms) = stream.queued_due_ms {
-                self.due.remove(&(due_ms, id));
-            }
-            let own = stream.readers.len();
-            self.left_over.extend(stream.readers.into_iter().map(|(_, reader)| reader));
-            for source in chain {
-                if let Some(source) = self.streams.get_mut(source) {
-                    source.live -= u32::try_from(own).unwrap_or(u32::MAX);
-                }
-            }
-            self.hold_source(stream.source, false);
-            next = stream.source.filter(|&source| {
-                self.streams.get(source).is_some_and(|source| source.deleted && source.forks == 0)
-            });
-        }
-    }
-
-    // ---- memory and time
-
-    /// Notes a read or a write.
-    fn used(&mut self, id: Id, now: Now) {
-        self.tick += 1;
-        if let Some(stream) = self.streams.get_mut(id) {
-            stream.used_ms = now.ms;
-            stream.used_tick = self.tick;
-        }
-    }
-
-    /// Brings the sum, and the stream's place in the orders, up to date.
-    fn recount(&mut self, id: Id) {
-        let Some(stream) = self.streams.get_mut(id) else { return };
-        let cost = stream.cost();
-        self.bytes = self.bytes - stream.counted + cost;
-        stream.counted = cost;
-        let class = match stream.closed {
-            true => Class::Closed,
-            false if stream.holds_data() => Class::Open,
-            false => Class::Empty,
-        };
-        if stream.queued.is_some_and(|(queued, _)| queued == class) {
-            return;
-        }
-        if let Some((class, tick)) = stream.queued.replace((class, stream.used_tick)) {
-            self.orders[class as usize].remove(&(tick, id));
-        }
-        self.orders[class as usize].insert((stream.used_tick, id));
-    }
-
-    /// The same after an append. It may have ended in a segment larger than it: others make room for that, as far as they
-    /// can, so that the sum is never beyond the limit by more than that segment.
-    fn settle_bytes(&mut self, id: Id) {
-        self.recount(id);
-        self.give_up_for(0, Some(id));
-    }
-
-    fn queue_due(&mut self, id: Id, due_ms: u64) {
-        if let Some(stream) = self.streams.get_mut(id) {
-            stream.queued_due_ms = Some(due_ms);
-            self.due.insert((due_ms, id));
-        }
-    }
-
-    /// Whether a body can be a part of any stream.
-    fn fits(&self, body: &[u8]) -> Result<(), Fault> {
-        let most = self.settings.stream_bytes_max.min(self.settings.store_bytes_max);
-        if body.len() as u64 > most { Err(refusals::TOO_LARGE) } else { Ok(()) }
-    }
-
-    /// Makes room for so many more bytes; `except` is not removed.
-    fn make_room(&mut self, need: u64, except: Option<Id>, now: Now) -> Result<(), Fault> {
-        if self.bytes + need > self.settings.store_bytes_max {
-            self.expire(now);
-        }
-        if self.give_up_for(need, except) {
-            return Ok(());
-        }
-        self.counters.full += 1;
-        Err(refusals::FULL)
-    }
-
-    /// Gives up what may be given up until there is room for so many more bytes; false when there is nothing more.
-    fn give_up_for(&mut self, need: u64, except: Option<Id>) -> bool {
-        let max = self.settings.store_bytes_max;
-        while self.bytes + need > max {
-            let give_up = self.bytes + need - max;
-            let found = [Class::Closed, Class::Open, Class::Empty].into_iter().any(|class| {
-                self.least_used(class, except).is_some_and(|id| self.give_up_some(class, id, give_up))
-            });
-            if !found {
-                return false;
-            }
-        }
-        true
-    }
-
-    /// The least recently used of a class that nobody reads, and that may be removed or trimmed.
-    fn least_used(&mut self, class: Class, except: Option<Id>) -> Option<Id> {
-        // Each is looked at once at most, and put where it belongs if it was used since.
-        for _ in 0..self.orders[class as usize].len() {
-            let &(tick, id) = self.orders[class as usize].first()?;
-            let stream = self.streams.get_mut(id)?;
-            let removed = class != Class::Open;
-            let kept = stream.live > 0 || (removed && (stream.forks > 0 || except == Some(id)));
-            if stream.used_tick == tick && !kept {
-                return Some(id);
-            }
-            if kept {
-                self.tick += 1;
-                stream.used_tick = self.tick;
-            }
-            self.orders[class as usize].remove(&(tick, id));
-            self.orders[class as usize].insert((stream.used_tick, id));
-            stream.queued = Some((class, stream.used_tick));
-        }
-        None
-    }
-
-    fn give_up_some(&mut self, class: Class, id: Id, bytes: u64) -> bool {
-        if class != Class::Open {
-            self.counters.evictions += 1;
-            self.remove(id);
-            return true;
-        }
-        let Some(stream) = self.streams.get_mut(id) else { return false };
-        let earliest = stream.earliest;
-        let held = stream.tail() - earliest;
-        // Memory is given back by whole segments: at least half, so that it is not asked again for each append.
-        let dropped = stream.trim(held.saturating_sub(bytes.max(held.div_ceil(2))));
-        self.counters.trimmed_bytes += stream.earliest - earliest;
-        self.recount(id);
-        dropped
     }
 }
 
@@ -1059,11 +734,6 @@ fn messages(form: Form, body: &[u8], create: bool) -> Result<Vec<&[u8]>, Fault> 
 /// Memory that messages will take, bytes: themselves, and twice a place in the list of their ends.
 fn room_for(body: &[u8], messages: &[&[u8]]) -> u64 {
     (body.len() + messages.len() * (1 + 2 * size_of::<u64>())) as u64
-}
-
-/// Whether an If-None-Match names this tag (RFC 9110 section 13.1.2; compared weakly).
-fn names(known: &str, etag: &str) -> bool {
-    known.split(',').map(str::trim).any(|tag| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == etag)
 }
 
 fn refusal(fault: &Fault, mut lines: Lines) -> Answer {

@@ -7,6 +7,8 @@
 //! Positions count bytes from the start of the stream, those of its source included. Of JSON, each message is stored with a
 //! comma behind it, so that any range between two messages is the inside of an array as it lies.
 
+use super::journal::Image;
+use super::journal::record::Facts;
 use super::request::{Create, Expiry, Fork, ProducerTag};
 use super::store::Id;
 use super::{Form, Offset, refusals};
@@ -49,6 +51,8 @@ pub(super) struct Stream {
     pub(super) content_type: Box<str>,
     pub(super) form: Form,
     log: Log,
+    /// Position of the log's first byte.
+    log_base: u64,
     pub(super) base: u64,
     pub(super) earliest: u64,
     /// Where its own messages end, those that are held.
@@ -80,8 +84,24 @@ pub(super) struct Stream {
     /// What the store has counted for it, bytes.
     pub(super) counted: u64,
     /// Where it stands in the store's orders.
-    pub(super) queued: Option<(super::store::Class, u64)>,
+    pub(super) queued: Option<(super::room::Class, u64)>,
     pub(super) queued_due_ms: Option<u64>,
+    /// What readers may be shown, where that is not all.
+    pub(super) hidden: Option<Hidden>,
+    /// The first segment of the journal that it needs.
+    pub(super) segment: u64,
+}
+
+/// Of a stream of which not all is acknowledged.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hidden {
+    /// The record with which all can be shown.
+    pub(super) until: u64,
+    /// What can be shown until then.
+    pub(super) tail: u64,
+    pub(super) closed: bool,
+    /// Not even that there is such a stream.
+    pub(super) unborn: bool,
 }
 
 /// Where a stream comes from, worked out.
@@ -106,6 +126,7 @@ impl Stream {
             form: Form::of(&origin.content_type),
             content_type: origin.content_type,
             log: Log::new(),
+            log_base: origin.base,
             base: origin.base,
             earliest: origin.base,
             ends: VecDeque::new(),
@@ -129,12 +150,91 @@ impl Stream {
             counted: 0,
             queued: None,
             queued_due_ms: None,
+            hidden: None,
+            segment: 0,
+        }
+    }
+
+    /// As a journal has it. Its time to live begins anew.
+    pub(super) fn restored(image: Image, source: Option<Id>, now: super::Now) -> Self {
+        let facts = image.facts();
+        let create =
+            Create { content_type: None, expiry: facts.asked_expiry, closed: image.closed, fork: facts.fork };
+        let origin = Origin {
+            source,
+            base: facts.base,
+            generation: facts.generation,
+            content_type: facts.content_type,
+            expiry: facts.expiry,
+        };
+        let mut stream = Stream::new(&facts.path, image.created, &create, origin, now);
+        for tag in &facts.producers {
+            stream.note_producer(tag, now.ms);
+        }
+        stream.closed = image.closed;
+        stream.closed_by = facts.closed_by;
+        stream.deleted = image.deleted;
+        stream.last_sequence = facts.last_sequence;
+        stream.earliest = facts.earliest;
+        stream.log_base = facts.earliest;
+        for (end, message) in image.messages() {
+            // Of a first message of which the start was dropped, nothing is held.
+            if stream.log.end() == 0 {
+                stream.log_base = end - message.len() as u64;
+                stream.earliest = stream.log_base;
+            }
+            stream.log.append(&[message]);
+            stream.ends.push_back(end);
+        }
+        stream
+    }
+
+    /// What the journal is told of it. `source` is `created` of that, or 0.
+    pub(super) fn facts(&self, source: u64) -> Facts {
+        let producers = self.producers.iter().map(|(id, known)| ProducerTag {
+            id: id.clone(),
+            epoch: known.epoch,
+            sequence: known.sequence,
+        });
+        Facts {
+            path: self.path.clone(),
+            content_type: self.content_type.clone(),
+            generation: self.generation,
+            base: self.base,
+            earliest: self.earliest,
+            source,
+            fork: self.fork.clone(),
+            asked_expiry: self.asked_expiry.clone(),
+            expiry: self.expiry.clone(),
+            closed_by: self.closed_by.clone(),
+            last_sequence: self.last_sequence.clone(),
+            producers: producers.collect(),
         }
     }
 
     /// Position behind the last byte.
     pub(super) fn tail(&self) -> u64 {
-        self.base + self.log.end()
+        self.log_base + self.log.end()
+    }
+
+    /// The end that readers are shown.
+    pub(super) fn shown_tail(&self) -> u64 {
+        self.hidden.map_or_else(|| self.tail(), |hidden| hidden.tail)
+    }
+
+    /// Whether readers are shown that it is closed.
+    pub(super) fn is_shown_closed(&self) -> bool {
+        self.hidden.map_or(self.closed, |hidden| hidden.closed)
+    }
+
+    /// Whether anybody but its creator may know of it.
+    pub(super) fn is_shown(&self) -> bool {
+        self.hidden.is_none_or(|hidden| !hidden.unborn)
+    }
+
+    /// Where its own messages end, of those that end behind `at`.
+    pub(super) fn ends_behind(&self, at: u64) -> impl Iterator<Item = u64> {
+        self.ends.range(self.ends.partition_point(|&end| end <= at)..).copied()
     }
 
     pub(super) fn offset(&self, position: u64) -> Offset {
@@ -221,7 +321,7 @@ impl Stream {
         if self.earliest == before {
             return false;
         }
-        self.log.trim(self.earliest - self.base);
+        self.log.trim(self.earliest - self.log_base);
         if self.ends.capacity() > 4 * self.ends.len() + 64 {
             self.ends.shrink_to_fit();
         }
@@ -233,7 +333,7 @@ impl Stream {
         if at < self.earliest {
             return None;
         }
-        self.log.lend(at - self.base, u32::try_from(end - at).unwrap_or(u32::MAX))
+        self.log.lend(at - self.log_base, u32::try_from(end - at).unwrap_or(u32::MAX))
     }
 
     /// Where the message of its own ends that the byte at `at` belongs to; `None` at the tail.

@@ -90,6 +90,10 @@ families! {
     DURABLE_BYTES = "tokenring_durable_bytes", Kind::Gauge, ["shard"], "Memory that durable streams take.";
     DURABLE_BYTES_MAX = "tokenring_durable_bytes_max", Kind::Gauge, ["shard"], "The most they may (durable_store_bytes_max).";
     DURABLE_READERS = "tokenring_durable_readers", Kind::Gauge, ["shard"], "Reads of durable streams under way.";
+    DURABLE_SEGMENTS = "tokenring_durable_segments", Kind::Gauge, ["shard"], "Segment files of the journal of durable streams.";
+    DURABLE_DISK_BYTES = "tokenring_durable_disk_bytes", Kind::Gauge, ["shard"], "Their bytes.";
+    DURABLE_BACKLOG = "tokenring_durable_backlog_bytes", Kind::Gauge, ["shard"], "Bytes of records that are not synced.";
+    DURABLE_FAILING = "tokenring_durable_disk_failing", Kind::Gauge, ["shard"], "1 while the disk does not take what is written, and publishing is refused.";
     BUFFERS_FREE = "tokenring_receive_buffers_free", Kind::Gauge, ["shard"], "Receive buffers the kernel may fill.";
     TIMERS = "tokenring_timers", Kind::Gauge, ["shard"], "Timers armed.";
     UPSTREAM_ACTIVE = "tokenring_upstream_streams", Kind::Gauge, ["shard", "upstream"], "Streams under way on a backend.";

@@ -62,6 +62,11 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     let durable_max = view.fixed.plan.settings.durable.store_bytes_max;
     page.per_shard(&families::DURABLE_BYTES_MAX, view, |_| durable_max);
     page.per_shard(&families::DURABLE_READERS, view, |snapshot| snapshot.durable.readers);
+    let journal = |snapshot: &Snapshot| snapshot.journal.clone().unwrap_or_default();
+    page.per_shard(&families::DURABLE_SEGMENTS, view, |snapshot| journal(snapshot).segments as u64);
+    page.per_shard(&families::DURABLE_DISK_BYTES, view, |snapshot| journal(snapshot).bytes);
+    page.per_shard(&families::DURABLE_BACKLOG, view, |snapshot| journal(snapshot).backlog_bytes);
+    page.per_shard(&families::DURABLE_FAILING, view, |snapshot| journal(snapshot).failing.is_some().into());
     page.per_shard(&families::BUFFERS_FREE, view, |snapshot| snapshot.buffers_free as u64);
     page.per_shard(&families::TIMERS, view, |snapshot| snapshot.timers as u64);
     page.upstreams(view);

@@ -92,6 +92,12 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
             "bytes_max": plan.settings.durable.store_bytes_max,
             "readers": snapshot.durable.readers,
         },
+        "journal": snapshot.journal.as_ref().map(|journal| json!({
+            "segments": journal.segments,
+            "bytes": journal.bytes,
+            "backlog_bytes": journal.backlog_bytes,
+            "failing": journal.failing,
+        })),
         "buffers_free": snapshot.buffers_free,
         "buffers": plan.settings.buffers,
         "timers": snapshot.timers,

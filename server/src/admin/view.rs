@@ -102,6 +102,10 @@ impl View {
         if !silent.is_empty() {
             return Some(("shard_silent", format!("No answer from shard {}.", silent.join(", "))));
         }
+        let failing = self.snapshots().find_map(|snapshot| snapshot.journal.as_ref()?.failing.as_ref());
+        if let Some(reason) = failing {
+            return Some(("disk_failed", format!("Durable streams cannot be written: {reason}.")));
+        }
         None
     }
 }
@@ -112,6 +116,7 @@ pub(crate) mod tests {
     use crate::settings::load::tests::{load_with, machine};
     use crate::tls::Store;
     use crate::tls::tests::{Authority, Folder};
+    use protocol::durable::journal::JournalState;
     use protocol::phase::Phase;
     use shard::settings::Upstream;
     use shard::stats::{SlowConnection, Stats, UpstreamSnapshot};
@@ -201,6 +206,12 @@ pub(crate) mod tests {
             overdraft_bytes: 35,
             kept: shard::KeptTotals { live: 31, over: 32, detached: 33, readers: 34, waiting: 3, bytes: 35 },
             durable: protocol::durable::Totals { streams: 36, bytes: 37, readers: 38 },
+            journal: (shard == 0).then_some(JournalState {
+                segments: 2,
+                bytes: 61,
+                backlog_bytes: 62,
+                failing: None,
+            }),
             buffers_free: 40,
             timers: 50,
             draining: false,
@@ -230,6 +241,12 @@ pub(crate) mod tests {
             reason(&|view| Arc::make_mut(&mut view.upstreams).upstreams[0].addresses.clear()),
             Some("no_upstream")
         );
+        let fail = |view: &mut View| {
+            let ShardState::Answered(snapshot) = &mut view.shards[0] else { return };
+            snapshot.journal.as_mut().unwrap().failing =
+                Some("1.segment: No space left on device".to_owned());
+        };
+        assert_eq!(reason(&fail), Some("disk_failed"));
         // The demo model needs no upstream.
         assert_eq!(reason(&|view| Arc::make_mut(&mut view.upstreams).upstreams.clear()), None);
     }

@@ -276,6 +276,13 @@ fn misspelt(variables: &[String], problems: &mut Vec<Problem>) {
 
 /// What must hold between the settings of durable streams.
 fn durable_relations(values: &Values, problems: &mut Vec<Problem>) {
+    if values.file(&table::DATA_DIR).is_some() && values.prefix(&table::DURABLE_PREFIX).is_none() {
+        problems.push(Problem::new(format!(
+            "data_dir ({}) is of no use while durable_prefix ({}) is off: only durable streams are written there",
+            values.source(&table::DATA_DIR),
+            values.source(&table::DURABLE_PREFIX),
+        )));
+    }
     for (small, large) in [
         (&table::DURABLE_BODY_BYTES_MAX, &table::DURABLE_STREAM_BYTES_MAX),
         (&table::DURABLE_STREAM_BYTES_MAX, &table::DURABLE_STORE_BYTES_MAX),
@@ -456,6 +463,10 @@ pub(crate) mod tests {
         assert!(
             error(&[("durable-body-bytes-max", "32MiB")])
                 .contains("must not exceed durable_stream_bytes_max (16777216")
+        );
+        assert!(
+            error(&[("data-dir", "/tmp"), ("durable-prefix", "off")])
+                .contains("data_dir (flag --data-dir) is of no use")
         );
         assert!(error(&[("durable-store-bytes-max", "1MiB")]).contains("durable_store_bytes_max (1048576"));
         assert!(error(&[("cpus", "0,9")]).contains("may not run on CPU 9; it may use 0-3"));

@@ -14,6 +14,7 @@ use shard::settings::{
     HalfClose, Listener, OnLeave, Resume, Route, Settings, Sleep, SlowReader, UpstreamTls,
 };
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 
 /// What `serve` carries out.
 #[derive(Clone, Debug)]
@@ -29,6 +30,8 @@ pub(crate) struct Plan {
     /// One per shard: the CPU it is pinned to.
     pub(crate) cpus: Vec<Option<usize>>,
     pub(crate) drain_deadline_ms: u64,
+    /// Where durable streams are written.
+    pub(crate) data_dir: Option<PathBuf>,
 }
 
 /// What is to be read for TLS. Listeners and backends of which the same is said share one entry.
@@ -101,6 +104,9 @@ impl Plan {
                 long_poll_ms: narrow(values.integer(&table::DURABLE_LONG_POLL_MS)),
                 events_ms: narrow(values.integer(&table::DURABLE_EVENTS_MS)),
                 cors: values.switch(&table::DURABLE_CORS),
+                on_disk: values.file(&table::DATA_DIR).is_some(),
+                fsync_interval_ms: narrow(values.integer(&table::FSYNC_INTERVAL)),
+                ..durable::Settings::default()
             },
             demo: DemoSettings {
                 tokens_per_s: narrow(values.integer(&table::DEMO_TOKENS_PER_S)),
@@ -121,6 +127,7 @@ impl Plan {
             admin: values.admin(&table::ADMIN).clone(),
             cpus: placement(values, machine),
             drain_deadline_ms: values.integer(&table::DRAIN_DEADLINE_MS),
+            data_dir: values.file(&table::DATA_DIR).map(Path::to_owned),
         }
     }
 }

@@ -407,7 +407,7 @@ settings! {
         "Age after which a backend connection takes no further request, so that load follows changes of the backends' addresses; 0 is off.");
 
     DURABLE_PREFIX = Setting::new("durable-prefix", Group::Durable, Kind::Prefix, || Value::Prefix(Some("/v1/durable".to_owned())),
-        "Where durable streams are served. Requests under it go to no backend. What is published there is held in memory, and whoever can connect may publish and read; off serves none.");
+        "Where durable streams are served. Requests under it go to no backend. Whoever can connect may publish and read; off serves none.");
     DURABLE_BODY_BYTES_MAX = Setting::new("durable-body-bytes-max", Group::Durable, bytes(KIB, GIB),
         || Value::Integer(limits::DURABLE_BODY_BYTES_MAX),
         "Bytes of one append. More is answered with 413.");
@@ -425,6 +425,11 @@ settings! {
         "After how long an event stream is ended, between two events, so that its reader comes again and caches can share it; 0 is never.");
     DURABLE_CORS = Setting::new("durable-cors", Group::Durable, Kind::Switch, || Value::Switch(true),
         "Lets pages of any origin use durable streams (CORS).");
+
+    DATA_DIR = Setting::new("data-dir", Group::Durable, Kind::Folder, || Value::File(None),
+        "Where durable streams are written, so that they outlive the process (docs/durable.md). All of them; without it they are held in memory only. The directory is made if it is not there; one process has it at a time.");
+    FSYNC_INTERVAL = Setting::new("fsync-interval", Group::Durable, milliseconds(0, 60_000), || Value::Integer(0),
+        "The longest time between a write to --data-dir and its sync. With 0 an append is answered only when it is synced, and survives the loss of power; otherwise when it is written, which survives a crash of the process.");
 
     DEMO_TOKENS_PER_S = Setting::new("demo-tokens-per-s", Group::Demo, count("RATE", 1, 100_000), || Value::Integer(DemoSettings::default().tokens_per_s.into()),
         "Tokens per second of the demo model, when a request does not say otherwise.");

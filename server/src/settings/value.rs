@@ -39,6 +39,8 @@ pub(crate) enum Kind {
     Cpus,
     /// A path, or none.
     File,
+    /// The path of a directory, or none.
+    Folder,
     /// Paths.
     Files,
     /// A DNS name or an address, or none.
@@ -82,6 +84,7 @@ impl Kind {
             Kind::Upstreams => "URL",
             Kind::Cpus => "LIST",
             Kind::File | Kind::Files => "FILE",
+            Kind::Folder => "DIR",
             Kind::ServerName => "NAME",
             Kind::LogFilter => "LEVEL",
         }
@@ -113,6 +116,7 @@ impl Kind {
             Kind::Upstreams => "http[s]://host[:port][/base]".to_owned(),
             Kind::Cpus => "a list of CPUs such as 0-3,8".to_owned(),
             Kind::File => "the path of a file, from the working directory if relative".to_owned(),
+            Kind::Folder => "the path of a directory, from the working directory if relative".to_owned(),
             Kind::Files => {
                 "the path of a file, from the working directory if relative; several in one text are separated by commas"
                     .to_owned()
@@ -151,7 +155,9 @@ impl Kind {
                 split_list(text).map(UpstreamUrl::parse).collect::<Result<_, _>>().map(Value::Upstreams)
             }
             Kind::Cpus => parse_cpus(text).map(Value::Cpus),
-            Kind::File => Ok(Value::File(Some(text).filter(|text| !text.is_empty()).map(PathBuf::from))),
+            Kind::File | Kind::Folder => {
+                Ok(Value::File(Some(text).filter(|text| !text.is_empty()).map(PathBuf::from)))
+            }
             // Paths may hold spaces, so that only commas part them.
             Kind::Files => Ok(Value::Files(
                 text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(PathBuf::from).collect(),

@@ -2,7 +2,7 @@
 //! clients bit by bit, readers woken by what concerns them. What anything means is `protocol::durable`.
 //!
 //! ```text
-//!   Collecting ──(the request is whole)──► Answered
+//!   Collecting ──(the request is whole)──► Answered, or Held until the journal has it (`journal`)
 //!       ├──► Reading ──(a page, or events, as the client takes them)──► Answered
 //!       └──► Polling ──(woken, or over)──► Reading | Answered
 //! ```
@@ -11,6 +11,7 @@ use super::stream::{Answer, Stream};
 use super::tail::Level;
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
+use protocol::durable::journal::Failure;
 use protocol::durable::{self, Now, Poll, Progress, Reading, Reply, Request, Shared, Store};
 use protocol::fault::Fault;
 use protocol::http::{Framing, Refusal, RequestHead, write_own_response_head};
@@ -29,11 +30,18 @@ pub(super) struct DurableStreams {
     pub(super) level: HashMap<Shared, Level>,
     /// For the next stream that may expire.
     pub(super) timer: Option<(TimerId, u64)>,
+    /// Whose answers wait for which record of the journal, in their order.
+    pub(super) held: VecDeque<(u64, Key)>,
+    /// What became of the journal's last job.
+    pub(super) done: Option<Result<(), Failure>>,
+    /// What there was at the start: streams, and damage.
+    pub(super) recovered_streams: u64,
+    pub(super) recovered_damage: u64,
 }
 
 /// A request of the protocol.
 pub(crate) struct Durable {
-    state: State,
+    pub(super) state: State,
     /// When a long-poll or an event stream is over, ms.
     pub(super) due_ms: u64,
     /// Among those who are woken.
@@ -42,15 +50,17 @@ pub(crate) struct Durable {
     pub(super) shared_bytes: u64,
 }
 
-enum State {
+pub(super) enum State {
     Collecting(Collecting),
+    /// It waits for the journal.
+    Held(durable::Answer),
     Polling(Poll),
     Reading(Reading),
     Answered,
 }
 
 /// What has arrived of a request.
-struct Collecting {
+pub(super) struct Collecting {
     request: Result<Request, Fault>,
     body: Vec<u8>,
     body_bytes_max: u64,
@@ -110,12 +120,16 @@ impl DurableStreams {
             woken: VecDeque::new(),
             level: HashMap::new(),
             timer: None,
+            held: VecDeque::new(),
+            done: None,
+            recovered_streams: 0,
+            recovered_damage: 0,
         }
     }
 
     /// Whether readers wait for the next turn.
     pub(super) fn is_busy(&self) -> bool {
-        !self.woken.is_empty()
+        !self.woken.is_empty() || self.done.is_some()
     }
 }
 
@@ -163,18 +177,24 @@ impl<I: Io> Shard<I> {
         let Some(durable) = &mut stream.durable else { return };
         durable.due_ms = total_due_ms;
         let State::Collecting(whole) = std::mem::replace(&mut durable.state, State::Answered) else { return };
+        // What was not even tried need not wait for anything.
+        let refuses = self.durable.store.refuses_changes();
         let reply = match &whole.request {
             Ok(request) => self.durable.store.handle(request, &whole.body, key, now),
             Err(fault) => Reply::Answer(self.durable.store.refuse(fault)),
         };
+        let changes = whole.request.as_ref().is_ok_and(|request| request.operation.is_change());
         drop(whole);
         self.follow_overdraft(key);
-        self.durable_reply(key, reply);
+        match (reply, self.durable.store.must_wait().filter(|_| changes && !refuses)) {
+            (Reply::Answer(answer), Some(record)) => self.hold_answer(key, answer, record),
+            (reply, _) => self.durable_reply(key, reply),
+        }
         self.wake_durable();
         self.follow_durable_timer();
     }
 
-    fn durable_reply(&mut self, key: Key, reply: Reply) {
+    pub(super) fn durable_reply(&mut self, key: Key, reply: Reply) {
         let (now_ms, leaving) = (self.now_ms(), self.leaving != Leaving::No);
         let settings = std::sync::Arc::clone(&self.settings);
         match reply {
@@ -343,15 +363,23 @@ impl<I: Io> Shard<I> {
                 self.forget_level(key, reading.shared());
                 self.durable.store.leave(&mut reading, now);
             }
-            State::Collecting(_) | State::Answered => {}
+            State::Collecting(_) | State::Held(_) | State::Answered => {}
         }
     }
 
-    /// A long-poll or an event stream is over.
+    /// A long-poll or an event stream is over, or the time of a request.
     pub(super) fn durable_due(&mut self, key: Key) {
+        let now_ms = self.now_ms();
         let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) else {
             return;
         };
+        if matches!(durable.state, State::Held(_)) {
+            // What leaves waits for the disk, which is not long.
+            if durable.due_ms <= now_ms {
+                self.give_held(key, false);
+            }
+            return;
+        }
         durable.due_ms = u64::MAX;
         match &mut durable.state {
             State::Polling(_) => self.durable_poll(key, true),
@@ -361,7 +389,7 @@ impl<I: Io> Shard<I> {
                 let shares = self.streams.get(key).is_some_and(|stream| stream.reader.is_some());
                 if shares { self.durable_end(key, End::Done) } else { self.durable_fill(key) }
             }
-            State::Collecting(_) | State::Answered => {}
+            State::Collecting(_) | State::Held(_) | State::Answered => {}
         }
     }
 
@@ -395,7 +423,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// Notes whom the changes so far concern.
-    fn wake_durable(&mut self) {
+    pub(super) fn wake_durable(&mut self) {
         let mut woken = Vec::new();
         self.durable.store.take_woken(&mut woken);
         for key in woken {
@@ -418,17 +446,19 @@ impl<I: Io> Shard<I> {
             match durable.state {
                 State::Polling(_) => self.durable_poll(key, false),
                 State::Reading(_) => self.durable_fill(key),
-                State::Collecting(_) | State::Answered => {}
+                State::Collecting(_) | State::Held(_) | State::Answered => {}
             }
         }
     }
 
-    /// Arms the timer for the next stream that may expire, if it is to fire earlier than it would.
+    /// Arms the timer for the next stream that may expire, and for the journal, if it is to fire earlier than it would.
     pub(super) fn follow_durable_timer(&mut self) {
         if self.leaving != Leaving::No {
             return;
         }
-        let due_ms = self.durable.store.next_due_ms().unwrap_or(u64::MAX);
+        let store = &self.durable.store;
+        let due_ms =
+            [store.next_due_ms(), store.next_job_ms()].into_iter().flatten().min().unwrap_or(u64::MAX);
         super::deadline::arm(&mut self.wheel, &mut self.durable.timer, due_ms, TimerOf::Durable);
     }
 

@@ -13,6 +13,7 @@ mod deadline;
 mod demo;
 mod durable;
 mod finish;
+mod journal;
 mod kept;
 mod moves;
 mod reader;
@@ -234,6 +235,7 @@ impl<I: Io> Shard<I> {
         self.completions = completions;
         self.complete_waiting();
         self.fire_timers();
+        self.follow_journal();
         self.serve_durable();
         self.serve_readers();
         self.follow_moves();
@@ -462,6 +464,7 @@ impl<I: Io> Shard<I> {
             overdraft_bytes: self.overdraft_bytes,
             kept: self.kept.totals(),
             durable: self.durable_totals(),
+            journal: self.durable.store.journal_state(),
             buffers_free: self.io.buffers_free(),
             timers: self.wheel.len(),
             draining: self.leaving != Leaving::No,
@@ -493,6 +496,15 @@ impl<I: Io> Shard<I> {
         counters.durable_evictions = durable.evictions;
         counters.durable_trimmed_bytes = durable.trimmed_bytes;
         counters.durable_full = durable.full;
+        let (journal, rewritten_bytes) = self.durable.store.journal_counters();
+        counters.durable_journal_records = journal.records;
+        counters.durable_journal_bytes = journal.bytes;
+        counters.durable_journal_syncs = journal.syncs;
+        counters.durable_journal_failures = journal.failures;
+        counters.durable_segments_removed = journal.removed;
+        counters.durable_rewritten_bytes = rewritten_bytes;
+        counters.durable_recovered = self.durable.recovered_streams;
+        counters.durable_damages = self.durable.recovered_damage;
         stats
     }
 

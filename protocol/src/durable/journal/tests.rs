@@ -1,0 +1,682 @@
+//! A store on a simulated disk that loses, tears and reorders what was not synced, and fails. After each crash the store must
+//! be what it was after some record, none of those acknowledged missing. Damage must be found, and cost its own stream only.
+
+use super::super::store::Store;
+use super::super::stream::Stream;
+use super::super::tests::{Dialogue, Heard};
+use super::super::{Now, Reply, Settings};
+use super::*;
+use std::collections::BTreeMap;
+
+/// Pieces of an unsynced write that a power cut may lose each by itself, bytes.
+const SECTOR: usize = 128;
+
+/// A file: what is surely on the disk, and writes since.
+#[derive(Clone, Default)]
+struct File {
+    synced: Vec<u8>,
+    named: bool,
+    since: Vec<(usize, Vec<u8>)>,
+}
+
+impl File {
+    fn content(&self) -> Vec<u8> {
+        let mut content = self.synced.clone();
+        for (at, bytes) in &self.since {
+            overlay(&mut content, *at, bytes);
+        }
+        content
+    }
+}
+
+fn overlay(content: &mut Vec<u8>, at: usize, bytes: &[u8]) {
+    content.resize(content.len().max(at + bytes.len()), 0);
+    content[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % limit as u64).unwrap()
+    }
+
+    fn one_in(&mut self, times: usize) -> bool {
+        self.below(times) == 0
+    }
+}
+
+/// A directory on a disk that can be made to fail.
+#[derive(Clone, Default)]
+struct Disk {
+    files: BTreeMap<u64, File>,
+    /// After a failed sync not even the cache has what was written; systems differ in that.
+    forgets: bool,
+}
+
+impl Disk {
+    /// Does a job, or some of it.
+    fn work(&mut self, job: &Job, random: &mut Random, ill: bool) -> Result<(), Failure> {
+        let failed = |stage| Err(Failure { stage, reason: "the disk is ill".to_owned() });
+        match job {
+            Job::Write { segment, at, bytes, sync } => {
+                let file = self.files.entry(*segment).or_default();
+                let at = usize::try_from(*at).unwrap();
+                if at == 0 {
+                    assert!(
+                        !file.named || file.synced.is_empty(),
+                        "a segment with something in it is not made anew"
+                    );
+                    *file = File { named: file.named, ..File::default() };
+                }
+                assert!(at <= file.content().len(), "no gaps");
+                if ill && random.one_in(2) {
+                    let some = random.below(bytes.len() + 1);
+                    file.since.push((at, bytes[..some].to_vec()));
+                    return failed(Stage::Write);
+                }
+                file.since.push((at, bytes.clone()));
+                if *sync && ill {
+                    if self.forgets {
+                        file.synced = torn(file, random);
+                        file.since.clear();
+                    }
+                    return failed(Stage::Sync);
+                }
+                if *sync {
+                    *file = File { synced: file.content(), named: true, since: Vec::new() };
+                }
+            }
+            Job::Remove { segment } => {
+                if ill {
+                    return failed(Stage::Write);
+                }
+                self.files.remove(segment);
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything that was written is there.
+    fn contents(&self) -> BTreeMap<u64, Vec<u8>> {
+        self.files.iter().map(|(number, file)| (*number, file.content())).collect()
+    }
+
+    /// What is left after a power cut.
+    fn cut_power(&mut self, random: &mut Random) {
+        self.files.retain(|_, file| file.named || random.one_in(2));
+        for file in self.files.values_mut() {
+            *file = File { synced: torn(file, random), named: true, since: Vec::new() };
+        }
+    }
+}
+
+/// A file's content of which some sectors that were not synced are lost.
+fn torn(file: &File, random: &mut Random) -> Vec<u8> {
+    let mut content = file.synced.clone();
+    let whole = random.one_in(3);
+    for (at, bytes) in &file.since {
+        for (index, sector) in bytes.chunks(SECTOR).enumerate() {
+            if whole || !random.one_in(3) {
+                overlay(&mut content, at + index * SECTOR, sector);
+            }
+        }
+    }
+    content
+}
+
+fn recover(contents: &BTreeMap<u64, Vec<u8>>) -> Recovered {
+    let mut recovery = Recovery::new();
+    for (number, bytes) in contents {
+        recovery.scan(*number, bytes);
+    }
+    for (number, bytes) in contents {
+        recovery.apply(*number, bytes);
+    }
+    recovery.finish()
+}
+
+/// Messages by the position behind them.
+type Messages = BTreeMap<u64, Vec<u8>>;
+
+/// Everything that a store must still know after a crash, by path.
+type State = BTreeMap<(String, u64), String>;
+
+fn messages_of(stream: &Stream) -> Vec<(u64, Vec<u8>)> {
+    let mut at = stream.earliest;
+    let mut messages = Vec::new();
+    for end in stream.ends_behind(at) {
+        let mut message = Vec::new();
+        while at < end {
+            let lent = stream.lend(at, end).unwrap();
+            at += lent.len() as u64;
+            message.extend(lent.to_vec());
+        }
+        messages.push((end, message));
+    }
+    messages
+}
+
+fn checksum(bytes: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(bytes);
+    hasher.finalize()
+}
+
+fn state_of(store: &Store) -> State {
+    let state = |stream: &Stream| {
+        let source = stream.source.and_then(|id| store.streams.get(id)).map_or(0, |source| source.created);
+        let deleted = (stream.deleted, stream.closed, stream.tail());
+        let messages: Vec<_> = messages_of(stream)
+            .iter()
+            .map(|(end, message)| (*end, message.len(), checksum(message)))
+            .collect();
+        format!("{:?} {deleted:?} {messages:?}", stream.facts(source))
+    };
+    store
+        .streams
+        .iter()
+        .map(|(_, stream)| ((stream.path.to_string(), stream.created), state(stream)))
+        .collect()
+}
+
+struct Run {
+    with: Dialogue,
+    random: Random,
+    disk: Disk,
+    job: Option<Job>,
+    /// What the store was after each record, as far as a record is the last of its request.
+    states: BTreeMap<u64, State>,
+    /// Up to where something was promised.
+    promised: u64,
+    producers: BTreeMap<String, u64>,
+    salt: u32,
+    crashes: usize,
+}
+
+fn small(interval_ms: u32) -> Settings {
+    Settings { segment_bytes: 2_500, fsync_interval_ms: interval_ms, ..Settings::default() }
+}
+
+fn store_on(contents: &BTreeMap<u64, Vec<u8>>, settings: &Settings, salt: u32, now: Now) -> Store {
+    Store::with_journal(settings.clone(), recover(contents), salt, now)
+}
+
+impl Run {
+    fn new(seed: u64, settings: Settings) -> Self {
+        let mut with = Dialogue::new(settings.clone());
+        with.store = store_on(&BTreeMap::new(), &settings, 77, with.now);
+        Run {
+            with,
+            random: Random::new(seed),
+            // Where more is promised than what is synced, it is promised as far as the cache goes.
+            disk: Disk { forgets: settings.fsync_interval_ms == 0, ..Disk::default() },
+            job: None,
+            states: BTreeMap::from([(0, State::new())]),
+            promised: 0,
+            producers: BTreeMap::new(),
+            salt: 77,
+            crashes: 0,
+        }
+    }
+
+    fn last(&self) -> u64 {
+        self.with.store.journal.as_ref().unwrap().last()
+    }
+
+    /// Notes what the store is now.
+    fn note(&mut self) {
+        self.states.insert(self.last(), state_of(&self.with.store));
+        self.promised = self.promised.max(self.with.store.acknowledged().min(self.last()));
+        assert!(self.with.store.must_wait().is_some() == (self.with.store.acknowledged() < self.last()));
+    }
+
+    fn ask(&mut self, line: &str, fields: &str, body: &[u8]) -> Heard {
+        let heard = self.with.ask(line, fields, body);
+        self.note();
+        heard
+    }
+
+    fn change(&mut self) {
+        self.with.wait_ms(1);
+        self.with.store.expire(self.with.now);
+        self.note();
+        let path = format!("/v1/durable/{}", self.random.below(6));
+        let form = ["application/json", "text/plain", "application/octet-stream"][self.random.below(3)];
+        let body = match form {
+            "application/json" => {
+                format!("[{},\"{}\"]", self.random.below(1000), "x".repeat(self.random.below(400)))
+            }
+            _ => "TRJ1".repeat(1 + self.random.below(200)),
+        };
+        let content = format!("Content-Type: {form}\n");
+        match self.random.below(16) {
+            0..2 => {
+                let more = [
+                    "Stream-TTL: 1\n",
+                    "Stream-Expires-At: 2030-01-01T00:00:00Z\n",
+                    "",
+                    "",
+                    "Stream-Closed: true\n",
+                ];
+                let more = more[self.random.below(5)];
+                self.ask(&format!("PUT {path}"), &format!("{content}{more}"), body.as_bytes());
+            }
+            2 => {
+                let from = format!("Stream-Forked-From: /v1/durable/{}\n", self.random.below(6));
+                self.ask(&format!("PUT {path}"), &from, b"");
+            }
+            3 if self.random.one_in(3) => _ = self.ask(&format!("DELETE {path}"), "", b""),
+            4 if self.random.one_in(2) => {
+                let close = "Stream-Closed: true\nProducer-Id: last\nProducer-Epoch: 3\nProducer-Seq: 0\n";
+                self.ask(&format!("POST {path}"), close, b"");
+            }
+            5 => {
+                let sequence = format!("{content}Stream-Seq: {:08}\n", self.with.now.ms);
+                self.ask(&format!("POST {path}"), &sequence, body.as_bytes());
+            }
+            6..9 => {
+                let next = self.producers.entry(path.clone()).or_default();
+                let tag = format!("{content}Producer-Id: p\nProducer-Epoch: 0\nProducer-Seq: {next}\n");
+                let heard = self.with.ask(&format!("POST {path}"), &tag, body.as_bytes());
+                let expected = heard.field("Producer-Expected-Seq").map(|next| next.parse().unwrap());
+                let next = self.producers.get_mut(&path).unwrap();
+                *next = expected.unwrap_or(if heard.status == 200 { *next + 1 } else { *next });
+                self.note();
+            }
+            _ => _ = self.ask(&format!("POST {path}"), &content, body.as_bytes()),
+        }
+    }
+
+    /// The disk does a bit.
+    fn work(&mut self, ill: bool) {
+        if self.job.is_none() {
+            self.job = self.with.store.next_job(self.with.now.ms);
+            self.note();
+        } else if let Some(job) = self.job.take() {
+            let result = self.disk.work(&job, &mut self.random, ill);
+            self.with.store.job_done(result, self.with.now.ms);
+            self.note();
+        }
+    }
+
+    /// All that is recorded is synced, and the end is marked.
+    fn settle(&mut self) {
+        for _ in 0..1_000 {
+            self.work(false);
+            self.with.wait_ms(10);
+            if self.with.store.is_synced() && self.with.store.next_job_ms().is_none() && self.job.is_none() {
+                self.job = self.with.store.next_job(self.with.now.ms);
+                if self.job.is_none() {
+                    return;
+                }
+            }
+        }
+        panic!("it is never done: {:?}", self.with.store.journal_state());
+    }
+
+    fn crash(&mut self) {
+        self.crashes += 1;
+        let power = self.with.settings.fsync_interval_ms == 0 && self.random.one_in(2);
+        if let Some(job) = self.job.take() {
+            // It may have come to anything.
+            match &job {
+                Job::Write { segment, at, bytes, .. } if !power => {
+                    let some = self.random.below(bytes.len() + 1);
+                    let part =
+                        Job::Write { segment: *segment, at: *at, bytes: bytes[..some].to_vec(), sync: false };
+                    self.disk.work(&part, &mut self.random, false).unwrap();
+                }
+                _ if self.random.one_in(2) => _ = self.disk.work(&job, &mut self.random, false),
+                _ => {}
+            }
+        }
+        if power {
+            self.disk.cut_power(&mut self.random);
+        }
+        let contents = self.disk.contents();
+        for file in self.disk.files.values_mut() {
+            *file = File { synced: file.content(), named: true, since: Vec::new() };
+        }
+        let recovered = recover(&contents);
+        assert!(recovered.findings.iter().all(|finding| !finding.lost), "{:?}", recovered.findings);
+        let last = recovered.last;
+        assert!(last >= self.promised, "{last} of {} promised records are there", self.promised);
+        self.salt += 1;
+        self.with.wait_ms(1_000);
+        self.with.store =
+            Store::with_journal(self.with.settings.clone(), recovered, self.salt, self.with.now);
+        if let Some(state) = self.states.get(&last) {
+            // Without the limits by which the other may have given something up.
+            let unlimited = Settings { segment_bytes: 6_000, ..Settings::default() };
+            let is = state_of(&store_on(&contents, &unlimited, 1, self.with.now));
+            assert!(is == *state, "record {last}: {is:#?}\nis not\n{state:#?}");
+        }
+        self.states.split_off(&(last + 1));
+        self.promised = last;
+        self.note();
+    }
+}
+
+#[test]
+fn after_any_crash_everything_that_was_promised_is_there_and_nothing_else() {
+    let (mut crashes, mut removed) = (0, 0);
+    for seed in 0..150 {
+        println!("seed {seed}");
+        let mut run = Run::new(seed, small([0, 0, 50][usize::try_from(seed % 3).unwrap()]));
+        for _ in 0..900 {
+            let step = run.random.below(70);
+            // Ill for a while, and well again.
+            let ill = (run.with.now.ms / 40).is_multiple_of(5) && seed % 2 == 1;
+            match step {
+                0 => {
+                    removed += run.with.store.journal_counters().0.removed;
+                    run.crash();
+                }
+                1..25 => run.change(),
+                25 => run.with.wait_ms(300),
+                _ => run.work(ill),
+            }
+        }
+        run.settle();
+        run.crash();
+        assert_eq!(run.promised, run.last());
+        crashes += run.crashes;
+    }
+    assert!(crashes > 1_000 && removed > 100, "{crashes} crashes, {removed} segments removed");
+}
+
+#[test]
+fn where_memory_is_scarce_the_same_holds() {
+    for seed in 1000..1060 {
+        println!("seed {seed}");
+        let scarce = Settings {
+            body_bytes_max: 4 << 10,
+            stream_bytes_max: 3 << 10,
+            store_bytes_max: 12 << 10,
+            ..small(0)
+        };
+        let mut run = Run::new(seed, scarce);
+        for _ in 0..400 {
+            match run.random.below(30) {
+                0 => run.crash(),
+                1..15 => run.change(),
+                _ => run.work(false),
+            }
+        }
+        run.settle();
+        run.crash();
+        assert!(run.disk.contents().values().map(Vec::len).sum::<usize>() < 100_000, "segments are freed");
+    }
+}
+
+/// A journal of some streams, all of it synced, and what it holds.
+fn journal(seed: u64) -> (BTreeMap<u64, Vec<u8>>, State) {
+    let mut run = Run::new(seed, small(0));
+    for _ in 0..60 {
+        run.change();
+        run.settle();
+    }
+    (run.disk.contents(), state_of(&run.with.store))
+}
+
+fn now() -> Now {
+    Now { ms: 50_000, unix_ms: 1_763_790_000_000, random: 1 }
+}
+
+#[test]
+fn a_flipped_byte_costs_one_stream_at_most_and_no_byte_is_wrong() {
+    let (mut whole, mut hurt) = (0, 0);
+    for seed in 0..6 {
+        let (contents, state) = journal(seed);
+        let originals = store_on(&contents, &small(0), 1, now());
+        assert_eq!(state_of(&originals), state);
+        // A stream and its forks share what was written before they parted.
+        let families: BTreeMap<u64, u64> =
+            originals.streams.iter().map(|(_, stream)| (stream.created, stream.generation)).collect();
+        let originals: BTreeMap<u64, (u64, Messages)> = originals
+            .streams
+            .iter()
+            .map(|(_, stream)| (stream.created, (stream.tail(), messages_of(stream).into_iter().collect())))
+            .collect();
+        for (number, bytes) in &contents {
+            for at in (0..bytes.len()).step_by(if bytes.len() > 1_000 { 7 } else { 1 }) {
+                let mut damaged = contents.clone();
+                damaged.get_mut(number).unwrap()[at] ^= 1 << (at % 8);
+                let recovered = recover(&damaged);
+                let found = !recovered.findings.is_empty();
+                let store = Store::with_journal(small(0), recovered, 9, now());
+                let is = state_of(&store);
+                let missing =
+                    state.iter().filter(|(key, value)| is.get(*key) != Some(*value)).map(|(key, _)| key.1);
+                let added = is.keys().filter(|key| !state.contains_key(*key)).map(|key| key.1);
+                let differ: std::collections::BTreeSet<u64> =
+                    missing.chain(added).map(|created| *families.get(&created).unwrap_or(&created)).collect();
+                let differ = differ.len();
+                let place = format!("seed {seed}, segment {number}, byte {at}");
+                assert!(differ <= 1, "{place}: {differ} streams differ");
+                assert!(differ == 0 || found, "{place}: not reported");
+                for (_, stream) in store.streams.iter() {
+                    // A deletion that was lost brings back what was deleted; all else is as it was.
+                    let Some((tail, messages)) = originals.get(&stream.created) else { continue };
+                    assert_eq!(stream.tail(), *tail, "{place}: an end that was given out is given out again");
+                    for (end, message) in messages_of(stream) {
+                        assert_eq!(messages.get(&end), Some(&message), "{place}: wrong bytes");
+                    }
+                }
+                whole += usize::from(differ == 0);
+                hurt += usize::from(differ == 1);
+            }
+        }
+    }
+    assert!(whole > 100 && hurt > 1000, "{whole} {hurt}");
+}
+
+#[test]
+fn any_prefix_of_the_last_segment_is_what_the_store_once_was() {
+    for seed in 10..14 {
+        let mut run = Run::new(seed, Settings { segment_bytes: 1 << 20, ..small(0) });
+        for _ in 0..40 {
+            run.change();
+            run.settle();
+        }
+        let contents = run.disk.contents();
+        let (number, bytes) = contents.last_key_value().unwrap();
+        for length in 0..bytes.len() {
+            let mut shorter = contents.clone();
+            shorter.insert(*number, bytes[..length].to_vec());
+            let recovered = recover(&shorter);
+            assert!(
+                recovered.findings.iter().all(|finding| !finding.lost) || length < 64,
+                "{:?}",
+                recovered.findings
+            );
+            let last = recovered.last;
+            let store = Store::with_journal(run.with.settings.clone(), recovered, 1, now());
+            assert_eq!(Some(&state_of(&store)), run.states.get(&last), "seed {seed}, {length} bytes");
+        }
+    }
+}
+
+/// Whole stretches of a segment, over many records.
+#[test]
+fn where_much_is_destroyed_no_offset_comes_to_mean_something_else() {
+    let mut random = Random::new(5);
+    let mut renewed = 0;
+    for seed in 20..26 {
+        let (contents, _) = journal(seed);
+        let originals = store_on(&contents, &small(0), 1, now());
+        let originals: BTreeMap<u64, (u64, u64, Messages)> = originals
+            .streams
+            .iter()
+            .map(|(_, stream)| {
+                let messages = messages_of(stream).into_iter().collect();
+                (stream.created, (stream.generation, stream.tail(), messages))
+            })
+            .collect();
+        for _ in 0..300 {
+            let mut damaged = contents.clone();
+            let number = *damaged.keys().nth(random.below(contents.len())).unwrap();
+            let bytes = damaged.get_mut(&number).unwrap();
+            let from = random.below(bytes.len());
+            let to = (from + random.below(2_000)).min(bytes.len());
+            bytes[from..to].fill(0);
+            let recovered = recover(&damaged);
+            // An end that is torn off is a crash, as far as can be known.
+            let torn = recovered.findings.iter().any(|finding| !finding.lost);
+            let store = Store::with_journal(small(0), recovered, 9, now());
+            for (_, stream) in store.streams.iter() {
+                let Some((generation, tail, messages)) = originals.get(&stream.created) else { continue };
+                if *generation != stream.generation {
+                    renewed += 1;
+                    continue;
+                }
+                assert!(torn || stream.tail() == *tail, "seed {seed}, segment {number}, {from}..{to}");
+                for (end, message) in messages_of(stream) {
+                    assert_eq!(messages.get(&end), Some(&message), "seed {seed}, {from}..{to}");
+                }
+            }
+        }
+    }
+    assert!(renewed > 10, "{renewed}");
+}
+
+#[test]
+fn anything_can_be_read_without_a_panic() {
+    let (contents, _) = journal(30);
+    let mut random = Random::new(1);
+    for _ in 0..300 {
+        let mut damaged = contents.clone();
+        for bytes in damaged.values_mut() {
+            for _ in 0..random.below(20) {
+                let at = random.below(bytes.len());
+                match random.below(4) {
+                    0 => bytes[at] = random.below(256) as u8,
+                    1 => _ = bytes.drain(..at / 8),
+                    2 => bytes.truncate(at.max(bytes.len() - at)),
+                    _ => bytes.splice(at..at, [0xff; 9]).for_each(drop),
+                }
+                if bytes.is_empty() {
+                    bytes.push(0);
+                }
+            }
+        }
+        let store = Store::with_journal(small(0), recover(&damaged), 9, now());
+        state_of(&store);
+    }
+}
+
+fn reply(run: &mut Run, line: &str, fields: &str, body: &[u8]) -> Reply {
+    run.with.reply(line, fields, body)
+}
+
+#[test]
+fn readers_are_shown_what_is_acknowledged_and_no_more() {
+    let mut run = Run::new(1, small(0));
+    let text = "Content-Type: text/plain\n";
+    assert_eq!(run.ask("PUT /v1/durable/a", text, b"one").status, 201);
+    assert_eq!(run.with.store.must_wait(), Some(1));
+    assert_eq!(run.ask("GET /v1/durable/a", "", b"").status, 404, "nobody may know of it yet");
+    run.settle();
+    assert_eq!(run.with.store.must_wait(), None);
+    assert_eq!(run.ask("GET /v1/durable/a", "", b"").text(), "one");
+    let Reply::Wait(mut poll) = reply(&mut run, "GET /v1/durable/a?offset=now&live=long-poll", "", b"")
+    else {
+        panic!("it does not wait")
+    };
+    let poller = run.with.reader();
+    assert_eq!(run.ask("POST /v1/durable/a", &format!("{text}Stream-Closed: true\n"), b"two").status, 204);
+    let head = run.ask("HEAD /v1/durable/a", "", b"");
+    assert!(head.next_offset().ends_with("3") && head.field("Stream-Closed").is_none());
+    assert_eq!(run.ask("GET /v1/durable/a", "", b"").text(), "one");
+    assert!(run.with.store.poll(&mut poll, false, run.with.now).is_none());
+    let mut woken = Vec::new();
+    run.with.store.take_woken(&mut woken);
+    run.settle();
+    run.with.store.take_woken(&mut woken);
+    assert!(woken.contains(&poller), "who waits is told when it is acknowledged");
+    let answer = run.with.store.poll(&mut poll, false, run.with.now).unwrap();
+    assert_eq!(run.with.hear(answer).text(), "two");
+    assert_eq!(run.ask("HEAD /v1/durable/a", "", b"").field("Stream-Closed"), Some("true"));
+}
+
+#[test]
+fn while_the_disk_fails_changes_are_refused_and_what_was_under_way_is_kept() {
+    for interval_ms in [0, 20] {
+        let mut run = Run::new(2, small(interval_ms));
+        let text = "Content-Type: text/plain\n";
+        run.ask("PUT /v1/durable/a", text, b"one");
+        run.settle();
+        run.ask("POST /v1/durable/a", text, b"two");
+        run.with.wait_ms(100);
+        while !run.with.store.is_failing() {
+            run.work(true);
+            run.with.wait_ms(10);
+        }
+        assert!(run.with.store.journal_state().unwrap().failing.unwrap().contains("the disk is ill"));
+        let refused = run.ask("POST /v1/durable/a", text, b"three");
+        assert_eq!((refused.status, refused.field("Retry-After")), (503, Some("1")));
+        assert!(refused.text().contains("disk_failed"), "{}", refused.text());
+        assert_eq!(run.ask("GET /v1/durable/a", "", b"").status, 200, "what is there is served");
+        for _ in 0..50 {
+            run.work(true);
+            run.with.wait_ms(500);
+        }
+        assert!(run.with.store.is_failing());
+        run.with.wait_ms(10_000);
+        run.settle();
+        assert_eq!(run.ask("GET /v1/durable/a", "", b"").text(), "onetwo");
+        assert_eq!(run.ask("POST /v1/durable/a", text, b"four").status, 204);
+        run.settle();
+        run.crash();
+        assert_eq!(run.ask("GET /v1/durable/a", "", b"").text(), "onetwofour");
+        let most = run.disk.files.len();
+        assert!(most <= 4, "failed segments are removed: {most}");
+    }
+}
+
+#[test]
+fn segments_go_when_what_lives_in_them_was_written_anew() {
+    let mut run = Run::new(3, Settings { stream_bytes_max: 2_000, segment_bytes: 4_000, ..small(0) });
+    let text = "Content-Type: text/plain\n";
+    for path in 0..5 {
+        run.ask(&format!("PUT /v1/durable/quiet-{path}"), text, b"from long ago");
+    }
+    run.settle();
+    let fork = "Stream-Forked-From: /v1/durable/quiet-0\n";
+    run.ask("PUT /v1/durable/fork", fork, b"");
+    assert_eq!(run.ask("DELETE /v1/durable/quiet-0", "", b"").status, 204);
+    run.ask("PUT /v1/durable/loud", text, b"");
+    for round in 0..1_000 {
+        assert_eq!(run.ask("POST /v1/durable/loud", text, &[b'a' + (round % 26) as u8; 100]).status, 204);
+        run.settle();
+        let store = &run.with.store;
+        let bytes: usize = run.disk.contents().values().map(Vec::len).sum();
+        let most = 2 * store.totals().bytes + 8 * store.settings.segment_bytes;
+        assert!(bytes as u64 <= most, "round {round}: {bytes} bytes");
+    }
+    let (counters, rewritten) = run.with.store.journal_counters();
+    assert!(counters.removed > 20 && rewritten > 0, "{counters:?}, {rewritten}");
+    assert!(!run.disk.files.contains_key(&1));
+    let before = state_of(&run.with.store);
+    run.crash();
+    assert_eq!(state_of(&run.with.store), before);
+    assert_eq!(run.ask("GET /v1/durable/fork", "", b"").text(), "from long ago");
+    assert_eq!(run.ask("GET /v1/durable/quiet-0", "", b"").status, 410);
+}
+
+#[test]
+fn names_of_segments_are_read_as_they_are_written() {
+    assert_eq!(segment_name(7), "00000000000000000007.segment");
+    assert_eq!(segment_number("00000000000000000007.segment"), Some(7));
+    for name in ["7.segment", "00000000000000000007", "lock", "+0000000000000000007.segment", ".segment"] {
+        assert_eq!(segment_number(name), None, "{name}");
+    }
+}
