@@ -15,6 +15,8 @@ pub const TRAILER_BYTES_MAX: usize = 8 * 1024;
 pub const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Bytes of a request body in which model, stream and stream options are looked for; `stream` may follow a long `messages`.
 pub const FACTS_PREFIX_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes of a request for a response in background that are held back until it is known whether it streams.
+pub const BACKGROUND_HELD_BYTES_MAX: usize = FACTS_PREFIX_BYTES_MAX;
 /// Bytes of one SSE event from a backend; images arrive as single events of some megabytes.
 pub const EVENT_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Interim (1xx) responses accepted from a backend before its final head; each costs it nothing to send.
