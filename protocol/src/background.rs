@@ -19,6 +19,8 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
 
+/// Runs of sequence numbers from which on those are forgotten that are not kept any more.
+const RUNS_MANY: usize = 1024;
 /// What follows the prefix of a route, before a response's id.
 const RESPONSES: &str = "/v1/responses/";
 
@@ -117,8 +119,8 @@ pub struct Notes {
     first: Option<Box<str>>,
     /// Its status is still `queued`.
     queued: bool,
-    /// Where in the log the event that ends it lies.
-    last: Option<(u64, u64)>,
+    /// Where in the log the event lies that ended it, and the status that it told.
+    last: Option<(u64, u64, &'static str)>,
     runs: VecDeque<Run>,
 }
 
@@ -138,8 +140,13 @@ impl Notes {
                     self.begin(block);
                 }
             }
-            b"response.completed" | b"response.failed" | b"response.incomplete" => {
-                self.last = Some((from, to));
+            name @ (b"response.completed" | b"response.failed" | b"response.incomplete") => {
+                let status = match name {
+                    b"response.completed" => "completed",
+                    b"response.failed" => "failed",
+                    _ => "incomplete",
+                };
+                self.last = Some((from, to, status));
                 if self.id.is_none() {
                     self.begin(block);
                 }
@@ -185,7 +192,12 @@ impl Notes {
 
     /// Where in the log the event lies that ended it.
     pub fn last(&self) -> Option<(u64, u64)> {
-        self.last
+        self.last.map(|(from, to, _)| (from, to))
+    }
+
+    /// Whether it is worth looking what can be forgotten; not after each event.
+    pub fn is_long(&self) -> bool {
+        self.runs.len() >= RUNS_MANY && self.runs.len().is_multiple_of(RUNS_MANY / 4)
     }
 
     /// The id of the event behind which a client goes on that has had this sequence number: of several with that number the
@@ -216,11 +228,12 @@ impl Notes {
         size_of::<Self>() + texts + self.runs.capacity() * size_of::<Run>()
     }
 
-    /// The response object while it is under way, or as it broke off.
+    /// The response object as it began, with what is known since.
     pub fn object(&self, how: How) -> String {
         let status = match how {
             How::UnderWay if self.queued => "queued",
             How::UnderWay => "in_progress",
+            How::Told => self.last.map_or("in_progress", |(_, _, status)| status),
             How::Cancelled => "cancelled",
             How::Failed(_) => "failed",
         };
@@ -232,11 +245,13 @@ impl Notes {
     }
 }
 
-/// How a response stands whose backend has not told its end.
+/// How a response stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum How {
     /// More is to come.
     UnderWay,
+    /// Its backend has told its end.
+    Told,
     /// Somebody has cancelled it.
     Cancelled,
     /// It broke off, for this reason.

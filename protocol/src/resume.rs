@@ -55,7 +55,7 @@ impl Display for StreamId {
         let head = Self::authenticated(self.node, self.shard, self.number);
         bytes[..head.len()].copy_from_slice(&head);
         bytes[head.len()..ID_BYTES].copy_from_slice(&self.tag);
-        let mut text = [0; ID_BYTES.next_multiple_of(3) / 3 * 4];
+        let mut text = [0; ID_BYTES.div_ceil(3) * 4];
         for (three, four) in bytes.chunks_exact(3).zip(text.chunks_exact_mut(4)) {
             let bits = u32::from_be_bytes([0, three[0], three[1], three[2]]);
             for (nth, letter) in four.iter_mut().enumerate() {
