@@ -15,6 +15,8 @@ pub const TRAILER_BYTES_MAX: usize = 8 * 1024;
 pub const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Bytes of a request body in which model, stream and stream options are looked for; `stream` may follow a long `messages`.
 pub const FACTS_PREFIX_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes of a request for a response in background that are held back until it is known whether it streams.
+pub const BACKGROUND_HELD_BYTES_MAX: usize = FACTS_PREFIX_BYTES_MAX;
 /// Bytes of one SSE event from a backend; images arrive as single events of some megabytes.
 pub const EVENT_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Interim (1xx) responses accepted from a backend before its final head; each costs it nothing to send.
@@ -117,6 +119,12 @@ pub const RESUME_BYTES_MAX: u64 = 128 * 1024 * 1024;
 pub const RESUME_STREAM_COST_BYTES: u64 = 512;
 /// Milliseconds a stream goes on without a client.
 pub const DETACH_MS: u32 = 30_000;
+/// Milliseconds a response in background is kept when it is over, at least.
+pub const BACKGROUND_KEEP_MS: u32 = 600_000;
+/// Bytes of a response in background that are kept, at least: events of a hundred or two bytes for each token.
+pub const BACKGROUND_WINDOW_BYTES: u64 = 4 * 1024 * 1024;
+/// Bytes of a response's id; one with a longer id cannot be asked for by it.
+pub const RESPONSE_ID_BYTES_MAX: usize = 256;
 /// Milliseconds a stream that is over is kept.
 pub const KEEP_MS: u32 = 300_000;
 /// Readers that begin on a shard within a second: each costs a replay of up to a window.

@@ -64,6 +64,10 @@ pub struct Settings {
     pub detached_max: usize,
     /// Readers that begin on a shard within a second; the others wait their turn, > 0.
     pub resumes_per_s: u32,
+    /// Milliseconds that a response in background is kept when it is over, if its route keeps none longer.
+    pub background_keep_ms: u32,
+    /// Bytes of a response in background that are kept, if its route keeps no more.
+    pub background_window_bytes: u64,
     /// Authenticates the ids of streams; the same in all shards.
     pub stream_key: [u8; 32],
     /// Durable streams: where they are, and their limits.

@@ -68,6 +68,8 @@ pub(crate) fn settings() -> Settings {
         resume_bytes_max: 1 << 20,
         detached_max: 100,
         resumes_per_s: 1_000,
+        background_keep_ms: 600_000,
+        background_window_bytes: 1 << 20,
         stream_key: [7; 32],
         retry_bytes_max: 64 << 10,
         overdraft_bytes_max: 64 << 20,

@@ -95,6 +95,8 @@ impl Plan {
             resume_bytes_max: values.integer(&table::RESUME_BYTES_MAX),
             detached_max: narrow(values.integer(&table::DETACHED_MAX)),
             resumes_per_s: narrow(values.integer(&table::RESUMES_PER_S)),
+            background_keep_ms: narrow(values.integer(&table::BACKGROUND_KEEP_MS)),
+            background_window_bytes: values.integer(&table::BACKGROUND_WINDOW),
             stream_key: [0; 32],
             durable: durable::Settings {
                 prefix: values.prefix(&table::DURABLE_PREFIX).map(str::to_owned),

@@ -389,6 +389,10 @@ settings! {
     SLOW_READER = Setting::new("slow-reader", Group::Streams, Kind::Choice(&["auto", "block", "drop", "skip"]), || Value::Choice("auto"),
         "What becomes of a reader that is slower than its stream. The backend is paused for it (block); or, when the window has left it behind, it is told so and closed (drop), or told which events it misses and given the newest (skip). auto blocks for a single reader and drops one of several.")
         .per_route();
+    BACKGROUND_KEEP_MS = Setting::new("background-keep-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(limits::BACKGROUND_KEEP_MS.into()),
+        "How long a response in background can still be read when it is over, at least; keep-ms of its route may say more.");
+    BACKGROUND_WINDOW = Setting::new("background-window", Group::Streams, bytes(1, GIB), || Value::Integer(limits::BACKGROUND_WINDOW_BYTES),
+        "Bytes of a response in background that are kept for those who come back, at least; resume-window of its route may say more.");
     RESUME_BYTES_MAX = Setting::new("resume-bytes-max", Group::Limits, bytes(64 * KIB, 1 << 40),
         || Value::Integer(limits::RESUME_BYTES_MAX),
         "Memory of one shard for what is kept of streams. For more, finished streams are given up, oldest first, then the oldest events of streams without a client, then what others have read.");

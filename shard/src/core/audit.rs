@@ -197,7 +197,11 @@ impl<I: Io> Shard<I> {
         }
         if let Some(backend) = stream.backend.and_then(|key| self.conns.get(key)) {
             demand!(backend.receive_wanted != stream.paused, "its backend is not read: {}", who());
-        } else if !stream.produced && stream.demo.is_none() && stream.durable.is_none() {
+        } else if !stream.produced
+            && stream.demo.is_none()
+            && stream.durable.is_none()
+            && stream.waits_for.is_none()
+        {
             return Err(format!("nobody works for a stream: {}", who()));
         }
         Ok(())

@@ -5,6 +5,7 @@ use super::relay::relay_event;
 use super::stream::Demo;
 use crate::io::Io;
 use protocol::demo::{DemoModel, DemoSettings, models_json};
+use protocol::facts::Background;
 use protocol::http::{Refusal, RequestHead};
 use protocol::limits::DEMO_TOKENS_PER_TURN_MAX;
 use protocol::phase::{End, Phase, Step};
@@ -56,7 +57,12 @@ impl<I: Io> Shard<I> {
         demo.next_us = now_us + u64::from(settings.first_token_ms) * 1000;
         let token_us = interval_us(&settings);
         demo.model = DemoModel::new(stream.dialect, settings, &stream.facts, seed, unix_time_s);
-        if stream.streaming {
+        if stream.background == Background::Polls {
+            stream.step(Step::EventStream);
+            if !self.begin_polled(key) {
+                return;
+            }
+        } else if stream.streaming {
             stream.step(Step::EventStream);
             self.write_events_head(key, false);
         } else {
@@ -73,7 +79,7 @@ impl<I: Io> Shard<I> {
         let settings = std::sync::Arc::clone(&self.settings);
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(mut demo) = stream.demo.take() else { return };
-        if !stream.streaming {
+        if !stream.has_events_answer() {
             let body = demo.model.whole_answer();
             return self.answer_json(key, 200, &body);
         }

@@ -84,7 +84,7 @@ impl<I: Io> Shard<I> {
             }
         }
         stream.produced = true;
-        stream.scanner = None;
+        (stream.scanner, stream.rewriter) = (None, None);
         if stream.phase != Phase::Finishing {
             stream.step(Step::ProducerDone);
         }
@@ -145,9 +145,14 @@ impl<I: Io> Shard<I> {
 
     /// A whole answer of our own.
     pub(super) fn answer_json(&mut self, key: Key, status: u16, body: &[u8]) {
+        self.answer_json_with(key, status, body, "");
+    }
+
+    /// The same with header lines.
+    pub(super) fn answer_json_with(&mut self, key: Key, status: u16, body: &[u8], extra: &str) {
         let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
         let Some(stream) = self.streams.get_mut(key) else { return };
-        write_answer(stream, status, body, &mut self.scratch, self.date.at(unix_time_s), now_us, "");
+        write_answer(stream, status, body, &mut self.scratch, self.date.at(unix_time_s), now_us, extra);
         self.end_stream(key, End::Done);
     }
 
@@ -213,6 +218,9 @@ impl<I: Io> Shard<I> {
             self.durable_settle(key, *durable);
         }
         let reader = stream.reader.take();
+        if let Some(source) = stream.waits_for {
+            self.waiter_left(source);
+        }
         let duration_us = self.now_us - stream.started_us;
         if end == End::Done {
             self.stats.histograms.stream_us.saturating_record(duration_us);

@@ -10,12 +10,15 @@
 //! Here: their names, what becomes of them when their clients leave and when they end, and the memory they take. `resume` has
 //! the requests for them, `reader` those who read them.
 
+use super::background::notes_bytes;
 use super::relay::ExtraLines;
 use super::tail::Tail;
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
 use crate::settings::{OnLeave, Resume, Settings};
+use protocol::background::Notes;
 use protocol::dialect::Dialect;
+use protocol::facts::Background;
 use protocol::limits::RESUME_STREAM_COST_BYTES;
 use protocol::log::Log;
 use protocol::phase::End;
@@ -34,6 +37,8 @@ pub(super) struct Kept {
     next_number: u64,
     pub(super) sources: Slots<Source>,
     pub(super) by_number: HashMap<u64, Key>,
+    /// Responses in background, by the ids that their backends gave them.
+    pub(super) by_response: HashMap<Box<str>, Key>,
     /// Those that are over, in the order in which they ended; some are gone by now.
     over: VecDeque<Key>,
     /// Those that are not, in the order in which they are made to forget; some are over by now.
@@ -83,6 +88,14 @@ pub(super) struct Source {
     pub(super) expired: bool,
     /// What live readers of a durable stream share: it has no id.
     pub(super) tail: Option<Box<Tail>>,
+    /// A response in background.
+    pub(super) background: bool,
+    /// It has been told its id, by which it is found.
+    pub(super) found_by_id: bool,
+    /// Waits to be told that id.
+    pub(super) waiter: Option<Key>,
+    /// When it is over: what is remembered of a response in background.
+    pub(super) notes: Option<Box<Notes>>,
 }
 
 impl Source {
@@ -113,6 +126,10 @@ impl Source {
             timer: None,
             expired: false,
             tail: None,
+            background: false,
+            found_by_id: false,
+            waiter: None,
+            notes: None,
         }
     }
 }
@@ -145,6 +162,7 @@ impl Kept {
             next_number: 1,
             sources: Slots::new(most.min(u32::MAX as usize)),
             by_number: HashMap::new(),
+            by_response: HashMap::new(),
             over: VecDeque::new(),
             live: VecDeque::new(),
             stirred: VecDeque::new(),
@@ -223,12 +241,17 @@ impl<I: Io> Shard<I> {
         }
         let number = self.kept.next_number;
         let chunked = stream.events_chunked();
+        let background = stream.background != Background::No;
         let source = Source::new(number, key, stream.route, stream.dialect, chunked, now_ms);
+        let source = Source { background, ..source };
         let Ok(source) = self.kept.sources.insert(source) else { return };
         self.kept.next_number += 1;
         self.kept.by_number.insert(number, source);
         self.kept.live.push_back(source);
         stream.source = Some(source);
+        if stream.background != Background::No {
+            stream.notes = Some(Box::default());
+        }
         stream.charged = RESUME_STREAM_COST_BYTES;
         self.kept.bytes += RESUME_STREAM_COST_BYTES;
         push_id_line(lines, &self.kept.id(number));
@@ -236,8 +259,9 @@ impl<I: Io> Shard<I> {
 
     /// From here on a named stream's log is kept; what it holds so far is the head.
     pub(super) fn keep_log(&mut self, key: Key) {
-        let Some(stream) = self.streams.get_mut(key) else { return };
-        if let (Some(_), Some(resume)) = (stream.source, self.settings.routes[stream.route].resume) {
+        let source = self.streams.get(key).and_then(|stream| self.kept.sources.get(stream.source?));
+        let resume = source.and_then(|source| self.resume_of_source(source));
+        if let (Some(resume), Some(stream)) = (resume, self.streams.get_mut(key)) {
             stream.response.keep(resume.window_bytes);
         }
     }
@@ -245,12 +269,15 @@ impl<I: Io> Shard<I> {
     /// Something was appended for whoever reads a stream.
     pub(super) fn appended(&mut self, key: Key) {
         let Some(stream) = self.streams.get(key) else { return };
-        let source = stream.source.filter(|_| stream.followed);
+        let (source, noted) = (stream.source.filter(|_| stream.followed), stream.notes.is_some());
         if let Some(client) = stream.client {
             self.mark_dirty(client);
         }
         if let Some(source) = source {
             self.kept.stir(source);
+        }
+        if noted {
+            self.follow_notes(key);
         }
     }
 
@@ -265,7 +292,7 @@ impl<I: Io> Shard<I> {
         // One that was not even sent the head does not know the id.
         let knows =
             stream.client.and_then(|key| self.conns.get(key)).is_some_and(|conn| conn.ledger.sent() > 0);
-        let wanted = match self.resume_of(stream.route).map(|resume| resume.on_leave) {
+        let wanted = match self.resume_of_source(source).map(|resume| resume.on_leave) {
             None => false,
             Some(OnLeave::Cancel) => !source.readers.is_empty(),
             Some(OnLeave::Detach(_) | OnLeave::Finish) => {
@@ -298,15 +325,15 @@ impl<I: Io> Shard<I> {
             return;
         }
         let now_ms = self.now_ms();
+        let resume = self.kept.sources.get(key).and_then(|source| self.resume_of_source(source));
         let Some(source) = self.kept.sources.get_mut(key) else { return };
         let Some(producer) = source.producer else { return };
         let read = self.streams.get(producer).is_some_and(|stream| stream.client.is_some());
         if read || !source.readers.is_empty() || source.detached {
             return;
         }
-        let on_leave = self.settings.routes[source.route].resume.map(|resume| resume.on_leave);
         let room = self.leaving == Leaving::No && self.kept.detached < self.settings.detached_max;
-        match on_leave {
+        match resume.map(|resume| resume.on_leave) {
             Some(OnLeave::Detach(ms)) if room => {
                 let due_ms = now_ms + u64::from(ms);
                 source.detached = true;
@@ -316,6 +343,7 @@ impl<I: Io> Shard<I> {
             Some(OnLeave::Finish) if room => {
                 source.detached = true;
                 self.kept.detached += 1;
+                self.kept.stir(key);
             }
             _ => self.end_stream(producer, End::ClientLeft),
         }
@@ -340,9 +368,10 @@ impl<I: Io> Shard<I> {
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(source_key) = stream.source.take() else { return };
         let (mut log, charged) = (std::mem::take(&mut stream.response), std::mem::take(&mut stream.charged));
-        let end = stream.end.unwrap_or(End::ClientLeft);
+        let (end, notes) = (stream.end.unwrap_or(End::ClientLeft), stream.notes.take());
         self.adopt(source_key);
-        let resume = self.resume_of(self.streams.get(key).map_or(0, |stream| stream.route));
+        self.answer_waiter_of_none(source_key, end);
+        let resume = self.kept.sources.get(source_key).and_then(|source| self.resume_of_source(source));
         let Some(source) = self.kept.sources.get_mut(source_key) else { return };
         log.release(log.end());
         if end == End::StreamStopped && source.readers.is_empty() {
@@ -351,7 +380,8 @@ impl<I: Io> Shard<I> {
         let forsaken = matches!(end, End::ClientLeft | End::WriteStall | End::Abandoned);
         let keep_ms = resume.map_or(0, |resume| resume.keep_ms);
         source.producer = None;
-        source.charged = log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES;
+        source.charged = log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES + notes_bytes(notes.as_deref());
+        source.notes = notes;
         self.kept.bytes = self.kept.bytes - charged + source.charged;
         source.log = log;
         (source.end, source.ended_ms) = (Some(end), now_ms);
@@ -389,6 +419,7 @@ impl<I: Io> Shard<I> {
         if source.tail.is_none() {
             self.kept.by_number.remove(&source.number);
         }
+        self.forget_response(key, source.notes.as_deref());
         self.kept.bytes -= source.charged;
         // Names of those that are gone are not kept for ever.
         for names in [&mut self.kept.over, &mut self.kept.live] {
@@ -424,7 +455,8 @@ impl<I: Io> Shard<I> {
         if stream.source.is_none() {
             return;
         }
-        let now = stream.response.history_bytes() + RESUME_STREAM_COST_BYTES;
+        let now =
+            stream.response.history_bytes() + RESUME_STREAM_COST_BYTES + notes_bytes(stream.notes.as_deref());
         let before = std::mem::replace(&mut stream.charged, now);
         self.kept.bytes = self.kept.bytes - before + now;
         if self.kept.bytes > self.kept.make_room_at {

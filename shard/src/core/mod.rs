@@ -6,6 +6,7 @@
 mod accept;
 mod audit;
 mod backend;
+mod background;
 mod budget;
 mod client;
 mod conn;

@@ -5,7 +5,7 @@
 use super::stream::Stream;
 use super::{Shard, TimerOf};
 use crate::io::Io;
-use crate::settings::SlowReader;
+use crate::settings::{OnLeave, SlowReader};
 use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::log::{Lent, Log, Place};
 use protocol::phase::{End, Phase, Step};
@@ -290,7 +290,12 @@ impl<I: Io> Shard<I> {
             // Who falls behind is left behind.
             return Some((0, self.settings.lag_high_bytes));
         }
-        let window_bytes = self.resume_of(stream.route).map_or(0, |resume| resume.window_bytes);
+        let resume = self.resume_of_source(source);
+        if source.detached && resume.is_some_and(|resume| resume.on_leave == OnLeave::Finish) {
+            // It goes on whatever becomes of what nobody has read.
+            return Some((0, self.settings.lag_high_bytes));
+        }
+        let window_bytes = resume.map_or(0, |resume| resume.window_bytes);
         let high = match source.detached {
             // Half of the window for what comes, half for what its client may not have seen.
             true => self.settings.lag_high_bytes.max(window_bytes / 2),

@@ -1,10 +1,12 @@
 //! What a backend says: its head, its body, its events, its end, and how each reaches the client's log.
 
 use super::Shard;
+use super::background::note;
 use super::conn::{Conn, State};
 use super::stream::{Answer, Stream};
 use crate::io::Io;
 use protocol::dialect::{Dialect, Meaning};
+use protocol::facts::Background;
 use protocol::http::{
     BodyDecoder, ClientHead, Framing, Piece, ResponseHead, Version, header_slots, parse_response,
     write_client_response, write_own_response_head,
@@ -176,7 +178,11 @@ impl<I: Io> Shard<I> {
         if events {
             stream.events = Some(Box::new(Decoder::new(self.settings.event_bytes_max)));
         }
-        if !matches!(stream.answer, Answer::Events { .. }) {
+        if events && stream.background == Background::Polls && stream.answer == Answer::None {
+            if !self.begin_polled(stream_key) {
+                return false;
+            }
+        } else if !matches!(stream.answer, Answer::Events { .. }) {
             stream.close |= leaving || framing == Framing::UntilClose || !stream.request_done;
             stream.status = head.status;
             self.scratch.clear();
@@ -473,7 +479,12 @@ pub(super) fn relay_event(
     }
     stats.counters.events += u64::from(block.dispatches);
     stream.events_sent += u64::from(block.dispatches);
+    let from = stream.response.end();
     stream.append_event(block, ids, now_us);
+    let chunked = stream.events_chunked();
+    if let Some(notes) = &mut stream.notes {
+        note(notes, &stream.response, chunked, block, from);
+    }
     if is_planted(Bug::EventTwice) && stream.retried && stream.events_sent == 1 {
         stream.append_event(block, ids, now_us);
     }

@@ -5,7 +5,7 @@ use super::Shard;
 use super::kept::{Source, push_id_line};
 use super::reader::Reader;
 use super::relay::{EVENT_STREAM_HEADERS, ExtraLines};
-use super::stream::{Answer, Description, Stream};
+use super::stream::{Answer, Stream};
 use crate::io::Io;
 use protocol::fault::{Fault, write_json_string};
 use protocol::http::{Framing, RequestHead, Version, write_own_response_head};
@@ -33,7 +33,7 @@ impl<I: Io> Shard<I> {
             Err(fault) => self.answer_fault(key, &fault, ""),
             Ok((source, Want::Status)) => self.answer_status(key, source),
             Ok((source, Want::Stop)) => self.stop_stream(key, source),
-            Ok((source, Want::Events { after })) => self.begin_reading(key, source, after),
+            Ok((source, Want::Events { after })) => self.begin_reading(key, source, after, true),
         }
     }
 
@@ -77,14 +77,14 @@ impl<I: Io> Shard<I> {
         let quiet_since_ms = producer.map_or(source.ended_ms, |stream| stream.last_token_us / 1000);
         let mut body = String::from("{\"id\":\"");
         // Into a string nothing fails.
-        let _ = write!(body, "{}\",\"phase\":\"{phase}\",\"end\":", self.kept.id(source.number));
+        write!(body, "{}\",\"phase\":\"{phase}\",\"end\":", self.kept.id(source.number)).ok();
         match source.end {
             Some(end) => {
-                let _ = write!(body, "\"{}\"", end.name());
+                write!(body, "\"{}\"", end.name()).ok();
             }
             None => body.push_str("null"),
         }
-        let _ = write!(
+        write!(
             body,
             ",\"dialect\":\"{}\",\"earliest_event_id\":{earliest},\"last_event_id\":{},\"bytes\":{},\"held_bytes\":{},\
              \"age_ms\":{},\"quiet_ms\":{},\"readers\":{},\"pending_bytes\":[",
@@ -95,10 +95,11 @@ impl<I: Io> Shard<I> {
             now_ms - source.began_ms,
             now_ms.saturating_sub(quiet_since_ms),
             readers.len(),
-        );
+        )
+        .ok();
         // The worst are enough to see who is stuck.
         for (nth, pending) in readers.iter().take(10).enumerate() {
-            let _ = write!(body, "{}{pending}", if nth > 0 { "," } else { "" });
+            write!(body, "{}{pending}", if nth > 0 { "," } else { "" }).ok();
         }
         body.push_str("],\"model\":");
         match producer.and_then(|stream| stream.facts.model.as_deref()) {
@@ -133,7 +134,8 @@ impl<I: Io> Shard<I> {
         self.answer_empty(key, 204);
     }
 
-    fn begin_reading(&mut self, key: Key, source_key: Key, after: u64) {
+    /// Answers with the events behind one. Who has had all of them may be told so, or is given none.
+    pub(super) fn begin_reading(&mut self, key: Key, source_key: Key, after: u64, tell_end: bool) {
         let Some(source) = self.kept.sources.get(source_key) else { return };
         let stopped = match source.producer.and_then(|producer| self.streams.get(producer)) {
             Some(stream) => stream.end == Some(End::StreamStopped),
@@ -151,7 +153,7 @@ impl<I: Io> Shard<I> {
         }
         match place {
             // All of it was seen: to an `EventSource` this says not to come back.
-            Place::At(_) if done && after == last && last > 0 => self.answer_empty(key, 204),
+            Place::At(_) if tell_end && done && after == last && last > 0 => self.answer_empty(key, 204),
             Place::At(at) => self.attach_reader(key, source_key, at, after),
             Place::Ahead => self.answer_fault(key, &resume::AHEAD, ""),
             Place::Gone(first) => {
@@ -249,12 +251,7 @@ impl<I: Io> Shard<I> {
         (stream.status, stream.close, stream.streaming) = (producer.status, producer.close, true);
         (stream.started_us, stream.asked_us) = (producer.started_us, producer.asked_us);
         (stream.upstream, stream.first_token_us) = (producer.upstream, producer.first_token_us);
-        // Of two, one is told from the other in the access log.
-        if let Some(description) = &mut producer.description {
-            let of_stream = format!("stream of {}", description.request).into();
-            let request = std::mem::replace(&mut description.request, of_stream);
-            stream.description = Some(Box::new(Description { request, refusal: None }));
-        }
+        stream.description = producer.split_description();
         stream.facts.model = producer.facts.model.clone();
         stream.reader = Some(Box::new(Reader {
             source: source_key,
@@ -278,7 +275,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// Refuses a request for a stream.
-    fn answer_fault(&mut self, key: Key, fault: &Fault, lines: &str) {
+    pub(super) fn answer_fault(&mut self, key: Key, fault: &Fault, lines: &str) {
         self.stats.counters.resumes_refused += 1;
         self.answer_error(key, fault, lines);
     }

@@ -3,9 +3,10 @@
 
 use super::durable::Durable;
 use super::reader::Reader;
+use protocol::background::Notes;
 use protocol::demo::DemoModel;
 use protocol::dialect::{Dialect, Meaning};
-use protocol::facts::{RequestFacts, Scanner};
+use protocol::facts::{Background, RequestFacts, Rewriter, Scanner};
 use protocol::http::{CHUNK_END, ChunkHead, Framing, LAST_CHUNK, Version};
 use protocol::log::Log;
 use protocol::phase::{End, Phase, Step};
@@ -67,6 +68,8 @@ pub(crate) struct Stream {
     pub(crate) source: Option<Key>,
     /// It reads another stream.
     pub(crate) reader: Option<Box<Reader>>,
+    /// What is remembered of a response in background.
+    pub(crate) notes: Option<Box<Notes>>,
     pub(crate) route: usize,
     pub(crate) answer: Answer,
     pub(crate) client: Option<Key>,
@@ -96,6 +99,8 @@ pub(crate) struct Stream {
     /// The request body goes out chunked.
     pub(crate) request_chunked: bool,
     pub(crate) retried: bool,
+    /// Whether it is a response in background.
+    pub(crate) background: Background,
     pub(crate) end: Option<End>,
     pub(crate) status: u16,
     pub(crate) timer: Option<(TimerId, u64)>,
@@ -115,6 +120,10 @@ pub(crate) struct Stream {
     pub(crate) request: Log,
 
     pub(crate) scanner: Option<Box<Scanner>>,
+    /// In the scanner's place, where what asks for a response in background is not for the backend.
+    pub(crate) rewriter: Option<Box<Rewriter>>,
+    /// It waits to be told the id of the response in background that this source produces.
+    pub(crate) waits_for: Option<Key>,
     pub(crate) facts: RequestFacts,
     /// The client's own head, kept while another backend might need one written anew.
     pub(crate) client_head: Option<Box<[u8]>>,
@@ -149,6 +158,10 @@ impl Stream {
             request_chunked: false,
             request_done: true,
             scanner: None,
+            rewriter: None,
+            waits_for: None,
+            notes: None,
+            background: Background::No,
             facts: RequestFacts::default(),
             streaming: false,
             client_head: None,
@@ -209,7 +222,8 @@ impl Stream {
     pub(crate) fn memory_bytes(&self) -> u64 {
         let partial = self.events.as_ref().map_or(0, |events| events.memory_bytes());
         let body = self.durable.as_ref().map_or(0, |durable| durable.memory_bytes());
-        (self.request.memory_bytes() + self.response.memory_bytes() + partial + body) as u64
+        let held = self.rewriter.as_ref().map_or(0, |rewriter| rewriter.memory_bytes());
+        (self.request.memory_bytes() + self.response.memory_bytes() + partial + body + held) as u64
     }
 
     /// Whether an event stream goes to the client in chunks (HTTP/1.1) or bare until close (HTTP/1.0).
@@ -312,6 +326,15 @@ impl Stream {
 
     /// Appends a piece of the request's body for the backend.
     pub(crate) fn append_request(&mut self, piece: &[u8]) {
+        let Some(mut rewriter) = self.rewriter.take() else { return self.append_request_as_it_is(piece) };
+        rewriter.feed(piece, |bytes| self.append_request_as_it_is(bytes));
+        self.rewriter = Some(rewriter);
+        if self.rewriter.as_ref().is_some_and(|rewriter| rewriter.is_finished()) {
+            self.take_facts();
+        }
+    }
+
+    fn append_request_as_it_is(&mut self, piece: &[u8]) {
         if self.demo.is_some() {
             // Nobody takes it out of the log again: the model wants to know the facts only.
         } else if let Some(durable) = &mut self.durable {
@@ -330,10 +353,24 @@ impl Stream {
 
     /// The facts are as complete as they will be.
     pub(crate) fn take_facts(&mut self) {
+        if let Some(mut rewriter) = self.rewriter.take() {
+            self.background = rewriter.background();
+            rewriter.finish(|bytes| self.append_request_as_it_is(bytes));
+            self.facts = rewriter.into_facts();
+            self.streaming |= self.facts.stream == Some(true);
+        }
         if let Some(scanner) = self.scanner.take() {
             self.facts = scanner.into_facts();
             self.streaming |= self.facts.stream == Some(true);
         }
+    }
+
+    /// The description for a stream of its client's own; what is left tells one from the other in the access log.
+    pub(crate) fn split_description(&mut self) -> Option<Box<Description>> {
+        let description = self.description.as_mut()?;
+        let of_stream = format!("stream of {}", description.request).into();
+        let request = std::mem::replace(&mut description.request, of_stream);
+        Some(Box::new(Description { request, refusal: None }))
     }
 
     /// Notes what an event means; true when it is progress of the model.

@@ -53,6 +53,8 @@ pub(crate) fn settings() -> Settings {
         resume_bytes_max: 4 << 20,
         detached_max: 10,
         resumes_per_s: 1000,
+        background_keep_ms: 600_000,
+        background_window_bytes: 1 << 20,
         stream_key: [7; 32],
         demo: protocol::demo::DemoSettings::default(),
         records: false,
