@@ -97,6 +97,7 @@ impl<I: Io> Shard<I> {
         let (client, route, dialect) = (stream.client?, stream.route, stream.dialect);
         let mut producer = Stream::new(client, route, dialect, Version::Http11, self.now_us);
         producer.client = None;
+        producer.followed = true;
         producer.phase = Phase::Streaming;
         (producer.answer, producer.status) = (Answer::Events { early: false }, 200);
         producer.response.keep(self.settings.lag_high_bytes);
