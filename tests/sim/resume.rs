@@ -305,7 +305,8 @@ fn nobody_comes_back_in_time_and_the_backend_is_let_go() {
 fn routes_say_what_becomes_of_streams_without_clients() {
     for on_leave in [OnLeave::Cancel, OnLeave::Finish] {
         let mut sim = sim_with(4, |settings| {
-            settings.routes[1].resume = Some(Resume { on_leave, ..RESUME });
+            settings.routes[1].resume = Some(Resume { on_leave, window_bytes: 1 << 20, ..RESUME });
+            settings.resume_bytes_max = 4 << 20;
         });
         let mut tale = chat(&mut sim, 3_000, 20_000, leaves(200_000, How::Close));
         sim.run_ms(40_000);
