@@ -386,6 +386,10 @@ def generator_route(kind):
         behaviour = behaviour_of(request)
         record = Record(behaviour.tag)
         body = await request.json()
+        if body.get("background"):
+            record.end("finished")
+            value = error_body(kind, "background is not known here", "invalid_request_error")
+            return Response(compact(value), 400, media_type="application/json")
         if not await silence(request, behaviour.head_ms):
             record.end("disconnected")
             return Response(status_code=499)

@@ -15,6 +15,7 @@ mod shards;
 mod sse;
 
 mod abuse;
+mod background;
 mod bodies;
 mod deadlines;
 mod drain;

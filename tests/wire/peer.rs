@@ -264,7 +264,8 @@ impl Peer {
             }
             if !self.try_text()? {
                 let rest = String::from_utf8_lossy(&self.text).into_owned();
-                assert!(rest.lines().all(|line| line.starts_with(':')), "a partial event: {rest:?}");
+                let whole = |line: &str| line.starts_with(':') || line.starts_with("retry:");
+                assert!(rest.lines().all(whole), "a partial event: {rest:?}");
                 self.text.clear();
                 return Ok(None);
             }

@@ -5,7 +5,7 @@
 use super::stream::Stream;
 use super::{Shard, TimerOf};
 use crate::io::Io;
-use crate::settings::{OnLeave, SlowReader};
+use crate::settings::SlowReader;
 use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::log::{Lent, Log, Place};
 use protocol::phase::{End, Phase, Step};
@@ -261,7 +261,7 @@ impl<I: Io> Shard<I> {
         if self.streams.get(producer).is_none_or(|stream| stream.client.is_some()) {
             return;
         }
-        if source.detached {
+        if source.detached && !source.background {
             // What its last reader had stays owed.
             return self.follow_marks(producer);
         }
@@ -290,12 +290,11 @@ impl<I: Io> Shard<I> {
             // Who falls behind is left behind.
             return Some((0, self.settings.lag_high_bytes));
         }
-        let resume = self.resume_of_source(source);
-        if source.detached && resume.is_some_and(|resume| resume.on_leave == OnLeave::Finish) {
+        if source.detached && source.background {
             // It goes on whatever becomes of what nobody has read.
             return Some((0, self.settings.lag_high_bytes));
         }
-        let window_bytes = resume.map_or(0, |resume| resume.window_bytes);
+        let window_bytes = self.resume_of_source(source).map_or(0, |resume| resume.window_bytes);
         let high = match source.detached {
             // Half of the window for what comes, half for what its client may not have seen.
             true => self.settings.lag_high_bytes.max(window_bytes / 2),
