@@ -4,6 +4,7 @@
 #![warn(missing_docs)]
 
 pub mod background;
+pub mod cors;
 pub mod demo;
 pub mod dialect;
 pub mod durable;

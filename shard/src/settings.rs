@@ -1,5 +1,6 @@
 //! What a shard is told at its start and by snapshots later. Built and validated by `server`; immutable here.
 
+use protocol::cors::Cors;
 use protocol::demo::DemoSettings;
 use protocol::durable;
 use protocol::http::HeadLimits;
@@ -131,6 +132,8 @@ pub struct Route {
     pub half_close: HalfClose,
     /// Add `id:` lines to events.
     pub event_ids: bool,
+    /// Whose pages may use the route.
+    pub cors: Cors,
     /// How streams outlive their connections; `None`: they do not.
     pub resume: Option<Resume>,
 }

@@ -120,6 +120,7 @@ fn is_written_as_read(head: &ResponseHead, data: &[u8], method: &str) {
             keep_alive: index != 1,
             framing,
             event_stream,
+            own_cors: false,
             extra,
         };
         let mut out = Vec::new();

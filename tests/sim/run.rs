@@ -37,6 +37,7 @@ pub(crate) fn settings() -> Settings {
         commit_ms: 10_000,
         half_close: HalfClose::Leave,
         event_ids: true,
+        cors: protocol::cors::Cors::Off,
         // What is delivered is kept; who leaves is not waited for.
         resume: Some(Resume {
             window_bytes: 64 << 10,

@@ -81,6 +81,8 @@ pub struct ClientHead<'a> {
     /// The body is an event stream that we write: the backend's Content-Type, Cache-Control, X-Accel-Buffering and
     /// Content-Length are left out, `extra` has ours.
     pub event_stream: bool,
+    /// What the backend says of CORS is left out, `extra` has what we say.
+    pub own_cors: bool,
     /// Complete field lines, each with its CRLF, that follow the backend's.
     pub extra: &'a str,
 }
@@ -109,6 +111,7 @@ pub fn write_client_response(out: &mut Vec<u8>, backend: &ResponseHead, how: &Cl
         }
         let left_out = is_one_of(header.name, NOT_FORWARDED)
             || (how.event_stream && is_one_of(header.name, SET_BY_EVENT_STREAM))
+            || (how.own_cors && is_of_cors(header.name))
             || named.contains(header.name);
         if !left_out {
             put_header(out, header);
@@ -223,6 +226,12 @@ impl<'b> ConnectionTokens<'b> {
     fn contains(&self, name: &str) -> bool {
         self.tokens[..self.count].iter().any(|token| token.eq_ignore_ascii_case(name.as_bytes()))
     }
+}
+
+/// Whether a field of a response is one of CORS.
+fn is_of_cors(name: &str) -> bool {
+    const PREFIX: &str = "access-control-";
+    name.get(..PREFIX.len()).is_some_and(|start| start.eq_ignore_ascii_case(PREFIX))
 }
 
 /// Whether a field's name is one of these lower-case names, `_` read as `-`.

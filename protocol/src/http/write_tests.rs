@@ -44,6 +44,7 @@ const KEPT: ClientHead = ClientHead {
     keep_alive: true,
     framing: Framing::None,
     event_stream: false,
+    own_cors: false,
     extra: "",
 };
 
@@ -96,6 +97,20 @@ fn an_event_stream_has_our_fields_instead_of_the_backends() {
     let expected = "HTTP/1.1 200 OK\r\nX-Model: m\r\nContent-Type: text/event-stream; charset=utf-8\r\n\
         Transfer-Encoding: chunked\r\n\r\n";
     assert_eq!(client(input, "GET", &how), expected);
+}
+
+#[test]
+fn what_a_backend_says_of_cors_gives_way_to_what_we_say() {
+    let lines = "access-control-allow-origin:\r\nAccess-Control-Allow-Headers: a\r\n";
+    let input =
+        format!("HTTP/1.1 200 OK\r\n{lines}X-Model: m\r\nAccess-Controls: b\r\nContent-Length: 0\r\n\r\n");
+    let extra = "Access-Control-Allow-Origin: *\r\n";
+    let how = ClientHead { framing: Framing::Length(0), own_cors: true, extra, ..KEPT };
+    let expected =
+        format!("HTTP/1.1 200 OK\r\nX-Model: m\r\nAccess-Controls: b\r\n{extra}Content-Length: 0\r\n\r\n");
+    assert_eq!(client(&input, "GET", &how), expected);
+    let passed = client(&input, "GET", &ClientHead { framing: Framing::Length(0), ..KEPT });
+    assert!(passed.to_ascii_lowercase().contains("access-control-allow-origin:"));
 }
 
 #[test]

@@ -77,6 +77,7 @@ impl Values {
     getter!(server_name, ServerName(name) => Option<&ServerName<'static>>, name.as_ref());
     getter!(cpus, Cpus(cpus) => &[usize], cpus);
     getter!(prefix, Prefix(prefix) => Option<&str>, prefix.as_deref());
+    getter!(cors, Cors(cors) => &protocol::cors::Cors, cors);
     getter!(admin, Admin(address) => &super::address::AdminAddress, address);
 }
 

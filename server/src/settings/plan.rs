@@ -192,6 +192,7 @@ fn route(route: &RouteValues) -> Route {
             HalfClose::Leave
         },
         event_ids: values.switch(&table::EVENT_IDS),
+        cors: values.cors(&table::CORS).clone(),
         resume: resume(values),
     }
 }

@@ -4,6 +4,7 @@
 use super::load::Values;
 use super::value::{Kind, Unit, Value};
 use super::{Machine, address::AdminAddress};
+use protocol::cors::Cors;
 use protocol::demo::DemoSettings;
 use protocol::limits;
 use protocol::phase::Deadlines;
@@ -162,6 +163,7 @@ impl Setting {
                 Value::Switch(on) => if on { "on" } else { "off" }.to_owned(),
                 Value::Choice(word) => word.to_owned(),
                 Value::Prefix(prefix) => prefix.unwrap_or_else(|| "off".to_owned()),
+                Value::Cors(cors) => cors.to_string(),
                 Value::LogFilter(filter) => filter,
                 Value::Admin(address) => address.to_string(),
                 Value::Listen(addresses) if addresses.is_empty() => "none".to_owned(),
@@ -372,6 +374,10 @@ settings! {
         .per_route();
     EVENT_IDS = Setting::new("event-ids", Group::Streams, Kind::Switch, || Value::Switch(true),
         "Adds an `id:` line with the event's sequence number to every event.")
+        .per_route();
+
+    CORS = Setting::new("cors", Group::Streams, Kind::Cors, || Value::Cors(Cors::Off),
+        "Whose pages may use a route from their visitors' browsers (CORS): those of these origins, of any (*), or only those of its own (off). With it, browsers' preflights are answered here, and a backend's own Access-Control lines are replaced. Durable streams have --durable-cors.")
         .per_route();
 
     RESUME_WINDOW = Setting::new("resume-window", Group::Streams, bytes(0, GIB), || Value::Integer(limits::RESUME_WINDOW_BYTES),

@@ -1,6 +1,7 @@
 //! What kinds of values settings have: how each is written, checked, described and printed.
 
 use super::address::{AdminAddress, UpstreamUrl, format_cpus, parse_cpus, parse_listen};
+use protocol::cors::Cors;
 use rustls::pki_types::ServerName;
 use std::fmt;
 use std::net::SocketAddr;
@@ -32,6 +33,8 @@ pub(crate) enum Kind {
     Choice(&'static [&'static str]),
     /// A part of the path space, or off.
     Prefix,
+    /// Origins, all or none.
+    Cors,
     /// Addresses to listen on.
     Listen,
     Admin,
@@ -56,6 +59,7 @@ pub(crate) enum Value {
     Switch(bool),
     Choice(&'static str),
     Prefix(Option<String>),
+    Cors(Cors),
     Listen(Vec<SocketAddr>),
     Admin(AdminAddress),
     Upstreams(Vec<UpstreamUrl>),
@@ -79,6 +83,7 @@ impl Kind {
             Kind::Switch => "on|off",
             Kind::Choice(_) => "CHOICE",
             Kind::Prefix => "PATH|off",
+            Kind::Cors => "ORIGINS|*|off",
             Kind::Listen => "ADDRESS:PORT",
             Kind::Admin => "ADDRESS:PORT|unix:PATH|off",
             Kind::Upstreams => "URL",
@@ -111,6 +116,7 @@ impl Kind {
             Kind::Switch => "on or off (true or false)".to_owned(),
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
             Kind::Prefix => "off, or a path such as /v1/durable, without a final slash".to_owned(),
+            Kind::Cors => "off, * or origins such as https://chat.example, in lower case and without a path, separated by spaces or commas".to_owned(),
             Kind::Listen => "ADDRESS:PORT such as 127.0.0.1:8080, 0.0.0.0:80 or [::]:80".to_owned(),
             Kind::Admin => "off, ADDRESS:PORT such as 127.0.0.1:9180, or unix:PATH".to_owned(),
             Kind::Upstreams => "http[s]://host[:port][/base]".to_owned(),
@@ -149,6 +155,7 @@ impl Kind {
             Kind::Prefix if text == "off" => Ok(Value::Prefix(None)),
             Kind::Prefix if is_prefix(text) => Ok(Value::Prefix(Some(text.to_owned()))),
             Kind::Prefix => Err(mismatch()),
+            Kind::Cors => text.parse().map(Value::Cors).map_err(|_| mismatch()),
             Kind::Listen => split_list(text).map(parse_listen).collect::<Result<_, _>>().map(Value::Listen),
             Kind::Admin => AdminAddress::parse(text).map(Value::Admin),
             Kind::Upstreams => {
@@ -267,6 +274,7 @@ impl fmt::Display for Value {
             Value::Switch(on) => on.fmt(f),
             Value::Choice(word) => write!(f, "{word:?}"),
             Value::Prefix(prefix) => write!(f, "{:?}", prefix.as_deref().unwrap_or("off")),
+            Value::Cors(cors) => write!(f, "{:?}", cors.to_string()),
             Value::LogFilter(filter) => write!(f, "{filter:?}"),
             Value::Listen(addresses) => list(f, addresses.iter().map(ToString::to_string).collect()),
             Value::Upstreams(urls) => list(f, urls.iter().map(ToString::to_string).collect()),

@@ -181,7 +181,7 @@ impl<I: Io> Shard<I> {
         let mut waiter = Stream::new(client, stream.route, stream.dialect, stream.version, stream.started_us);
         waiter.phase = Phase::AwaitHead;
         (waiter.close, waiter.asked_us, waiter.upstream) = (stream.close, stream.asked_us, stream.upstream);
-        waiter.facts.model = stream.facts.model.clone();
+        (waiter.facts.model, waiter.cors) = (stream.facts.model.clone(), stream.cors.clone());
         waiter.waits_for = Some(source_key);
         let Ok(waiter_key) = self.streams.insert(waiter) else {
             self.end_stream(key, End::Overload);

@@ -8,6 +8,7 @@ use crate::io::{Close, Io};
 use crate::settings::Route;
 use crate::tls::{HANDSHAKE_FAILURE, HELLO_BYTE};
 use protocol::background::NEEDS_STREAM;
+use protocol::cors;
 use protocol::dialect::Dialect;
 use protocol::facts::{Background, Rewriter, Scanner};
 use protocol::http::{
@@ -248,10 +249,18 @@ impl<I: Io> Shard<I> {
         let due = |ms: u32| if ms == 0 { u64::MAX } else { now_ms + u64::from(ms) };
         stream.total_due_ms = due(route.deadlines.total_ms);
         stream.phase_due_ms = due(route.deadlines.body_ms);
+        // Durable streams have a rule of their own.
+        let cors = if durable { cors::Said::default() } else { route.cors.of(head) };
+        stream.cors = cors.lines;
+        let preflight = cors.preflight.filter(|_| stream.request_done);
         let Some(stream_key) = self.attach(key, stream) else { return };
         self.describe(stream_key, head);
         if !self.check_request(stream_key, route, head, raw) {
             return;
+        }
+        if let Some(told) = preflight {
+            self.request_complete(stream_key);
+            return self.answer_empty(stream_key, 204, told);
         }
         self.leave_home_unless(key, durable);
         if durable && !self.is_durable_home(key) {

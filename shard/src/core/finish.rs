@@ -166,12 +166,14 @@ impl<I: Io> Shard<I> {
     }
 
     /// An answer without a body.
-    pub(super) fn answer_empty(&mut self, key: Key, status: u16) {
+    pub(super) fn answer_empty(&mut self, key: Key, status: u16, extra: &str) {
         let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
         let Some(stream) = self.streams.get_mut(key) else { return };
         stream.status = status;
         stream.answer = Answer::Body(Framing::None);
-        let date = self.date.at(unix_time_s);
+        let mut lines = ExtraLines::new(self.date.at(unix_time_s));
+        lines.push(stream.cors_lines());
+        lines.push(extra);
         self.scratch.clear();
         write_own_response_head(
             &mut self.scratch,
@@ -179,7 +181,7 @@ impl<I: Io> Shard<I> {
             stream.version,
             !stream.close,
             Framing::None,
-            date,
+            lines.as_str(),
         );
         stream.append_response(&self.scratch, now_us);
         self.end_stream(key, End::Done);
@@ -302,6 +304,7 @@ fn write_answer(
     let mut lines = ExtraLines::new("Content-Type: application/json\r\n");
     lines.push(date);
     lines.push(extra);
+    lines.push(stream.cors_lines());
     write_own_response_head(scratch, status, stream.version, !stream.close, framing, lines.as_str());
     if !stream.head_only {
         scratch.extend_from_slice(body);

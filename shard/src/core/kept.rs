@@ -369,11 +369,14 @@ impl<I: Io> Shard<I> {
         let Some(source_key) = stream.source.take() else { return };
         let (mut log, charged) = (std::mem::take(&mut stream.response), std::mem::take(&mut stream.charged));
         let (end, notes) = (stream.end.unwrap_or(End::ClientLeft), stream.notes.take());
+        let client = stream.client;
         self.adopt(source_key);
         self.answer_waiter_of_none(source_key, end);
         let resume = self.kept.sources.get(source_key).and_then(|source| self.resume_of_source(source));
         let Some(source) = self.kept.sources.get_mut(source_key) else { return };
-        log.release(log.end());
+        // The rest may be longer than the window; whoever was owed it still is.
+        let client = client.map(|client| self.conns.get(client).map_or(log.end(), |conn| conn.ledger.sent()));
+        log.release(client.unwrap_or(source.owed_from).min(log.end()));
         if end == End::StreamStopped && source.readers.is_empty() {
             log = Log::new();
         }

@@ -5,6 +5,7 @@ use super::background::note;
 use super::conn::{Conn, State};
 use super::stream::{Answer, Stream};
 use crate::io::Io;
+use protocol::cors;
 use protocol::dialect::{Dialect, Meaning};
 use protocol::facts::Background;
 use protocol::http::{
@@ -26,13 +27,13 @@ const RELAY_ROOM_BYTES: usize = 96;
 
 /// Header lines put together without allocation.
 pub(super) struct ExtraLines {
-    bytes: [u8; 512],
+    bytes: [u8; 512 + cors::LINES_BYTES_MAX],
     len: usize,
 }
 
 impl ExtraLines {
     pub(super) fn new(lines: &str) -> Self {
-        let mut extra = ExtraLines { bytes: [0; 512], len: 0 };
+        let mut extra = ExtraLines { bytes: [0; 512 + cors::LINES_BYTES_MAX], len: 0 };
         extra.push(lines);
         extra
     }
@@ -195,11 +196,13 @@ impl<I: Io> Shard<I> {
                 // RFC 9110 section 6.6.1: who forwards a message without one adds it.
                 extra.push(self.date.at(unix_time_s));
             }
+            extra.push(stream.cors_lines());
             let how = ClientHead {
                 client_version: stream.version,
                 keep_alive: !stream.close,
                 framing,
                 event_stream: events,
+                own_cors: stream.cors.is_some(),
                 extra: extra.as_str(),
             };
             write_client_response(&mut self.scratch, head, &how);
@@ -369,6 +372,7 @@ impl<I: Io> Shard<I> {
         extra.push(self.date.at(unix_time_s));
         self.name_stream(key, &mut extra);
         let Some(stream) = self.streams.get_mut(key) else { return };
+        extra.push(stream.cors_lines());
         let chunked = stream.events_chunked();
         stream.close |= !chunked;
         stream.status = 200;

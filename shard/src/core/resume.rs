@@ -131,7 +131,7 @@ impl<I: Io> Shard<I> {
                 }
             }
         }
-        self.answer_empty(key, 204);
+        self.answer_empty(key, 204, "");
     }
 
     /// Answers with the events behind one. Who has had all of them may be told so, or is given none.
@@ -153,7 +153,7 @@ impl<I: Io> Shard<I> {
         }
         match place {
             // All of it was seen: to an `EventSource` this says not to come back.
-            Place::At(_) if tell_end && done && after == last && last > 0 => self.answer_empty(key, 204),
+            Place::At(_) if tell_end && done && after == last && last > 0 => self.answer_empty(key, 204, ""),
             Place::At(at) => self.attach_reader(key, source_key, at, after),
             Place::Ahead => self.answer_fault(key, &resume::AHEAD, ""),
             Place::Gone(first) => {
@@ -186,6 +186,7 @@ impl<I: Io> Shard<I> {
         lines.push("Tokenring-Last-Event-ID: ");
         lines.push(&after.to_string());
         lines.push("\r\n");
+        lines.push(stream.cors_lines());
         self.scratch.clear();
         write_own_response_head(
             &mut self.scratch,

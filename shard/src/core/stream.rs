@@ -4,6 +4,7 @@
 use super::durable::Durable;
 use super::reader::Reader;
 use protocol::background::Notes;
+use protocol::cors::Lines;
 use protocol::demo::DemoModel;
 use protocol::dialect::{Dialect, Meaning};
 use protocol::facts::{Background, RequestFacts, Rewriter, Scanner};
@@ -71,6 +72,8 @@ pub(crate) struct Stream {
     /// What is remembered of a response in background.
     pub(crate) notes: Option<Box<Notes>>,
     pub(crate) route: usize,
+    /// What pages of other origins are told in the head of the answer; none: nothing of ours.
+    pub(crate) cors: Option<Lines>,
     pub(crate) answer: Answer,
     pub(crate) client: Option<Key>,
     pub(crate) backend: Option<Key>,
@@ -188,6 +191,7 @@ impl Stream {
             upload_paused: false,
             sequence_number: None,
             events_sent: 0,
+            cors: None,
             drawn: 0,
             charged: 0,
             followed: false,
@@ -238,6 +242,10 @@ impl Stream {
             Answer::Body(framing) => framing == Framing::UntilClose,
             Answer::None => false,
         }
+    }
+
+    pub(crate) fn cors_lines(&self) -> &str {
+        self.cors.as_deref().unwrap_or_default()
     }
 
     /// Whether a backend produces it, whose silences have limits.

@@ -48,6 +48,7 @@ pub(crate) fn settings() -> Settings {
             commit_ms: 0,
             half_close: crate::settings::HalfClose::Leave,
             event_ids: false,
+            cors: protocol::cors::Cors::Off,
             resume: None,
         }],
         resume_bytes_max: 4 << 20,
