@@ -8,6 +8,7 @@ use protocol::log::Lent;
 use protocol::slots::Key;
 use std::fmt::Debug;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::ops::DerefMut;
 
 /// An error number of the kernel, positive.
@@ -31,7 +32,23 @@ impl std::fmt::Display for Errno {
 
 /// Names an operation from its request to its final completion.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct OpId(pub u64);
+// One above its number: so that the absence of one takes no room, of which each connection has four.
+pub struct OpId(NonZeroU64);
+
+impl OpId {
+    /// The operation with this number, below `u64::MAX`.
+    pub const fn new(number: u64) -> Self {
+        match NonZeroU64::new(number.wrapping_add(1)) {
+            Some(above) => OpId(above),
+            None => panic!("not an operation's number"),
+        }
+    }
+
+    /// Its number.
+    pub const fn number(self) -> u64 {
+        self.0.get() - 1
+    }
+}
 
 /// Which half of a connection to shut.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -43,38 +43,40 @@ pub fn run(data: &[u8]) {
                     }
                 };
                 let op = ops.start(owner, fd, memory);
-                assert_ne!(op.0, FORGOTTEN);
-                assert!(!over.contains(&op) && !model.contains_key(&op.0), "an id is used again");
-                model.insert(op.0, (owner, fd));
+                assert_ne!(op.number(), FORGOTTEN);
+                assert!(!over.contains(&op) && !model.contains_key(&op.number()), "an id is used again");
+                model.insert(op.number(), (owner, fd));
             }
             4..=6 if !model.is_empty() => {
                 let at = choices.below(model.len().min(256));
                 let more = choices.byte() & 3 == 0;
                 let Some((&id, &expected)) = model.iter().nth(at) else { continue };
-                assert_eq!(ops.complete(OpId(id), more), expected);
+                assert_eq!(ops.complete(OpId::new(id), more), expected);
                 if !more {
                     model.remove(&id);
-                    over.push(OpId(id));
+                    over.push(OpId::new(id));
                 }
             }
             7 if !model.is_empty() => {
                 let at = choices.below(model.len().min(256));
                 let Some((&id, (owner, fd))) = model.iter_mut().nth(at) else { continue };
-                let (Owner::Send(expected), Some(sending)) = (owner, ops.sending(OpId(id))) else {
-                    assert!(ops.rest(OpId(id)).is_none(), "nothing is left of what was never a send");
+                let (Owner::Send(expected), Some(sending)) = (owner, ops.sending(OpId::new(id))) else {
+                    assert!(ops.rest(OpId::new(id)).is_none(), "nothing is left of what was never a send");
                     continue;
                 };
                 assert_eq!(sending, expected);
                 // A deferred attempt fell short.
                 sending.accepted = u32::from(choices.byte()) % sending.bytes;
                 *expected = *sending;
-                let Some((socket, rest)) = ops.rest(OpId(id)) else { panic!("a send without its bytes") };
+                let Some((socket, rest)) = ops.rest(OpId::new(id)) else {
+                    panic!("a send without its bytes")
+                };
                 assert_eq!((socket, rest.len() as u32), (*fd, expected.bytes - expected.accepted));
                 assert!(rest.iter().all(|byte| byte.get() == b'x'), "lent bytes were written again");
             }
             _ => {
                 // Completions that nobody waits for change nothing.
-                assert_eq!(ops.try_complete(OpId(FORGOTTEN), false), None);
+                assert_eq!(ops.try_complete(OpId::new(FORGOTTEN), false), None);
                 if !over.is_empty() {
                     let gone = over[choices.below(over.len().min(256))];
                     assert_eq!(ops.try_complete(gone, false), None, "an operation ended twice");
@@ -90,6 +92,6 @@ pub fn run(data: &[u8]) {
         for op in over.iter().rev().take(16) {
             assert!(!ops.contains(*op), "an operation that is over");
         }
-        assert!(model.keys().all(|id| ops.contains(OpId(*id))));
+        assert!(model.keys().all(|id| ops.contains(OpId::new(*id))));
     }
 }

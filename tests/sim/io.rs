@@ -74,7 +74,7 @@ impl Io for SimIo {
     }
 
     fn accept(&mut self, listener: usize, multishot: bool) -> OpId {
-        OpId(self.0.borrow_mut().accept(listener, multishot))
+        OpId::new(self.0.borrow_mut().accept(listener, multishot))
     }
 
     fn stop_listening(&mut self, listener: usize) {
@@ -83,23 +83,23 @@ impl Io for SimIo {
 
     fn connect(&mut self, conn: Key, address: SocketAddr) -> Result<(SimSocket, OpId), Errno> {
         let (socket, op) = self.0.borrow_mut().connect(conn, address)?;
-        Ok((SimSocket(socket as u32), OpId(op)))
+        Ok((SimSocket(socket as u32), OpId::new(op)))
     }
 
     fn receive(&mut self, conn: Key, socket: SimSocket) -> OpId {
-        OpId(self.0.borrow_mut().receive(conn, socket.0 as usize))
+        OpId::new(self.0.borrow_mut().receive(conn, socket.0 as usize))
     }
 
     fn send(&mut self, conn: Key, socket: SimSocket, range: Lent, confirm: Confirm) -> OpId {
-        OpId(self.0.borrow_mut().send(conn, socket.0 as usize, range, confirm == Confirm::Deferred))
+        OpId::new(self.0.borrow_mut().send(conn, socket.0 as usize, range, confirm == Confirm::Deferred))
     }
 
     fn watch_hangup(&mut self, conn: Key, socket: SimSocket) -> OpId {
-        OpId(self.0.borrow_mut().watch_hangup(conn, socket.0 as usize))
+        OpId::new(self.0.borrow_mut().watch_hangup(conn, socket.0 as usize))
     }
 
     fn cancel(&mut self, op: OpId) {
-        self.0.borrow_mut().cancel(op.0);
+        self.0.borrow_mut().cancel(op.number());
     }
 
     fn shutdown(&mut self, socket: SimSocket, half: Half) {

@@ -107,7 +107,7 @@ pub struct Now {
 }
 
 /// What the bytes of a stream are (PROTOCOL.md section 9).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Form {
     /// Messages of `application/json`.
     Json,

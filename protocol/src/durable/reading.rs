@@ -84,6 +84,7 @@ const CURSOR_JITTER_S: u64 = 3600;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Shared {
     id: Id,
+    form: Form,
     plain: bool,
 }
 
@@ -139,13 +140,13 @@ impl Reading {
             return None;
         };
         let common = *told == self.at && !self.finishing && (*plain || cursor.is_common(now));
-        common.then_some((Shared { id: self.id, plain: *plain }, self.at))
+        common.then_some((Shared { id: self.id, form: self.form, plain: *plain }, self.at))
     }
 
     /// What it would share if it waited, if it is one of events.
     pub fn shared(&self) -> Option<Shared> {
         match self.shape {
-            Shape::Events { plain, .. } => Some(Shared { id: self.id, plain }),
+            Shape::Events { plain, .. } => Some(Shared { id: self.id, form: self.form, plain }),
             Shape::Page { .. } => None,
         }
     }
@@ -217,15 +218,14 @@ impl Store {
         }
     }
 
-    /// One that has left, for what others read for it, goes on by itself behind the last event that it was given.
-    pub fn part(&mut self, reading: &mut Reading, behind: u64, reader: Key) {
-        reading.at = behind;
-        if let Shape::Events { told, .. } = &mut reading.shape {
-            *told = Some((behind, false));
-        }
-        if reading.slot.is_none() {
-            reading.slot = Some(self.subscribe(reading.id, reader));
-        }
+    /// A reading of its own for one who shared, behind the last event that it was given.
+    pub fn part(&mut self, shared: Shared, behind: u64, reader: Key) -> Reading {
+        let Shared { id, form, plain } = shared;
+        let told = Some((behind, false));
+        // It had a common cursor, and gets one again.
+        let shape = Shape::Events { plain, cursor: Cursor::new(None), event: None, told, retry_ms: None };
+        let slot = Some(self.subscribe(id, reader));
+        Reading { id, slot, at: behind, form, shape, events: 0, finishing: false }
     }
 
     /// Appends to `out` what comes next, no more than about `bytes_max`.

@@ -51,11 +51,13 @@ pub(crate) struct Durable {
 }
 
 pub(super) enum State {
-    Collecting(Collecting),
+    Collecting(Box<Collecting>),
     /// It waits for the journal.
-    Held(durable::Answer),
-    Polling(Poll),
-    Reading(Reading),
+    Held(Box<durable::Answer>),
+    Polling(Box<Poll>),
+    Reading(Box<Reading>),
+    /// A tail is read for it ([`tail`](super::tail)).
+    Sharing,
     Answered,
 }
 
@@ -68,7 +70,7 @@ pub(super) struct Collecting {
 
 impl Durable {
     pub(super) fn reads(reading: Reading) -> Self {
-        Durable { state: State::Reading(reading), due_ms: u64::MAX, queued: false, shared_bytes: 0 }
+        Durable { state: State::Reading(Box::new(reading)), due_ms: u64::MAX, queued: false, shared_bytes: 0 }
     }
 
     pub(super) fn reading(&self) -> Option<&Reading> {
@@ -76,6 +78,21 @@ impl Durable {
             State::Reading(reading) => Some(reading),
             _ => None,
         }
+    }
+
+    /// From here on others read for it; gives its own reading.
+    pub(super) fn begin_sharing(&mut self) -> Option<Reading> {
+        match std::mem::replace(&mut self.state, State::Sharing) {
+            State::Reading(reading) => Some(*reading),
+            other => {
+                self.state = other;
+                None
+            }
+        }
+    }
+
+    pub(super) fn end_sharing(&mut self, reading: Reading) {
+        self.state = State::Reading(Box::new(reading));
     }
 
     pub(super) fn reading_mut(&mut self) -> Option<&mut Reading> {
@@ -155,7 +172,8 @@ impl<I: Io> Shard<I> {
         }
         if let Some(stream) = self.streams.get_mut(key) {
             let body_bytes_max = self.settings.durable.body_bytes_max;
-            let state = State::Collecting(Collecting { request, body: Vec::new(), body_bytes_max });
+            let collecting = Collecting { request, body: Vec::new(), body_bytes_max };
+            let state = State::Collecting(Box::new(collecting));
             stream.durable =
                 Some(Box::new(Durable { state, due_ms: u64::MAX, queued: false, shared_bytes: 0 }));
             // Who asks before it sends is told before it sends.
@@ -233,7 +251,7 @@ impl<I: Io> Shard<I> {
                     stream.streaming = true;
                     stream.step(Step::PlainBody);
                     if let Some(durable) = &mut stream.durable {
-                        durable.state = State::Polling(poll);
+                        durable.state = State::Polling(Box::new(poll));
                         durable.due_ms = durable.due_ms.min(after(now_ms, settings.durable.long_poll_ms));
                     }
                 }
@@ -275,7 +293,7 @@ impl<I: Io> Shard<I> {
                 stream.step(Step::PlainBody);
             }
             if let Some(durable) = &mut stream.durable {
-                durable.state = State::Reading(reading);
+                durable.state = State::Reading(Box::new(reading));
             }
         }
         self.durable_fill(key);
@@ -289,12 +307,11 @@ impl<I: Io> Shard<I> {
         let mut progress = Progress::More;
         while progress == Progress::More {
             let Some(stream) = self.streams.get_mut(key) else { break };
-            // A tail has no client, and leaves those behind who are slow. Who shares one is given nothing here.
+            // A tail has no client, and leaves those behind who are slow.
             let end = stream.response.end();
             let client = stream.client.and_then(|key| self.conns.get(key));
             let sent = client.map_or(end, |conn| conn.ledger.sent());
-            let shares = stream.reader.is_some();
-            if stream.end.is_some() || shares || stream.paused || end - sent > high {
+            if stream.end.is_some() || stream.paused || end - sent > high {
                 break;
             }
             let Some(mut durable) = stream.durable.take() else { break };
@@ -363,7 +380,7 @@ impl<I: Io> Shard<I> {
                 self.forget_level(key, reading.shared());
                 self.durable.store.leave(&mut reading, now);
             }
-            State::Collecting(_) | State::Held(_) | State::Answered => {}
+            State::Collecting(_) | State::Held(_) | State::Sharing | State::Answered => {}
         }
     }
 
@@ -385,10 +402,10 @@ impl<I: Io> Shard<I> {
             State::Polling(_) => self.durable_poll(key, true),
             State::Reading(reading) => {
                 reading.finish();
-                // Who shares a tail ends with what it was lent of it.
-                let shares = self.streams.get(key).is_some_and(|stream| stream.reader.is_some());
-                if shares { self.durable_end(key, End::Done) } else { self.durable_fill(key) }
+                self.durable_fill(key);
             }
+            // It ends with what it was lent.
+            State::Sharing => self.durable_end(key, End::Done),
             State::Collecting(_) | State::Held(_) | State::Answered => {}
         }
     }
@@ -446,7 +463,7 @@ impl<I: Io> Shard<I> {
             match durable.state {
                 State::Polling(_) => self.durable_poll(key, false),
                 State::Reading(_) => self.durable_fill(key),
-                State::Collecting(_) | State::Held(_) | State::Answered => {}
+                State::Collecting(_) | State::Held(_) | State::Sharing | State::Answered => {}
             }
         }
     }

@@ -56,7 +56,7 @@ impl<I: Io> Shard<I> {
         let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) else {
             return;
         };
-        durable.state = State::Held(answer);
+        durable.state = State::Held(Box::new(answer));
         self.durable.held.push_back((record, key));
         self.follow_stream_timer(key);
     }
@@ -97,7 +97,7 @@ impl<I: Io> Shard<I> {
             return;
         }
         let State::Held(answer) = std::mem::replace(&mut durable.state, State::Answered) else { return };
-        let answer = if acknowledged { answer } else { self.durable.store.refuse(&UNCERTAIN) };
+        let answer = if acknowledged { *answer } else { self.durable.store.refuse(&UNCERTAIN) };
         self.durable_reply(key, Reply::Answer(answer));
     }
 }

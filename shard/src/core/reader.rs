@@ -10,6 +10,7 @@ use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::log::{Lent, Log, Place};
 use protocol::phase::{End, Phase, Step};
 use protocol::slots::Key;
+use std::hint::black_box;
 
 /// A reader's place in a stream that another one fills.
 pub(crate) struct Reader {
@@ -163,6 +164,23 @@ impl<I: Io> Shard<I> {
         stream.append_block(gap.as_bytes(), now_us);
     }
 
+    /// Whether a reader that is sent so many bytes has been sent all there is, so that nothing waits for its confirmation: no more of its own, no end, and
+    /// no source that follows it.
+    pub(super) fn is_reader_level(&self, stream: &Stream, bytes: usize) -> bool {
+        let Some(reader) = &stream.reader else { return false };
+        let Some(source) = self.kept.sources.get(reader.source) else { return false };
+        let Some(producer) = source.producer.and_then(|producer| self.streams.get(producer)) else {
+            return false;
+        };
+        let own = reader.own_lent || reader.own_at < stream.response.end();
+        let all = reader.lent.as_ref().is_some_and(|lent| lent.len() == bytes);
+        all && !own
+            && !stream.produced
+            && !producer.produced
+            && reader.at == producer.response.end()
+            && !self.is_held_up(reader.source)
+    }
+
     /// A send of a reader's has ended.
     pub(super) fn reader_confirmed(&mut self, key: Key, bytes: u32, sealed: bool) {
         let Some(stream) = self.streams.get_mut(key) else { return };
@@ -237,6 +255,7 @@ impl<I: Io> Shard<I> {
             room -= to.saturating_sub(from);
             source.served = if to < all { to } else { 0 };
             let goes_on = source.served > 0 || source.stirred;
+            self.touch_readers(key, from, to);
             for nth in from..to {
                 let reader = self.kept.sources.get(key).and_then(|source| source.readers.get(nth)).copied();
                 if let Some(client) = reader.and_then(|reader| self.streams.get(reader)?.client) {
@@ -250,6 +269,21 @@ impl<I: Io> Shard<I> {
             self.follow_readers(key);
             if room == 0 {
                 break;
+            }
+        }
+    }
+
+    /// Reads a little of everyone who is to be served, as `touch` does for a batch of completions: one miss beside the other.
+    fn touch_readers(&self, key: Key, from: usize, to: usize) {
+        let Some(source) = self.kept.sources.get(key) else { return };
+        let streams = || source.readers[from..to].iter().filter_map(|&reader| self.streams.get(reader));
+        for stream in streams() {
+            black_box((stream.client, stream.response.end(), stream.produced, stream.route));
+        }
+        for stream in streams() {
+            black_box(stream.reader.as_ref().map(|reader| reader.at));
+            if let Some(conn) = stream.client.and_then(|client| self.conns.get(client)) {
+                black_box((conn.dirty, conn.ledger, conn.ops.send, conn.timer));
             }
         }
     }

@@ -137,9 +137,11 @@ impl<I: Io> Shard<I> {
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(conn) = stream.client.and_then(|key| self.conns.get(key)) else { return };
         let Some(source) = self.kept.sources.get_mut(source_key) else { return };
-        let Some(reading) = stream.durable.as_mut().and_then(|durable| durable.reading_mut()) else { return };
+        let Some(mut reading) = stream.durable.as_mut().and_then(|durable| durable.begin_sharing()) else {
+            return;
+        };
         let at = reading.between();
-        self.durable.store.leave(reading, now);
+        self.durable.store.leave(&mut reading, now);
         // What it was given so far is in its own log, and goes out first.
         stream.reader = Some(Box::new(super::reader::Reader {
             source: source_key,
@@ -184,9 +186,7 @@ impl<I: Io> Shard<I> {
         else {
             return false;
         };
-        if source.tail.is_none() {
-            return false;
-        }
+        let Some(shared) = source.tail.as_ref().map(|tail| tail.shared) else { return false };
         let Some(reader) = stream.reader.take() else { return false };
         let Some(durable) = &mut stream.durable else { return false };
         if let Some(conn) = stream.client.and_then(|key| self.conns.get_mut(key)) {
@@ -196,8 +196,8 @@ impl<I: Io> Shard<I> {
         }
         stream.pending_since_us = Some(now_us);
         self.stats.counters.durable_parted += 1;
-        if let (Some(behind), Some(reading)) = (reader.behind, durable.reading_mut()) {
-            self.durable.store.part(reading, behind, key);
+        if let Some(behind) = reader.behind {
+            durable.end_sharing(self.durable.store.part(shared, behind, key));
             self.reader_left(&reader);
             self.durable_fill(key);
         } else {

@@ -249,9 +249,12 @@ impl<I: Io> Shard<I> {
         };
         let Some(stream) = self.streams.get(stream_key) else { return };
         let stall_ms = u64::from(self.settings.routes[stream.route].deadlines.write_stall_ms);
+        let deferred = self.is_reader_level(stream, range.len());
+        let confirm = if deferred { Confirm::Deferred } else { Confirm::Prompt };
         let Some(conn) = self.conns.get_mut(key) else { return };
+        conn.deferred = deferred;
         conn.ledger.lend(range.len() as u32);
-        conn.ops.send = Some(self.io.send(key, conn.socket, range, Confirm::Prompt));
+        conn.ops.send = Some(self.io.send(key, conn.socket, range, confirm));
         conn.progress_ms = self.now_us / 1000;
         conn.stall_check_ms = stall_check_ms(conn.progress_ms, stall_ms);
         conn.acknowledged = None;

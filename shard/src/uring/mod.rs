@@ -184,7 +184,7 @@ impl UringIo {
             self.descriptors.operation_started(fd);
         }
         let op = self.ops.start(owner, fd, memory);
-        self.push(entry.user_data(op.0));
+        self.push(entry.user_data(op.number()));
         op
     }
 
@@ -402,7 +402,7 @@ impl UringIo {
             let ended = !ring.submission().cq_overflow() && ring.submission().is_empty();
             for entry in entries.drain(..).chain(ring.completion()) {
                 let more = cqueue::more(entry.flags());
-                let op = OpId(entry.user_data() & !DEFERRED);
+                let op = OpId::new(entry.user_data() & !DEFERRED);
                 let Some((owner, _)) = ops.try_complete(op, more) else { continue };
                 if let Owner::Accept { .. } = owner
                     && entry.result() >= 0
@@ -516,9 +516,9 @@ impl Io for UringIo {
         let op = self.ops.start(Owner::Send(sending), socket.fd(), Memory::Lent(range));
         if deferred {
             self.deferred.push(op);
-            self.push(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(op.0 | DEFERRED));
+            self.push(entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(op.number() | DEFERRED));
         } else {
-            self.push(entry.user_data(op.0));
+            self.push(entry.user_data(op.number()));
         }
         op
     }
@@ -536,7 +536,7 @@ impl Io for UringIo {
             if let Some(sending) = self.ops.sending(op) {
                 sending.cancelled = true;
             }
-            let entry = opcode::AsyncCancel::new(op.0).build();
+            let entry = opcode::AsyncCancel::new(op.number()).build();
             self.push(entry.user_data(FORGOTTEN).flags(squeue::Flags::SKIP_SUCCESS));
         }
     }

@@ -96,7 +96,7 @@ impl OpTable {
 
     /// False for an operation that is over.
     pub(super) fn contains(&self, op: OpId) -> bool {
-        op.0 != FORGOTTEN && self.ops.get(key_of(op)).is_some()
+        op.number() != FORGOTTEN && self.ops.get(key_of(op)).is_some()
     }
 
     /// Who a completion belongs to. Ends the operation unless `more` completions follow.
@@ -105,14 +105,14 @@ impl OpTable {
     /// If there is no such operation: the kernel answered twice, or memory was freed under it.
     pub(super) fn complete(&mut self, op: OpId, more: bool) -> (Owner, RawFd) {
         let Some(found) = self.try_complete(op, more) else {
-            panic!("completion of operation {:#x}, which is not in flight", op.0);
+            panic!("completion of operation {:#x}, which is not in flight", op.number());
         };
         found
     }
 
     /// As [`OpTable::complete`], for the teardown after a failed assertion.
     pub(super) fn try_complete(&mut self, op: OpId, more: bool) -> Option<(Owner, RawFd)> {
-        if op.0 == FORGOTTEN {
+        if op.number() == FORGOTTEN {
             return None;
         }
         let key = key_of(op);
@@ -150,12 +150,12 @@ impl OpTable {
 
 // Slot numbers count from 1 in an id, so that no id is `FORGOTTEN` whatever the generation.
 fn id_of(key: Key) -> OpId {
-    OpId(u64::from(key.generation) << 32 | u64::from(key.slot + 1))
+    OpId::new(u64::from(key.generation) << 32 | u64::from(key.slot + 1))
 }
 
 fn key_of(op: OpId) -> Key {
-    assert!(op.0 as u32 > 0, "not an operation's id");
-    Key { slot: op.0 as u32 - 1, generation: (op.0 >> 32) as u32 }
+    assert!(op.number() as u32 > 0, "not an operation's id");
+    Key { slot: op.number() as u32 - 1, generation: (op.number() >> 32) as u32 }
 }
 
 #[cfg(test)]
@@ -187,9 +187,9 @@ mod tests {
         let first = ops.start(Owner::Receive(CONN), 7, Memory::Nothing);
         ops.complete(first, false);
         let second = ops.start(Owner::Receive(CONN), 7, Memory::Nothing);
-        assert_eq!(first.0 as u32, second.0 as u32, "the slot is used again");
-        assert!(!ops.contains(first) && ops.contains(second) && !ops.contains(OpId(FORGOTTEN)));
-        assert_ne!(id_of(Key { slot: 0, generation: 0 }).0, FORGOTTEN);
+        assert_eq!(first.number() as u32, second.number() as u32, "the slot is used again");
+        assert!(!ops.contains(first) && ops.contains(second) && !ops.contains(OpId::new(FORGOTTEN)));
+        assert_ne!(id_of(Key { slot: 0, generation: 0 }).number(), FORGOTTEN);
     }
 
     #[test]

@@ -17,7 +17,7 @@ impl UringIo {
         if self.entries.len() > 1 {
             // As in `Shard::touch`: all at once, not one miss behind the other.
             for entry in &self.entries {
-                black_box(self.ops.contains(OpId(entry.user_data() & !DEFERRED)));
+                black_box(self.ops.contains(OpId::new(entry.user_data() & !DEFERRED)));
             }
         }
         if !self.deferred.is_empty() {
@@ -41,7 +41,7 @@ impl UringIo {
             // Taken first: a buffer goes back whatever the completion says.
             let buffer = cqueue::buffer_select(entry.flags())
                 .map(|id| buffers.take(id, u32::try_from(result).unwrap_or(0)));
-            let (owner, fd) = ops.complete(OpId(entry.user_data()), more);
+            let (owner, fd) = ops.complete(OpId::new(entry.user_data()), more);
             if fd >= 0 && !more {
                 descriptors.operation_ended(fd);
             }
@@ -53,7 +53,7 @@ impl UringIo {
                         completions.push(Completion::Accepted { listener, socket: Socket(result) });
                     }
                     if !more {
-                        let op = OpId(entry.user_data());
+                        let op = OpId::new(entry.user_data());
                         completions.push(Completion::AcceptEnded { listener, op, error: outcome.err() });
                     }
                 }
@@ -107,7 +107,7 @@ impl UringIo {
     /// that the socket took the whole range.
     fn confirm_deferred(&mut self, completions: &mut Vec<Completion<Socket, Buffer>>, full: usize) {
         for entry in self.entries.iter().filter(|entry| entry.user_data() & DEFERRED != 0) {
-            if let Some(sending) = self.ops.sending(OpId(entry.user_data() & !DEFERRED)) {
+            if let Some(sending) = self.ops.sending(OpId::new(entry.user_data() & !DEFERRED)) {
                 sending.deferred = false;
             }
         }
@@ -132,7 +132,7 @@ impl UringIo {
 
     /// A deferred send was not taken whole: the rest is sent without hurry, unless there is no sense in it.
     fn fell_short(&mut self, entry: &cqueue::Entry) -> Option<Completion<Socket, Buffer>> {
-        let op = OpId(entry.user_data() & !DEFERRED);
+        let op = OpId::new(entry.user_data() & !DEFERRED);
         let outcome = u32::try_from(entry.result()).map_err(|_| Errno(-entry.result()));
         let Some(sending) = self.ops.sending(op) else { panic!("a deferred send fell short twice") };
         sending.deferred = false;
@@ -140,7 +140,7 @@ impl UringIo {
         let go_on = matches!(outcome, Ok(_) | Err(Errno::AGAIN)) && !sending.cancelled;
         if go_on && let Some((fd, rest)) = self.ops.rest(op) {
             let entry = send_entry(fd, rest, 0);
-            self.push(entry.user_data(op.0));
+            self.push(entry.user_data(op.number()));
             return None;
         }
         let (owner, fd) = self.ops.complete(op, false);

@@ -215,14 +215,14 @@ impl World {
                     matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { multishot: true, .. }, .. }));
                 if self.rng.chance(self.faults.accept_error) {
                     let error = Some(self.rng.pick(&ACCEPT_ERRORS));
-                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId(op), error });
+                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId::new(op), error });
                     continue;
                 }
                 if self.rng.chance(self.faults.accept_aborts) {
                     self.listeners[index].backlog.pop_front();
                     self.abort(socket);
                     let error = Some(ECONNABORTED);
-                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId(op), error });
+                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId::new(op), error });
                     continue;
                 }
                 self.listeners[index].backlog.pop_front();
@@ -231,7 +231,10 @@ impl World {
                 let accepted = SimSocket(socket as u32);
                 self.ready.push_back((lane, Completion::Accepted { listener: index, socket: accepted }));
                 if !multishot || self.rng.chance(self.faults.accept_ends) {
-                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId(op), error: None });
+                    self.complete(
+                        op,
+                        Completion::AcceptEnded { listener: index, op: OpId::new(op), error: None },
+                    );
                 }
             }
         }
@@ -386,9 +389,11 @@ impl World {
         let Some(Op { kind, conn, .. }) = self.ops.get(&op) else { return };
         let conn = *conn;
         let completion = match kind {
-            Kind::Accept { listener, .. } => {
-                Completion::AcceptEnded { listener: *listener, op: OpId(op), error: Some(Errno::CANCELED) }
-            }
+            Kind::Accept { listener, .. } => Completion::AcceptEnded {
+                listener: *listener,
+                op: OpId::new(op),
+                error: Some(Errno::CANCELED),
+            },
             Kind::Connect { .. } => Completion::Connected { conn, result: Err(Errno::CANCELED) },
             Kind::Receive => Completion::ReceiveEnded { conn, why: ReceiveEnd::Error(Errno::CANCELED) },
             Kind::Send { done: true, .. } => return,
