@@ -673,6 +673,32 @@ fn segments_go_when_what_lives_in_them_was_written_anew() {
 }
 
 #[test]
+fn much_is_written_in_pieces_and_promised_with_the_last() {
+    for jobs in 0..20 {
+        let mut run = Run::new(4, Settings::default());
+        let binary = "Content-Type: application/octet-stream\n";
+        run.ask("PUT /v1/durable/a", binary, b"");
+        for byte in 0..8 {
+            assert_eq!(run.ask("POST /v1/durable/a", binary, &vec![byte; 1 << 20]).status, 204);
+        }
+        let mut done = 0;
+        while done < jobs && (run.job.is_some() || run.with.store.must_wait().is_some()) {
+            run.work(false);
+            if let Some(Job::Write { bytes, sync, .. }) = &run.job {
+                assert!(bytes.len() <= crate::limits::DURABLE_WRITE_BYTES_MAX + 64);
+                assert!(!sync || run.with.store.journal_state().unwrap().backlog_bytes < 9 << 20);
+                done += 1;
+            }
+        }
+        assert!(done < 2 || run.disk.files[&1].content().len() > 1 << 20);
+        // With jobs for all of it, all of it is promised; what is there after a crash is checked there.
+        assert_eq!(run.with.store.must_wait().is_none(), run.promised == 9);
+        run.crash();
+        run.settle();
+    }
+}
+
+#[test]
 fn names_of_segments_are_read_as_they_are_written() {
     assert_eq!(segment_name(7), "00000000000000000007.segment");
     assert_eq!(segment_number("00000000000000000007.segment"), Some(7));
