@@ -30,6 +30,8 @@ impl fmt::Display for Malformed {
     }
 }
 
+impl std::error::Error for Malformed {}
+
 /// Takes chunked framing off, piece by piece.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ChunkDecoder {

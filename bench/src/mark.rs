@@ -3,6 +3,9 @@
 //! `~stream,sequence,due_ns,late_ns~`: it stands in the content of a delta, not beside it, so that it survives every gateway
 //! that reads and rewrites the JSON around it.
 
+/// The longest mark: four numbers of 20 digits and what stands between them.
+pub const MARK_BYTES_MAX: usize = 4 * 20 + 5;
+
 /// What one event says about itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {

@@ -48,6 +48,12 @@ impl Poller {
         Ok(epoll::add(&self.epoll, socket, EventData::new_u64(token), flags)?)
     }
 
+    /// Watches a connection for what can be read only.
+    pub fn add_reader(&self, socket: impl AsFd, token: u64) -> io::Result<()> {
+        let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        Ok(epoll::add(&self.epoll, socket, EventData::new_u64(token), flags)?)
+    }
+
     /// Watches a listener; told again as long as connections wait.
     pub fn add_listener(&self, socket: impl AsFd, token: u64) -> io::Result<()> {
         Ok(epoll::add(&self.epoll, socket, EventData::new_u64(token), EventFlags::IN)?)
@@ -237,6 +243,17 @@ impl<T> Slots<T> {
         Some(value)
     }
 
+    /// Shows every entry to `keep` and removes those that it does not want.
+    pub fn retain(&mut self, mut keep: impl FnMut(&mut T) -> bool) {
+        for index in 0..self.entries.len() {
+            let (generation, entry) = &mut self.entries[index];
+            if entry.as_mut().is_some_and(|entry| !keep(entry)) {
+                let key = u64::from(*generation) << 32 | index as u64;
+                self.remove(key);
+            }
+        }
+    }
+
     /// How many entries there are.
     pub fn len(&self) -> usize {
         self.entries.len() - self.free.len()
@@ -269,6 +286,16 @@ mod tests {
         assert_eq!(slots.remove(first), None);
         assert_eq!(slots.get_mut(second), Some(&mut "b"));
         assert_eq!(slots.len(), 1);
+    }
+
+    #[test]
+    fn what_is_not_retained_is_gone() {
+        let mut slots = Slots::default();
+        let keys = [1, 2, 3].map(|value| slots.insert(value));
+        slots.retain(|value| *value != 2);
+        assert_eq!(keys.map(|key| slots.get_mut(key).copied()), [Some(1), None, Some(3)]);
+        slots.retain(|value| *value > 3);
+        assert!(slots.is_empty());
     }
 
     #[test]

@@ -167,6 +167,8 @@ pub struct Report {
     pub added: Latency,
     /// From the time the backend really wrote an event, within the window.
     pub hop: Latency,
+    /// From the time an append was to be sent to its answer, within the window.
+    pub answered: Latency,
     /// TLS handshakes.
     pub handshakes: Handshakes,
     /// The window, once it is over.
@@ -199,6 +201,7 @@ impl Report {
                 "events": self.events, "events_other": self.events_other, "events_with_id": self.events_with_id,
                 "comments": self.comments, "bytes": self.bytes, "statuses": statuses, "faults": faults,
                 "first_event": self.first.summary(), "added": self.added.summary(), "hop": self.hop.summary(),
+                "answered": self.answered.summary(),
                 "handshakes": self.handshakes.summary(), "window": self.window,
             }});
             return print_line(&result.to_string());
@@ -230,7 +233,13 @@ impl Report {
             table += &format!("handshakes: {}\n", self.handshakes.summary());
         }
         table += "latency, µs        count         p50         p90         p99       p99.9         max";
-        for (name, latency) in [("first event", &self.first), ("added", &self.added), ("hop", &self.hop)] {
+        let latencies = [
+            ("first event", &self.first),
+            ("added", &self.added),
+            ("hop", &self.hop),
+            ("answered", &self.answered),
+        ];
+        for (name, latency) in latencies.into_iter().filter(|(_, latency)| latency.count() > 0) {
             let summary = latency.summary();
             table += &format!("\n{name:14}{:>10}", latency.count());
             for quantile in ["p50_us", "p90_us", "p99_us", "p999_us", "max_us"] {

@@ -8,7 +8,10 @@
 //!               └────────────────────── , ──────────────────── AfterValue ◄───┘    } ─► outer object or Finished
 //! ```
 
+mod rewrite;
+
 use memchr::memchr2;
+pub use rewrite::{Background, Rewriter};
 
 /// Bytes of a key that matters; the longest is `max_completion_tokens`.
 const KEY_BYTES_MAX: usize = 32;
@@ -51,6 +54,8 @@ pub struct Scanner {
     state: State,
     field: Field,
     in_stream_options: bool,
+    /// The object has ended as it should.
+    closed: bool,
     /// The text has outgrown its limit.
     overflow: bool,
 }
@@ -106,17 +111,21 @@ impl Scanner {
         let mut rest = &bytes[..bytes.len().min(self.bytes_left)];
         self.bytes_left -= rest.len();
         while !rest.is_empty() && self.state != State::Finished {
-            let taken = match self.state {
-                State::Key => self.take_text(rest, KEY_BYTES_MAX),
-                State::Text => self.take_text(rest, MODEL_BYTES_MAX),
-                State::SkipText => self.skip_text(rest),
-                State::SkipNested => self.skip_nested(rest),
-                State::Scalar => self.take_scalar(rest),
-                _ => self.take_structure(rest),
-            };
-            rest = &rest[taken..];
+            rest = &rest[self.step(rest)..];
         }
         self.state != State::Finished && self.bytes_left > 0
+    }
+
+    /// Takes in some of `bytes`, which are not empty, up to the next change of state or less; gives how many.
+    fn step(&mut self, bytes: &[u8]) -> usize {
+        match self.state {
+            State::Key => self.take_text(bytes, KEY_BYTES_MAX),
+            State::Text => self.take_text(bytes, MODEL_BYTES_MAX),
+            State::SkipText => self.skip_text(bytes),
+            State::SkipNested => self.skip_nested(bytes),
+            State::Scalar => self.take_scalar(bytes),
+            _ => self.take_structure(bytes),
+        }
     }
 
     /// What has been found so far.
@@ -163,6 +172,10 @@ impl Scanner {
             (State::AfterValue | State::Member, b'}') if self.in_stream_options => {
                 self.in_stream_options = false;
                 State::AfterValue
+            }
+            (State::AfterValue | State::Member, b'}') => {
+                self.closed = true;
+                State::Finished
             }
             _ => State::Finished,
         };

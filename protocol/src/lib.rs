@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod background;
 pub mod demo;
 pub mod dialect;
 pub mod durable;
@@ -14,6 +15,7 @@ pub mod limits;
 pub mod log;
 pub mod phase;
 pub mod planted;
+pub mod resume;
 pub mod slots;
 pub mod sse;
 pub mod wheel;

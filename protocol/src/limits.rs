@@ -15,6 +15,8 @@ pub const TRAILER_BYTES_MAX: usize = 8 * 1024;
 pub const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Bytes of a request body in which model, stream and stream options are looked for; `stream` may follow a long `messages`.
 pub const FACTS_PREFIX_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes of a request for a response in background that are held back until it is known whether it streams.
+pub const BACKGROUND_HELD_BYTES_MAX: usize = FACTS_PREFIX_BYTES_MAX;
 /// Bytes of one SSE event from a backend; images arrive as single events of some megabytes.
 pub const EVENT_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Interim (1xx) responses accepted from a backend before its final head; each costs it nothing to send.
@@ -108,6 +110,27 @@ pub const COMPLETIONS_PER_ENTRY: u32 = 4;
 pub const COMPLETIONS_PER_TURN_MAX: usize = 1024;
 /// Milliseconds after which a turn counts as a fault of the shard.
 pub const TURN_FAULT_MS: u64 = 10;
+
+/// Bytes of a stream that are kept behind its readers, for those who come back: a minute or more of a model's answer.
+pub const RESUME_WINDOW_BYTES: u64 = 256 * 1024;
+/// Memory of what is kept of the streams of one shard, bytes.
+pub const RESUME_BYTES_MAX: u64 = 128 * 1024 * 1024;
+/// Memory that a kept stream takes besides its log, bytes: its entry, its places in the indexes.
+pub const RESUME_STREAM_COST_BYTES: u64 = 512;
+/// Milliseconds a stream goes on without a client.
+pub const DETACH_MS: u32 = 30_000;
+/// Milliseconds a response in background is kept when it is over, at least.
+pub const BACKGROUND_KEEP_MS: u32 = 600_000;
+/// Bytes of a response in background that are kept, at least: events of a hundred or two bytes for each token.
+pub const BACKGROUND_WINDOW_BYTES: u64 = 4 * 1024 * 1024;
+/// Bytes of a response's id; one with a longer id cannot be asked for by it.
+pub const RESPONSE_ID_BYTES_MAX: usize = 256;
+/// Milliseconds a stream that is over is kept.
+pub const KEEP_MS: u32 = 300_000;
+/// Readers that begin on a shard within a second: each costs a replay of up to a window.
+pub const RESUMES_PER_S: u32 = 4_000;
+/// Readers of shared streams that are served in one turn; the others wait for the next.
+pub const READERS_PER_TURN_MAX: usize = 512;
 
 /// Bytes of one append to a durable stream: checking JSON of that size takes a few milliseconds.
 pub const DURABLE_BODY_BYTES_MAX: u64 = 1024 * 1024;

@@ -10,6 +10,13 @@
 //!   └─────────┴───────────────────┴────────┴ ─ ─ ─ ┘
 //! ```
 //!
+//! A log that is kept ([`Log::keep`]) holds on to what was delivered, as far as its window reaches, and knows where each event
+//! ends, so that a subscriber can begin behind any of them:
+//!
+//! ```text
+//!   start ──── history, up to the window ──── floor ──── owed to somebody ──── end
+//! ```
+//!
 //! A segment is `Rc<[Cell<u8>]>`: its address is stable, whoever was lent a range keeps it alive, and appending behind a
 //! lent range needs no unsafe code. Filled bytes are never written again while somebody else holds the segment.
 
@@ -39,6 +46,18 @@ impl Lent {
         (self.end - self.start) as usize
     }
 
+    /// The first `bytes` of it, or all if it has no more.
+    pub fn first(&self, bytes: u32) -> Lent {
+        let end = self.end.min(self.start.saturating_add(bytes));
+        Lent { memory: Rc::clone(&self.memory), start: self.start, end }
+    }
+
+    /// What is left behind the first `bytes`; `None`: nothing.
+    pub fn skip(mut self, bytes: u32) -> Option<Lent> {
+        self.start = self.start.saturating_add(bytes);
+        (self.start < self.end).then_some(self)
+    }
+
     /// A copy of the bytes, for simulations and tests.
     pub fn to_vec(&self) -> Vec<u8> {
         self.cells().iter().map(Cell::get).collect()
@@ -55,13 +74,15 @@ struct Segment {
     memory: Rc<[Cell<u8>]>,
     /// Log offset of `memory[0]`.
     base: u64,
+    /// Id of the first event in it, or of the next one if there is none.
+    first_id: u64,
     /// `0 <= filled <= memory.len()`
     filled: u32,
 }
 
 impl Segment {
-    fn with_capacity(base: u64, bytes: usize) -> Self {
-        Segment { memory: spare::take(bytes), base, filled: 0 }
+    fn with_capacity(base: u64, first_id: u64, bytes: usize) -> Self {
+        Segment { memory: spare::take(bytes), base, first_id, filled: 0 }
     }
 
     fn end(&self) -> u64 {
@@ -141,6 +162,17 @@ mod spare {
     }
 }
 
+/// Where in a log a subscriber is to begin.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// At this offset, which is held.
+    At(u64),
+    /// It was, once; what is held begins behind the event with this id.
+    Gone(u64),
+    /// There is no such event yet.
+    Ahead,
+}
+
 /// The log of one stream.
 #[derive(Default)]
 pub struct Log {
@@ -150,6 +182,18 @@ pub struct Log {
     older: VecDeque<Segment>,
     end: u64,
     last_event_id: u64,
+    /// Memory of all segments, bytes.
+    memory_bytes: usize,
+    /// Bytes of history that are held on to; 0: none, as long as nobody asks for it.
+    window_bytes: u64,
+    /// Everything below was delivered to all who are owed it. Of a log that is kept, as the following.
+    floor: u64,
+    /// Where the events' own bytes begin, behind the head of the answer.
+    begin: u64,
+    /// Offset of the oldest byte held.
+    kept_start: u64,
+    /// With the floor there, the oldest segment lies outside of the window.
+    forget_at: u64,
 }
 
 impl Log {
@@ -173,15 +217,105 @@ impl Log {
         self.last_event_id
     }
 
-    /// Takes the next event id. The caller appends that event's bytes next.
-    pub fn next_event_id(&mut self) -> u64 {
+    /// The id of the event that is appended next.
+    pub fn next_event_id(&self) -> u64 {
+        self.last_event_id + 1
+    }
+
+    /// What was appended last was that event.
+    pub fn event_ends(&mut self) {
         self.last_event_id += 1;
-        self.last_event_id
     }
 
     /// Bytes of memory held in segments, filled or not.
     pub fn memory_bytes(&self) -> usize {
-        self.older.iter().chain(&self.last).map(|segment| segment.memory.len()).sum()
+        self.memory_bytes
+    }
+
+    /// Bytes held that nobody is owed: history.
+    pub fn history_bytes(&self) -> u64 {
+        if self.is_kept() { self.floor - self.kept_start } else { 0 }
+    }
+
+    /// From here on, what is delivered is held on to, about the last `window_bytes` (> 0) of it. What was appended so far is
+    /// the head of the answer; events follow.
+    pub fn keep(&mut self, window_bytes: u64) {
+        (self.kept_start, self.begin) = (self.start(), self.end);
+        (self.floor, self.window_bytes, self.forget_at) = (self.kept_start, window_bytes.max(1), u64::MAX);
+        self.follow_window();
+    }
+
+    fn is_kept(&self) -> bool {
+        self.window_bytes > 0
+    }
+
+    /// Notes where the floor must be for the oldest segment to be let go.
+    fn follow_window(&mut self) {
+        self.kept_start = self.start();
+        self.forget_at = self.older.front().map_or(u64::MAX, |first| first.end() + self.window_bytes);
+    }
+
+    /// Where a subscriber begins that has had the event with this id, and those before it (0: none). `chunked`: each append was
+    /// one chunk.
+    pub fn behind(&self, id: u64, chunked: bool) -> Place {
+        if id > self.last_event_id {
+            return Place::Ahead;
+        }
+        if !self.is_kept() {
+            return Place::Gone(self.last_event_id);
+        }
+        if id == 0 && self.begin >= self.kept_start {
+            return Place::At(self.begin);
+        }
+        let segments = || self.older.iter().chain(&self.last);
+        let Some(first) = segments().next() else {
+            // All of it was let go, and nothing followed.
+            return if id == self.last_event_id {
+                Place::At(self.end)
+            } else {
+                Place::Gone(self.last_event_id)
+            };
+        };
+        if id + 1 <= first.first_id {
+            // The end of that event is gone, but nothing that follows it.
+            return match id + 1 == first.first_id {
+                true => Place::At(first.base),
+                false => Place::Gone(first.first_id - 1),
+            };
+        }
+        let Some(segment) = segments().filter(|segment| segment.first_id <= id).last() else {
+            return Place::Gone(first.first_id - 1);
+        };
+        let bytes: Vec<u8> = segment.memory[..segment.filled as usize].iter().map(Cell::get).collect();
+        let begin = self.begin.saturating_sub(segment.base) as usize;
+        match crate::sse::end_of_event(&bytes[begin.min(bytes.len())..], chunked, segment.first_id, id) {
+            Some(end) => Place::At(segment.base + (begin + end) as u64),
+            None => {
+                debug_assert!(false, "event {id} is not where it should be");
+                Place::Gone(self.last_event_id)
+            }
+        }
+    }
+
+    /// Everything below is delivered; a log that is not kept holds nothing below it.
+    pub fn floor(&self) -> u64 {
+        if self.is_kept() { self.floor } else { self.start() }
+    }
+
+    /// Lets history go until no more than `bytes` of it are held, in whole segments.
+    pub fn forget(&mut self, bytes: u64) {
+        let floor = self.floor();
+        while self.older.front().is_some_and(|first| first.end() <= floor && floor - first.end() >= bytes) {
+            self.drop_first();
+        }
+        self.follow_window();
+    }
+
+    fn drop_first(&mut self) {
+        if let Some(segment) = self.older.pop_front() {
+            self.memory_bytes -= segment.memory.len();
+            spare::give(segment.memory);
+        }
     }
 
     /// Appends the concatenation of `parts` as one contiguous range; returns its offset.
@@ -220,11 +354,15 @@ impl Log {
         let last = match self.last.take() {
             // Never filled: of no more use.
             Some(segment) if segment.filled == 0 => {
+                self.memory_bytes -= segment.memory.len();
                 spare::give(segment.memory);
                 0
             }
             Some(segment) => {
-                let size = segment.memory.len();
+                let (size, end) = (segment.memory.len(), segment.end());
+                if self.older.is_empty() {
+                    self.forget_at = end + self.window_bytes;
+                }
                 self.older.push_back(segment);
                 size
             }
@@ -232,7 +370,9 @@ impl Log {
         };
         let next = (last * 2).clamp(LOG_SEGMENT_FIRST_BYTES, LOG_SEGMENT_BYTES_MAX);
         // An append larger than a segment gets one of its own.
-        self.last = Some(Segment::with_capacity(self.end, next.max(bytes)));
+        let segment = Segment::with_capacity(self.end, self.last_event_id + 1, next.max(bytes));
+        self.memory_bytes += segment.memory.len();
+        self.last = Some(segment);
     }
 
     /// A contiguous range from `from` (`start <= from < end`) to the end of its segment, at most `bytes_max`; `None` at the end.
@@ -253,22 +393,30 @@ impl Log {
     /// Gives all memory back if everything below `below` is everything there is, lent or not.
     pub fn trim(&mut self, below: u64) {
         self.release(below);
-        if below >= self.end {
-            self.last = None;
+        if below >= self.end
+            && !self.is_kept()
+            && let Some(last) = self.last.take()
+        {
+            self.memory_bytes -= last.memory.len();
         }
     }
 
     /// Releases what lies below `below` (the lowest cursor of all subscribers, or the start of the window), in whole segments.
     pub fn release(&mut self, below: u64) {
+        if self.is_kept() {
+            self.floor = self.floor.max(below);
+            if self.floor >= self.forget_at {
+                self.forget(self.window_bytes);
+            }
+            return;
+        }
         let early = is_planted(Bug::WindowEdge);
         while self
             .older
             .front()
             .is_some_and(|segment| segment.end() <= below || early && segment.base < below)
         {
-            if let Some(segment) = self.older.pop_front() {
-                spare::give(segment.memory);
-            }
+            self.drop_first();
         }
         if !self.older.is_empty() || self.last.as_ref().is_none_or(|last| last.end() > below) {
             return;
@@ -278,6 +426,7 @@ impl Log {
         if let Some(last) = self.last.take_if(|last| {
             last.memory.len() > 2 * LOG_SEGMENT_FIRST_BYTES || Rc::strong_count(&last.memory) == 1
         }) {
+            self.memory_bytes -= last.memory.len();
             spare::give(last.memory);
         }
         self.older = VecDeque::new();
@@ -402,6 +551,112 @@ mod tests {
         }
         logs.clear();
         assert_eq!(spare::bytes(), 8 * LOG_SPARE_BYTES_MAX, "eight sizes, each full");
+    }
+
+    /// The wire bytes of an event of ours, made to have about so many bytes of data.
+    fn event(id: u64, bytes: usize, chunked: bool) -> Vec<u8> {
+        let data = String::from_utf8(vec![b'a' + (id % 26) as u8; bytes]).unwrap();
+        let block = match id % 4 {
+            // One that has an id of its own, that is another's.
+            0 => format!("event: x\r\nid: {}\r\ndata: {data}\r\nid: {id}\n\r\n", id + 1),
+            1 => format!("id: {id}\nretry: 5\ndata: id: {}\ndata: {data}\n\n", id + 1),
+            _ => format!("id: {id}\ndata: {data}\n\n"),
+        };
+        match chunked {
+            true => format!("{:x}\r\n{block}\r\n", block.len()).into_bytes(),
+            false => block.into_bytes(),
+        }
+    }
+
+    fn beat(chunked: bool) -> &'static [u8] {
+        if chunked { b"3\r\n:\n\n\r\n" } else { b":\n\n" }
+    }
+
+    /// A log of `events` events and one heartbeat behind every third; gives where each ends.
+    fn kept(events: u64, bytes: usize, window_bytes: u64, chunked: bool) -> (Log, Vec<u64>) {
+        let mut log = Log::new();
+        log.append(&[b"HTTP/1.1 200 OK\r\n\r\n"]);
+        log.keep(window_bytes);
+        let mut ends = vec![log.end()];
+        for id in 1..=events {
+            assert_eq!(log.next_event_id(), id);
+            log.append(&[&event(id, bytes, chunked)]);
+            log.event_ends();
+            ends.push(log.end());
+            if id % 3 == 0 {
+                log.append(&[beat(chunked)]);
+            }
+            log.release(log.end());
+        }
+        (log, ends)
+    }
+
+    #[test]
+    fn a_log_that_is_kept_is_read_again_from_behind_any_event() {
+        for chunked in [true, false] {
+            let (log, ends) = kept(50, 100, 1 << 20, chunked);
+            for (id, &end) in ends.iter().enumerate() {
+                // A heartbeat lies in front of the event or behind the one before it, as segments have it.
+                let Place::At(at) = log.behind(id as u64, chunked) else { panic!("{id}") };
+                assert!(
+                    at == end || at == end + beat(chunked).len() as u64,
+                    "{id} ends at {end}, found at {at}"
+                );
+            }
+            assert_eq!(log.behind(51, chunked), Place::Ahead);
+            let Place::At(at) = log.behind(47, chunked) else { panic!() };
+            let expected =
+                [&event(48, 100, chunked), beat(chunked), &event(49, 100, chunked), &event(50, 100, chunked)];
+            assert_eq!(read(&log, at), expected.concat());
+            assert_eq!(log.history_bytes(), log.end());
+        }
+    }
+
+    #[test]
+    fn history_is_bounded_by_the_window_and_says_where_it_begins() {
+        let window_bytes = 100_000;
+        let (log, ends) = kept(5_000, 200, window_bytes, true);
+        let held = log.end() - log.start();
+        assert!((window_bytes..window_bytes + LOG_SEGMENT_BYTES_MAX as u64).contains(&held), "{held}");
+        assert!(log.memory_bytes() < held as usize + LOG_SEGMENT_BYTES_MAX);
+        let Place::Gone(first) = log.behind(0, true) else { panic!("the start is still held") };
+        assert!(ends[first as usize] <= log.start() && ends[first as usize + 1] > log.start());
+        for id in 0..=5_000 {
+            let end = ends[id as usize];
+            match log.behind(id, true) {
+                Place::Gone(from) => assert!(from == first && id < first, "{id}"),
+                Place::At(at) => assert!(id >= first && (end..end + 9).contains(&at), "{id}: {at} for {end}"),
+                Place::Ahead => panic!("{id}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_owed_is_held_whatever_the_window_is() {
+        let mut log = Log::new();
+        log.keep(0);
+        for id in 1..=1_000 {
+            assert_eq!(log.next_event_id(), id);
+            log.append(&[&event(id, 300, false)]);
+            log.event_ends();
+        }
+        log.forget(0);
+        assert_eq!((log.start(), log.behind(0, false)), (0, Place::At(0)));
+        log.release(150_000);
+        assert!(log.start() <= 150_000 && log.start() > 150_000 - LOG_SEGMENT_BYTES_MAX as u64);
+        log.release(100);
+        assert_eq!(log.floor(), 150_000, "it does not go back");
+    }
+
+    #[test]
+    fn a_range_that_was_lent_is_given_piece_by_piece() {
+        let mut log = Log::new();
+        log.append(&[b"hello"]);
+        let lent = log.lend(0, u32::MAX).unwrap();
+        let rest = lent.skip(2).unwrap();
+        assert_eq!(rest.to_vec(), b"llo");
+        assert_eq!((rest.first(2).to_vec(), rest.first(9).to_vec()), (b"ll".to_vec(), b"llo".to_vec()));
+        assert!(rest.skip(3).is_none());
     }
 
     #[test]

@@ -166,6 +166,12 @@ closed_enum! {
         UpstreamStatus = "upstream_status",
         /// The durable stream that was being read was deleted, expired, or has dropped what was to be read next.
         Gone = "gone",
+        /// A reader of a shared stream fell behind what is kept of it.
+        Lagged = "lagged",
+        /// Somebody stopped the stream by its id.
+        StreamStopped = "stream_stopped",
+        /// Its last client had left, and none came back in time.
+        Abandoned = "abandoned",
         /// Slots or descriptors ran out.
         Overload = "overload",
         /// The drain deadline passed.
@@ -209,6 +215,11 @@ impl End {
             End::UpstreamError => (502, Upstream, true, "The model backend reported an error."),
             End::UpstreamStatus => (502, Upstream, true, "The model backend answered with an error."),
             End::Gone => (410, Client, false, "The stream was deleted or dropped while it was read."),
+            End::Lagged => {
+                (410, Client, true, "The client fell too far behind; it may go on from its last event id.")
+            }
+            End::StreamStopped => (410, Client, false, "The stream was stopped."),
+            End::Abandoned => (410, Client, false, "The last client left, and none came back in time."),
             End::Overload => (503, Gateway, true, "The server is at capacity."),
             End::Drain => (503, Operator, true, "The server is shutting down."),
             End::Stopped => (503, Operator, true, "The server was stopped."),

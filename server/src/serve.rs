@@ -14,7 +14,7 @@ use crate::settings::address::format_cpus;
 use crate::settings::load::Effective;
 use crate::settings::plan::Plan;
 use crate::settings::table;
-use crate::settings::{DESCRIPTORS_PER_CLIENT, Machine, descriptors_elsewhere};
+use crate::settings::{Machine, descriptors_elsewhere, descriptors_per_client};
 use crate::tls::Store;
 use shard::host::{self, JournalPlan, ShardPlan, ShardThread};
 use shard::mesh;
@@ -65,7 +65,10 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     let mut seed = [0; 8];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
-    let plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
+    let mut plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
+    // Ids of streams are good for the life of the process, as the streams are.
+    rustix::rand::getrandom(&mut plan.settings.stream_key, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
     let worst = plan.worst_case().total();
     if worst > machine.memory {
         log::info!(
@@ -80,7 +83,8 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     let data_dir = plan.data_dir.as_deref().map(DataDir::open).transpose()?;
     let shards = plan.cpus.len() as u64;
     let connections = shards * plan.settings.connections_max as u64;
-    let descriptors = descriptors_elsewhere(shards) + connections * DESCRIPTORS_PER_CLIENT;
+    let per_client = descriptors_per_client(!plan.upstreams.is_empty());
+    let descriptors = descriptors_elsewhere(shards) + connections * per_client;
     if let Err(error) = uring::reserve_descriptors(descriptors.min(limit).min(DESCRIPTORS_RESERVED_MAX)) {
         log::warn!("cannot reserve {descriptors} descriptors: {error}");
     }

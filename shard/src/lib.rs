@@ -17,3 +17,5 @@ mod tls;
     reason = "io_uring is a shared-memory interface; all unsafe code of the project lives here"
 )]
 pub mod uring;
+
+pub use crate::core::KeptTotals;

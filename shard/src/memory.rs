@@ -41,6 +41,8 @@ pub struct WorstCase {
     pub clients: u64,
     /// Durable streams: those of one shard, which has all.
     pub durable: u64,
+    /// What is kept of a shard's streams for those who come back.
+    pub resume: u64,
     /// The overdraft of a shard, and what the last to draw may exceed it by.
     pub overdraft: u64,
     /// TLS of a shard's connections, both sides.
@@ -61,8 +63,10 @@ impl WorstCase {
         let heads = 2 * head_bytes + head_bytes + head_bytes + u64::from(settings.buffer_bytes);
         let client = settings.share_bytes() + heads + LATE_ERROR_BYTES_MAX as u64 + STREAM_BOXES_BYTES;
         // Slabs grow by doubling. Beside each client, its backend's connection and two that are being closed.
-        let entries = 2 * (4 * clients_max + pooled) * (slab_entry_bytes() + OPS_BYTES);
-        let allocated = clients_max * client + entries;
+        // Streams without a client hold what those with one do.
+        let detached_max = settings.detached_max as u64;
+        let entries = 2 * (4 * clients_max + 2 * detached_max + pooled) * (slab_entry_bytes() + OPS_BYTES);
+        let allocated = (clients_max + detached_max) * client + entries;
         let tls_clients = settings.listeners.iter().any(|listener| listener.tls.is_some());
         let handshakes = settings.tls_handshakes_max.min(settings.connections_max) as u64;
         // A handshake's message may be kept in a buffer that grew by doubling.
@@ -76,6 +80,10 @@ impl WorstCase {
             overdraft: settings.overdraft_bytes_max
                 + settings.overdraft_bytes_max / ALLOCATOR_PART
                 + 4 * settings.event_bytes_max as u64,
+            resume: match settings.routes.iter().any(|route| route.resume.is_some()) {
+                true => settings.resume_bytes_max + settings.resume_bytes_max / ALLOCATOR_PART,
+                false => 0,
+            },
             // An append may end in a segment that is larger than it.
             durable: settings.durable.prefix.as_ref().map_or(0, |_| {
                 let bytes = settings.durable.store_bytes_max + LOG_SEGMENT_BYTES_MAX as u64;
@@ -93,7 +101,7 @@ impl WorstCase {
 
     /// Of one shard.
     pub fn shard(&self) -> u64 {
-        self.buffers + self.clients + self.overdraft + self.tls + self.fixed
+        self.buffers + self.clients + self.overdraft + self.resume + self.tls + self.fixed
     }
 
     /// Of the whole process.
@@ -126,6 +134,17 @@ mod tests {
         assert!(more(&|settings| settings.pool_idle_max += 100) > 0);
         assert!(more(&|settings| settings.durable.store_bytes_max += 1 << 20) >= 1 << 20);
         assert!(of(&|settings| settings.durable.prefix = None) < base);
+        assert!(more(&|settings| settings.detached_max += 10) > 10 * settings().share_bytes());
+        let resume = crate::settings::Resume {
+            window_bytes: 1,
+            on_leave: crate::settings::OnLeave::Cancel,
+            keep_ms: 0,
+            slow_reader: crate::settings::SlowReader::Auto,
+        };
+        assert!(
+            more(&|settings| settings.routes[0].resume = Some(resume)) >= settings().resume_bytes_max,
+            "what is kept"
+        );
         assert!(more(&|settings| settings.durable.on_disk = true) > 2 * DURABLE_BACKLOG_BYTES_MAX);
         let listener = Listener { tls: Some(0) };
         let with_tls = |settings: &mut Settings| settings.listeners = vec![listener];

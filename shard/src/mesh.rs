@@ -251,6 +251,8 @@ pub struct Moved {
     pub(crate) peer_fin: bool,
     pub(crate) requests: u32,
     pub(crate) refused: u32,
+    /// Shards that its request has gone by, in their order.
+    pub(crate) hops: u16,
 }
 
 /// Something that is handed from shard to shard.
@@ -336,6 +338,17 @@ impl<T> Neighbours<T> {
     /// Whether nothing more can be handed to that shard before it has taken something.
     pub fn is_full(&self, shard: usize) -> bool {
         self.outward.get(shard).and_then(Option::as_ref).is_none_or(|outward| outward.queue.is_full())
+    }
+
+    /// How many shards there are.
+    pub fn shards(&self) -> usize {
+        self.loads.len()
+    }
+
+    /// How many shards further that one is, counted round.
+    pub fn distance_to(&self, shard: usize) -> u16 {
+        let shards = self.shards();
+        ((shard + shards - self.own) % shards) as u16
     }
 
     /// Which shard this end is.

@@ -58,6 +58,18 @@ pub struct Settings {
     pub pool_age_ms: u32,
     /// Routes, most specific first; the last one matches every path.
     pub routes: Vec<Route>,
+    /// Memory of what is kept of streams for those who come back, bytes of one shard.
+    pub resume_bytes_max: u64,
+    /// Streams of one shard that go on without a client at a time.
+    pub detached_max: usize,
+    /// Readers that begin on a shard within a second; the others wait their turn, > 0.
+    pub resumes_per_s: u32,
+    /// Milliseconds that a response in background is kept when it is over, if its route keeps none longer.
+    pub background_keep_ms: u32,
+    /// Bytes of a response in background that are kept, if its route keeps no more.
+    pub background_window_bytes: u64,
+    /// Authenticates the ids of streams; the same in all shards.
+    pub stream_key: [u8; 32],
     /// Durable streams: where they are, and their limits.
     pub durable: durable::Settings,
     /// What the demo model does when a request does not say otherwise.
@@ -119,6 +131,45 @@ pub struct Route {
     pub half_close: HalfClose,
     /// Add `id:` lines to events.
     pub event_ids: bool,
+    /// How streams outlive their connections; `None`: they do not.
+    pub resume: Option<Resume>,
+}
+
+/// How the streams of a route outlive their connections.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Resume {
+    /// Bytes of what was delivered that are kept, > 0.
+    pub window_bytes: u64,
+    /// What becomes of a stream when its last client has left.
+    pub on_leave: OnLeave,
+    /// Milliseconds that a stream which is over is kept.
+    pub keep_ms: u32,
+    /// What becomes of a reader that is too slow.
+    pub slow_reader: SlowReader,
+}
+
+/// What becomes of a stream when its last client has left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnLeave {
+    /// It ends, and its backend is let go at once.
+    Cancel,
+    /// It goes on for this long, ms, > 0, as far as its window; then it ends.
+    Detach(u32),
+    /// It goes on to its end, however long nobody reads it.
+    Finish,
+}
+
+/// What becomes of a reader that is slower than its stream.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SlowReader {
+    /// As `Block` while it is the only one, as `Drop` where there are more.
+    Auto,
+    /// The backend is paused for it.
+    Block,
+    /// When the window has left it behind, it is told so and its connection closed; it may come back.
+    Drop,
+    /// When the window has left it behind, it is told which events it misses, and goes on with the newest.
+    Skip,
 }
 
 /// What a FIN without RST means while a streaming answer is under way. On other requests the answer is always sent.

@@ -126,6 +126,24 @@ counters! {
     turns_slow => "tokenring_turns_slow_total",
     /// Turns.
     turns => "tokenring_turns_total",
+    /// Clients that left streams which went on without them.
+    detaches => "tokenring_detaches_total",
+    /// Readers of streams by their ids: clients that came back, or read with others.
+    resumes => "tokenring_resumes_total",
+    /// Those of them that had to wait because too many came at once.
+    resumes_delayed => "tokenring_resumes_delayed_total",
+    /// Requests for streams by their ids that were refused: unknown, expired, out of the window.
+    resumes_refused => "tokenring_resumes_refused_total",
+    /// Requests to stop a stream by its id.
+    stream_stops => "tokenring_stream_stops_total",
+    /// Readers that the window left behind, and that were told so and closed.
+    readers_dropped => "tokenring_readers_dropped_total",
+    /// Readers that the window left behind, and that were told so and went on with the newest event.
+    readers_skipped => "tokenring_readers_skipped_total",
+    /// Streams that were over and were given up before their time for want of memory.
+    kept_evictions => "tokenring_kept_evictions_total",
+    /// Bytes of streams under way that were given up for want of memory, and cannot be read again.
+    kept_forgotten_bytes => "tokenring_kept_forgotten_bytes_total",
     /// Durable streams created, forks included.
     durable_creates => "tokenring_durable_creates_total",
     /// Appends to durable streams.
@@ -144,6 +162,10 @@ counters! {
     durable_trimmed_bytes => "tokenring_durable_trimmed_bytes_total",
     /// Appends to durable streams, and creations of such, that found no memory.
     durable_full => "tokenring_durable_full_total",
+    /// Live readers of durable streams that came to share what follows with others, because they had all there was.
+    durable_shared => "tokenring_durable_readers_shared_total",
+    /// Live readers of durable streams that fell behind what they shared with others, and went on by themselves.
+    durable_parted => "tokenring_durable_readers_parted_total",
     /// Records of durable streams made for the journal on disk.
     durable_journal_records => "tokenring_durable_journal_records_total",
     /// Bytes written to it.
@@ -251,6 +273,8 @@ pub struct Snapshot {
     pub tls_bytes: u64,
     /// Memory that streams and connections hold beyond the share of each, bytes.
     pub overdraft_bytes: u64,
+    /// What is kept of streams for those who come back.
+    pub kept: crate::core::KeptTotals,
     /// What the durable streams hold.
     pub durable: protocol::durable::Totals,
     /// How their journal stands; none without a data directory, and on other shards.

@@ -94,10 +94,10 @@ class Relay:
         return pace, {"max_tokens": tokens} if dialect == "messages" else {}
 
 
-def relay_before(name, backend, logs):
+def relay_before(name, backend, logs, *more):
     if DIRECT:
         return Relay(name, backend.url, backend, None)
-    tokenring = Tokenring(logs, [backend.url]).ready()
+    tokenring = Tokenring(logs, [backend.url], more=more).ready()
     return Relay(name, tokenring.url, backend, tokenring)
 
 

@@ -27,7 +27,7 @@ class Reader:
     """Takes bytes as they arrive, split anywhere, and keeps the events and comments found so far."""
 
     def __init__(self):
-        self.events, self.comments = [], []
+        self.events, self.comments, self.retry_ms = [], [], None
         self.pending, self.block = b"", None
 
     def feed(self, data, at_s=None):
@@ -63,6 +63,10 @@ class Reader:
         else:
             name, _, value = line.partition(":")
             value = value.removeprefix(" ")
+            if name == "retry":
+                # Takes effect at once, and is part of no event.
+                self.retry_ms = int(value)
+                return
             self.block = self.block or {"data": [], "event": "", "id": None}
             if name == "data":
                 self.block["data"].append(value)

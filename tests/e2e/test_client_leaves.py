@@ -1,4 +1,4 @@
-"""The client goes away: the backend must stop at once, in mid-stream and in a silent prefill alike."""
+"""The client goes away: with `--on-leave cancel` the backend must stop at once, in mid-stream and in a silent prefill alike."""
 
 import json
 import socket
@@ -7,11 +7,22 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import relay_before
 from harness import connections_to, wait_until
 from sse import PATHS, body_of
 
 # The contract is 100 ms from the client's FIN or RST to the backend's; the rest is the backend's own and the machine's.
 NOTICED_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def via_uvicorn(uvicorn, logs):
+    return relay_before("uvicorn", uvicorn, logs, "--on-leave", "cancel")
+
+
+@pytest.fixture(scope="module")
+def via_slow_llama(slow_llama, logs):
+    return relay_before("slow-llama", slow_llama, logs, "--on-leave", "cancel")
 
 
 def open_request(url, dialect, body, query=""):

@@ -1,7 +1,7 @@
 //! What is read out of a request's body in passing, against a JSON parser, whatever the splits.
 
 use super::input::for_each_split;
-use protocol::facts::{RequestFacts, Scanner};
+use protocol::facts::{Background, RequestFacts, Rewriter, Scanner};
 use serde::Deserializer;
 use serde::de::{MapAccess, Visitor};
 use serde_json::Value;
@@ -48,9 +48,36 @@ pub fn run(data: &[u8]) {
     let mut scanner = Scanner::new(half);
     scanner.feed(data);
     assert_eq!(scanner.facts(), &scan(&[&data[..half]]));
-    if let Some(expected) = expected(data) {
-        assert_eq!(whole, expected);
+    let expected = expected(data);
+    if let Some(expected) = &expected {
+        assert_eq!(&whole, expected);
     }
+    let rewritten = rewrite(&[data]);
+    for_each_split(data, |pieces| assert_eq!(rewrite(pieces), rewritten));
+    let (bytes, says) = rewritten;
+    assert_eq!(bytes.len(), data.len());
+    match says {
+        Background::No if whole.background != Some(true) => {}
+        Background::No => panic!("it was asked for"),
+        Background::Undecided => assert_eq!(whole.background, Some(true)),
+        Background::Streams | Background::Polls => {
+            assert_eq!(whole.background, Some(true));
+            let (mut given, mut expected) = (scan(&[&bytes]), whole);
+            assert_ne!(given.background, Some(true), "the backend is not to know");
+            (given.background, expected.background, expected.stream) = (None, None, Some(true));
+            assert_eq!(given, expected);
+        }
+    }
+}
+
+fn rewrite(pieces: &[&[u8]]) -> (Vec<u8>, Background) {
+    let (mut rewriter, mut out) = (Rewriter::new(), Vec::new());
+    for piece in pieces {
+        rewriter.feed(piece, |bytes| out.extend_from_slice(bytes));
+    }
+    let says = rewriter.background();
+    rewriter.finish(|bytes| out.extend_from_slice(bytes));
+    (out, says)
 }
 
 fn scan(pieces: &[&[u8]]) -> RequestFacts {

@@ -76,6 +76,7 @@ pub fn run_on<L: Lending>(data: &[u8]) {
                 held.truncate(choices.below(4));
                 events += 1;
                 assert_eq!(log.next_event_id(), events);
+                log.event_ends();
             }
         }
         for (from, lent) in held.iter().rev().take(4) {

@@ -125,6 +125,66 @@ fn readers_of_every_kind_see_all_and_are_told_of_the_end() {
 }
 
 #[test]
+fn live_readers_share_what_comes_and_a_slow_one_goes_on_by_itself() {
+    let mut sim = sim_with(14, |settings| settings.lag_high_bytes = 8_192);
+    sim.client(ClientPlan {
+        write_gap_us: 20_000,
+        write_bytes: 2_000,
+        ..publish("/v1/durable/a", 200, 2_000).plan(0)
+    });
+    let stuck = Pace::Stuck { after_bytes: 3_000, for_us: 4_000_000 };
+    let readers: Vec<usize> = (0..40)
+        .map(|nth| {
+            let pace = if nth % 10 == 9 { stuck } else { Pace::Eager };
+            sim.client(ClientPlan {
+                pace,
+                ..read("/v1/durable/a", "offset=-1&live=sse").plan(50_000 + 10_000 * nth)
+            })
+        })
+        .collect();
+    sim.run_ms(1_500);
+    let snapshot = sim.shard.snapshot();
+    assert_eq!((snapshot.durable.readers, snapshot.kept.live, snapshot.kept.readers), (40, 0, 0));
+    assert_eq!(snapshot.stats.counters.durable_shared, 40);
+    let finished = sim.finish();
+    assert_eq!(check(&finished, &readers, 200), 40);
+    let counters = &finished.sim.shard.stats().counters;
+    assert_eq!(counters.durable_parted, 4, "those that were stuck");
+    assert_eq!(finished.ends(End::Done), 200 + 1 + 40, "a tail is nobody's stream");
+}
+
+#[test]
+fn those_who_share_are_sent_away_and_told_of_the_end_as_others_are() {
+    for (line, fields) in
+        [("DELETE /v1/durable/a", LAST), ("POST /v1/durable/a", "Stream-Closed: true\nConnection: close\n")]
+    {
+        let mut sim = sim_with(15, |settings| settings.durable.events_ms = 5_000);
+        sim.client(Requests::new().ask("PUT /v1/durable/a", &format!("{JSON}{LAST}"), "").plan(0));
+        let read = |at_us| read("/v1/durable/a", "offset=-1&live=sse").plan(at_us);
+        let sent_away: Vec<usize> = (0..5).map(|nth| sim.client(read(10_000 + nth))).collect();
+        let told: Vec<usize> = (0..5).map(|nth| sim.client(read(6_000_000 + nth))).collect();
+        for number in 0..8 {
+            let fields = format!("{JSON}{LAST}");
+            let append = Requests::new().ask("POST /v1/durable/a", &fields, &message(number, 9));
+            sim.client(append.plan(1_000_000 * (number as u64 + 1)));
+        }
+        sim.client(Requests::new().ask(line, fields, "").plan(9_000_000));
+        let finished = sim.finish();
+        assert_eq!(finished.sim.shard.stats().counters.durable_shared, 10);
+        let closes = line.starts_with("POST");
+        let seen = |reader: &usize| {
+            let world = finished.sim.world();
+            let answer = &world.clients[*reader].reader.messages[0];
+            assert!(answer.complete, "it ends between two events");
+            numbers(answer)
+        };
+        assert!(sent_away.iter().all(|reader| seen(reader) == ((0..5).collect(), false)));
+        assert!(told.iter().all(|reader| seen(reader) == ((0..8).collect(), closes)), "{line}");
+        assert_eq!(finished.sim.shard.snapshot().durable.readers, 0);
+    }
+}
+
+#[test]
 fn a_long_poll_is_answered_by_the_append_that_it_waits_for() {
     let mut sim = sim_with(2, |_| {});
     sim.client(Requests::new().ask("PUT /v1/durable/a", &format!("{JSON}{LAST}"), "").plan(0));
@@ -327,8 +387,8 @@ fn who_asks_before_it_sends_too_much_is_told_before_it_sends() {
     assert_eq!(finished.ends(End::Refused), 1);
 }
 
-/// A run drawn from a seed; gives how many readers saw a stream to its end.
-fn random_run(seed: u64) -> usize {
+/// A run drawn from a seed; gives how many readers saw a stream to its end, came to share what comes, and fell behind there.
+fn random_run(seed: u64) -> [usize; 3] {
     println!("seed {seed}");
     let mut rng = Rng::new(seed);
     let mut machine = faults(&mut rng);
@@ -394,13 +454,17 @@ fn random_run(seed: u64) -> usize {
     }
     let finished = sim.finish();
     assert_eq!(finished.sim.shard.snapshot().durable.readers, 0, "who has left does not read");
-    checks.iter().map(|(readers, messages)| check(&finished, readers, *messages)).sum()
+    let counters = &finished.sim.shard.stats().counters;
+    let whole = checks.iter().map(|(readers, messages)| check(&finished, readers, *messages)).sum();
+    [whole, counters.durable_shared as usize, counters.durable_parted as usize]
 }
 
 #[test]
 fn readers_see_what_was_published_whatever_the_machine_does() {
-    let whole: usize = (0..200).map(random_run).sum();
+    let runs: Vec<[usize; 3]> = (0..200).map(random_run).collect();
+    let [whole, shared, parted] = [0, 1, 2].map(|nth| runs.iter().map(|run| run[nth]).sum::<usize>());
     assert!(whole > 100, "{whole} readers saw the end of their streams");
+    assert!(shared > 100 && parted > 5, "{shared} shared, {parted} fell behind");
 }
 
 /// What is known of a stream over all crashes.

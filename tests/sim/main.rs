@@ -14,6 +14,7 @@ mod minimise;
 mod plan;
 mod random;
 mod reader;
+mod resume;
 mod rng;
 mod run;
 mod script;

@@ -40,6 +40,13 @@ fn with(identity: &Identity, tongues: Tongues, change: impl FnOnce(&mut Settings
     Sim::secure(7, settings, vec![BackendHost::new(0)], tongues, identity)
 }
 
+/// A run with TLS on both legs.
+pub(crate) fn of_both(seed: u64, mut settings: Settings, hosts: Vec<BackendHost>) -> Sim {
+    let identity = Identity::new(&TLS13);
+    settings.listeners = vec![Listener { tls: Some(0) }];
+    Sim::secure(seed, settings, hosts, both(&identity), &identity)
+}
+
 fn calm(change: impl FnOnce(&mut Tongues)) -> Sim {
     let identity = Identity::new(&TLS13);
     let mut tongues = both(&identity);

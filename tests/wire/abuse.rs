@@ -275,7 +275,7 @@ fn a_backend_with_endless_comments() {
 #[test]
 fn backends_with_endless_tiny_events_or_chunks() {
     for how in ["tiny", "pieces"] {
-        let server = Server::start(&[backend()], &[]);
+        let server = Server::start(&[backend()], &["--on-leave", "cancel"]);
         let before_kib = server.resident_kib();
         beside_innocents(&server, || {
             let mut clients: Vec<_> = (0..4).map(|_| server.connect()).collect();
@@ -518,7 +518,7 @@ fn large_partial_events_of_many_backends_have_one_budget() {
 fn a_thousand_stuck_readers_cost_no_more_than_computed() {
     const READERS: usize = 1000;
     let flags = ["--conns-max", "1100", "--event-bytes-max", "1MiB", "--overdraft-bytes-max", "16MiB"];
-    let server = Server::start(&[backend()], &flags);
+    let server = Server::start(&[backend()], &[&flags[..], &["--on-leave", "cancel"]].concat());
     let computed_kib = server.count("tokenring_memory_worst_case_bytes") / 1024;
     let mut crowd = Vec::new();
     for nth in 0..READERS {

@@ -240,7 +240,7 @@ fn total_before_anything_was_sent() {
 #[test]
 fn write_stall() {
     let backend = Backend::listen();
-    let server = Server::before(&backend, &["--write-stall-ms", "300"]);
+    let server = Server::before(&backend, &["--write-stall-ms", "300", "--on-leave", "cancel"]);
     let client = server.connect();
     client.receive_little();
     let mut client = client;

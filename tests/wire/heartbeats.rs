@@ -199,7 +199,7 @@ fn only_streaming_requests_to_models_are_committed_early() {
 #[test]
 fn a_stuck_reader_is_sent_no_heartbeats() {
     let backend = Backend::listen();
-    let server = Server::before(&backend, &["--heartbeat-ms", "20"]);
+    let server = Server::before(&backend, &["--heartbeat-ms", "20", "--on-leave", "cancel"]);
     let client = server.connect();
     client.receive_little();
     let mut client = client;

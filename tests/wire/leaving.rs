@@ -1,4 +1,5 @@
-//! The client leaves: by FIN or RST, in every phase. Its backend's connection is closed at once.
+//! The client leaves: by FIN or RST, in every phase. Its backend's connection is closed at once, also where its stream could go
+//! on without it, if the route says so.
 
 use crate::backend::{Backend, BlackHole};
 use crate::events::streaming;
@@ -17,6 +18,9 @@ enum By {
     Reset,
 }
 const WAYS: [By; 2] = [By::Fin, By::Reset];
+
+/// Streams that have begun would go on for a while by default.
+const CANCEL: [&str; 2] = ["--on-leave", "cancel"];
 
 fn leave(client: Peer, by: By) {
     match by {
@@ -99,7 +103,7 @@ fn during_a_silent_prefill() {
 #[test]
 fn between_the_streams_head_and_its_first_token() {
     let backend = Backend::listen();
-    let server = Server::before(&backend, &[]);
+    let server = Server::before(&backend, &CANCEL);
     for by in WAYS {
         for dialect in dialects() {
             let (client, mut upstream) = streaming(&server, &backend, &stream_request(dialect.path));
@@ -113,7 +117,7 @@ fn between_the_streams_head_and_its_first_token() {
 #[test]
 fn while_streaming() {
     let backend = Backend::listen();
-    let server = Server::before(&backend, &[]);
+    let server = Server::before(&backend, &CANCEL);
     for by in WAYS {
         for dialect in dialects() {
             let (mut client, mut upstream) = streaming(&server, &backend, &stream_request(dialect.path));
@@ -129,7 +133,7 @@ fn while_streaming() {
 #[test]
 fn after_an_early_commit() {
     let backend = Backend::listen();
-    let server = Server::before(&backend, &["--commit-ms", "20"]);
+    let server = Server::before(&backend, &[&CANCEL[..], &["--commit-ms", "20"]].concat());
     for by in WAYS {
         let mut client = server.connect();
         client.send(chat());
@@ -144,7 +148,7 @@ fn after_an_early_commit() {
 #[test]
 fn while_it_does_not_read() {
     let backend = Backend::listen();
-    let server = Server::before(&backend, &[]);
+    let server = Server::before(&backend, &CANCEL);
     for by in WAYS {
         let client = server.connect();
         client.receive_little();
@@ -197,7 +201,7 @@ fn by_reset_during_an_ordinary_answer() {
 #[test]
 fn a_half_close_means_left_on_a_streaming_request() {
     let backend = Backend::listen();
-    let server = Server::before(&backend, &["--half-close", "leave"]);
+    let server = Server::before(&backend, &[&CANCEL[..], &["--half-close", "leave"]].concat());
     let mut client = server.connect();
     client.send(chat());
     let (mut upstream, _) = backend.request();

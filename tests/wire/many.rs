@@ -78,10 +78,13 @@ fn all_ways(server: &Server, each: usize) {
 #[test]
 fn twenty_thousand_come_and_go_and_leave_nothing_behind() {
     let backend = Backend::listen().serve(talk);
-    let mut server = Server::start(&[backend], &["--pool-idle-ms", "100"]);
+    let flags = ["--pool-idle-ms", "100", "--detach-ms", "20", "--keep-ms", "20"];
+    let mut server = Server::start(&[backend], &flags);
     let at_rest = |server: &mut Server| {
         server.wait_for("all to be gone", |server| {
-            server.count("tokenring_connections") == 0 && server.count("tokenring_upstream_connections") == 0
+            ["connections", "upstream_connections", "kept_live_streams", "kept_over_streams"]
+                .iter()
+                .all(|gauge| server.count(&format!("tokenring_{gauge}")) == 0)
         });
     };
     // Once, for what is allocated on first use.
@@ -97,6 +100,7 @@ fn twenty_thousand_come_and_go_and_leave_nothing_behind() {
     assert_eq!(server.count("tokenring_accepts_total"), 20_400);
     assert_eq!(server.count("tokenring_closes_total"), 20_400);
     assert_eq!(server.count("tokenring_log_bytes"), 0);
+    assert_eq!(server.count("tokenring_kept_bytes"), 0);
     assert_eq!(server.count("tokenring_timers"), 0);
     assert_eq!(server.count("tokenring_accept_errors_total"), 0);
     server.signal("TERM");

@@ -139,7 +139,7 @@ fn an_upload_to_a_backend_that_does_not_read_is_paused_and_resumed() {
 fn many_stuck_readers_cost_little_each() {
     const READERS: usize = 50;
     let backend = Backend::listen();
-    let server = Server::before(&backend, &[]);
+    let server = Server::before(&backend, &["--on-leave", "cancel"]);
     let before_kib = server.resident_kib();
     let mut stuck = Vec::new();
     let piece = chunk(token(&"x".repeat(1000)));
@@ -172,7 +172,7 @@ fn many_stuck_readers_cost_little_each() {
 #[test]
 fn clients_beyond_the_slots_wait_in_the_backlog_and_are_served_later() {
     let backend = Backend::listen();
-    let server = Server::before(&backend, &["--conns-max", "4"]);
+    let server = Server::before(&backend, &["--conns-max", "4", "--on-leave", "cancel"]);
     let mut seated: Vec<_> = (0..4).map(|_| streaming(&server, &backend, &chat())).collect();
     let mut waiting: Vec<_> = (0..3)
         .map(|nth| {

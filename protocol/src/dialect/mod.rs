@@ -249,7 +249,7 @@ fn choice_meaning(choice: Members<'_>) -> Meaning {
 }
 
 /// The event's name, out of the `event` line or else the data's `type`; empty if it has none.
-fn event_type<'a>(block: &Block<'a>) -> &'a [u8] {
+pub(crate) fn event_type<'a>(block: &Block<'a>) -> &'a [u8] {
     match block.event() {
         Some(name) if !name.is_empty() && name != b"message" => name,
         _ => {
@@ -258,6 +258,14 @@ fn event_type<'a>(block: &Block<'a>) -> &'a [u8] {
                 _ => b"",
             }
         }
+    }
+}
+
+/// A member of a data line's object that is a whole number, wherever it stands.
+pub(crate) fn number_member(data: &[u8], name: &[u8]) -> Option<u64> {
+    match Members::of_whole(data)?.find(name)? {
+        Value::Scalar(digits) => std::str::from_utf8(digits).ok()?.parse().ok(),
+        _ => None,
     }
 }
 

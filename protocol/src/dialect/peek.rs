@@ -86,6 +86,11 @@ impl<'a> Members<'a> {
         Members::of_object(after_space(&data[..data.len().min(PEEK_BYTES_MAX)]))
     }
 
+    /// The members of the object that `data` begins with, all of them.
+    pub(super) fn of_whole(data: &'a [u8]) -> Option<Self> {
+        Members::of_object(after_space(data))
+    }
+
     fn of_object(text: &'a [u8]) -> Option<Self> {
         text.strip_prefix(b"{").map(|rest| Members { rest, at_nested: false })
     }

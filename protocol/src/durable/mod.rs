@@ -30,7 +30,7 @@ mod model_tests;
 mod tests;
 
 pub use offset::Offset;
-pub use reading::{Progress, Reading};
+pub use reading::{Progress, Reading, Shared};
 pub use request::{Operation, Request};
 pub use store::{Answer, Counters, Poll, Reply, Store, Totals};
 

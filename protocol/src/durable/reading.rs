@@ -4,6 +4,7 @@ use super::store::{Id, Store};
 use super::{Form, Now};
 use crate::limits::{DURABLE_BATCH_BYTES, DURABLE_BATCH_MESSAGES};
 use crate::log::Lent;
+use crate::slots::Key;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use memchr::memchr2;
@@ -79,13 +80,29 @@ const RETRY_JITTER_MS: u64 = 1000;
 /// A cursor that would go back goes on by up to so much.
 const CURSOR_JITTER_S: u64 = 3600;
 
+/// What live readers can share: the events of a stream, in one of their forms.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Shared {
+    id: Id,
+    plain: bool,
+}
+
 impl Cursor {
     pub(super) fn new(of_client: Option<u64>) -> Self {
         Cursor { last: None, of_client }
     }
 
+    fn current(now: Now) -> u64 {
+        (now.unix_ms / 1000).saturating_sub(CURSOR_EPOCH_S) / CURSOR_INTERVAL_S
+    }
+
+    /// Whether it is where time is, as those of most readers are.
+    fn is_common(&self, now: Now) -> bool {
+        self.last.is_none_or(|last| last <= Self::current(now))
+    }
+
     pub(super) fn next(&mut self, now: Now) -> u64 {
-        let current = (now.unix_ms / 1000).saturating_sub(CURSOR_EPOCH_S) / CURSOR_INTERVAL_S;
+        let current = Self::current(now);
         let next = match (self.last, self.of_client) {
             (Some(last), _) => last.max(current),
             (None, Some(theirs)) if theirs >= current => {
@@ -112,6 +129,30 @@ impl Reading {
         let retry_ms = plain.then_some(RETRY_MS + now.random % RETRY_JITTER_MS);
         let shape = Shape::Events { plain, cursor, event: None, told: None, retry_ms };
         Reading { id, slot: None, at, form, shape, events: 0, finishing: false }
+    }
+
+    /// If it waits for what comes, and that will be the same for whoever is where it is: what, and where that is.
+    pub fn shares(&self, now: Now) -> Option<(Shared, u64)> {
+        let Shape::Events { plain, cursor, event: None, told: Some((told, false)), retry_ms: None } =
+            &self.shape
+        else {
+            return None;
+        };
+        let common = *told == self.at && !self.finishing && (*plain || cursor.is_common(now));
+        common.then_some((Shared { id: self.id, plain: *plain }, self.at))
+    }
+
+    /// What it would share if it waited, if it is one of events.
+    pub fn shared(&self) -> Option<Shared> {
+        match self.shape {
+            Shape::Events { plain, .. } => Some(Shared { id: self.id, plain }),
+            Shape::Page { .. } => None,
+        }
+    }
+
+    /// The position in the stream behind what was given so far, if that ends between two events.
+    pub fn between(&self) -> Option<u64> {
+        (!self.is_within()).then_some(self.at)
     }
 
     /// Events written since the last call; control events are not counted.
@@ -155,6 +196,38 @@ pub(super) fn body_bytes(form: Form, at: u64, end: u64) -> u64 {
 }
 
 impl Store {
+    /// A reading of what comes, for all who are where this one is; `reader` is woken for it. This one leaves.
+    pub fn share(&mut self, reading: &mut Reading, reader: Key, now: Now) -> Reading {
+        let shape = match &reading.shape {
+            Shape::Events { plain, cursor, told, .. } => {
+                Shape::Events { plain: *plain, cursor: *cursor, event: None, told: *told, retry_ms: None }
+            }
+            Shape::Page { end, begun } => Shape::Page { end: *end, begun: *begun },
+        };
+        let slot = Some(self.subscribe(reading.id, reader));
+        self.leave(reading, now);
+        Reading {
+            id: reading.id,
+            slot,
+            at: reading.at,
+            form: reading.form,
+            shape,
+            events: 0,
+            finishing: false,
+        }
+    }
+
+    /// One that has left, for what others read for it, goes on by itself behind the last event that it was given.
+    pub fn part(&mut self, reading: &mut Reading, behind: u64, reader: Key) {
+        reading.at = behind;
+        if let Shape::Events { told, .. } = &mut reading.shape {
+            *told = Some((behind, false));
+        }
+        if reading.slot.is_none() {
+            reading.slot = Some(self.subscribe(reading.id, reader));
+        }
+    }
+
     /// Appends to `out` what comes next, no more than about `bytes_max`.
     pub fn read(&self, reading: &mut Reading, now: Now, out: &mut Vec<u8>, bytes_max: usize) -> Progress {
         let full = out.len() + bytes_max;

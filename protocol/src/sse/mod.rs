@@ -1,6 +1,9 @@
 //! Server-Sent Events as the WHATWG standard reads them (HTML, section 9.2.6), cut into whole blocks. The bytes of a
 //! block are passed on as they came; only the block that straddles two receives is copied, and only while it does.
 
+mod find;
+
+pub(crate) use find::end_of_event;
 use memchr::{memchr, memchr2};
 
 /// Largest buffer that is kept for the next straddling block while one receive is being taken apart.

@@ -79,6 +79,13 @@ families! {
     OVERDRAFT = "tokenring_overdraft_bytes", Kind::Gauge, ["shard"], "Memory that streams and connections hold beyond the share of each.";
     OVERDRAFT_MAX = "tokenring_overdraft_bytes_max", Kind::Gauge, ["shard"], "The most they may (overdraft_bytes_max).";
     MEMORY_MAX = "tokenring_memory_worst_case_bytes", Kind::Gauge, [], "The most memory the process can come to hold with its settings, as `tokenring check` computes it.";
+    LIVE = "tokenring_kept_live_streams", Kind::Gauge, ["shard"], "Streams under way that can be read by their ids.";
+    OVER = "tokenring_kept_over_streams", Kind::Gauge, ["shard"], "Streams that are over and can still be read by their ids.";
+    KEPT_BYTES = "tokenring_kept_bytes", Kind::Gauge, ["shard"], "Memory of what is kept of streams for those who come back.";
+    KEPT_BYTES_MAX = "tokenring_kept_bytes_max", Kind::Gauge, ["shard"], "The most that may be (resume_bytes_max).";
+    DETACHED = "tokenring_detached_streams", Kind::Gauge, ["shard"], "Streams that go on without a client.";
+    STREAM_READERS = "tokenring_stream_readers", Kind::Gauge, ["shard"], "Readers of streams by their ids.";
+    STREAM_READERS_WAITING = "tokenring_stream_readers_waiting", Kind::Gauge, ["shard"], "Those of them that wait for their turn to begin.";
     DURABLE_STREAMS = "tokenring_durable_streams", Kind::Gauge, ["shard"], "Durable streams held.";
     DURABLE_BYTES = "tokenring_durable_bytes", Kind::Gauge, ["shard"], "Memory that durable streams take.";
     DURABLE_BYTES_MAX = "tokenring_durable_bytes_max", Kind::Gauge, ["shard"], "The most they may (durable_store_bytes_max).";

@@ -49,6 +49,14 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     let overdraft_max = view.fixed.plan.settings.overdraft_bytes_max;
     page.per_shard(&families::OVERDRAFT_MAX, view, |_| overdraft_max);
     page.one(&families::MEMORY_MAX, &[], view.fixed.plan.worst_case().total());
+    page.per_shard(&families::LIVE, view, |snapshot| snapshot.kept.live as u64);
+    page.per_shard(&families::OVER, view, |snapshot| snapshot.kept.over as u64);
+    page.per_shard(&families::KEPT_BYTES, view, |snapshot| snapshot.kept.bytes);
+    let kept_max = view.fixed.plan.settings.resume_bytes_max;
+    page.per_shard(&families::KEPT_BYTES_MAX, view, |_| kept_max);
+    page.per_shard(&families::DETACHED, view, |snapshot| snapshot.kept.detached as u64);
+    page.per_shard(&families::STREAM_READERS, view, |snapshot| snapshot.kept.readers as u64);
+    page.per_shard(&families::STREAM_READERS_WAITING, view, |snapshot| snapshot.kept.waiting as u64);
     page.per_shard(&families::DURABLE_STREAMS, view, |snapshot| snapshot.durable.streams as u64);
     page.per_shard(&families::DURABLE_BYTES, view, |snapshot| snapshot.durable.bytes);
     let durable_max = view.fixed.plan.settings.durable.store_bytes_max;

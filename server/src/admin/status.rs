@@ -77,6 +77,15 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
         "tls_bytes": snapshot.tls_bytes,
         "overdraft_bytes": snapshot.overdraft_bytes,
         "overdraft_bytes_max": plan.settings.overdraft_bytes_max,
+        "kept": {
+            "live": snapshot.kept.live,
+            "over": snapshot.kept.over,
+            "detached": snapshot.kept.detached,
+            "readers": snapshot.kept.readers,
+            "readers_waiting": snapshot.kept.waiting,
+            "bytes": snapshot.kept.bytes,
+            "bytes_max": plan.settings.resume_bytes_max,
+        },
         "durable": {
             "streams": snapshot.durable.streams,
             "bytes": snapshot.durable.bytes,

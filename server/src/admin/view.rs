@@ -204,6 +204,7 @@ pub(crate) mod tests {
             log_bytes: 30,
             tls_bytes: 0,
             overdraft_bytes: 35,
+            kept: shard::KeptTotals { live: 31, over: 32, detached: 33, readers: 34, waiting: 3, bytes: 35 },
             durable: protocol::durable::Totals { streams: 36, bytes: 37, readers: 38 },
             journal: (shard == 0).then_some(JournalState {
                 segments: 2,

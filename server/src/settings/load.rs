@@ -6,7 +6,7 @@ use super::file::{self, File, RouteTable, UpstreamReference};
 use super::table::{self, Default, Setting};
 use super::tls::{self, ListenerValues, UpstreamValues};
 use super::value::Value;
-use super::{DESCRIPTORS_PER_CLIENT, Machine, Place, Problem};
+use super::{Machine, Place, Problem, descriptors_per_client};
 use rustls::pki_types::ServerName;
 use std::collections::HashMap;
 use std::fmt;
@@ -131,7 +131,7 @@ pub(crate) fn load(layers: Layers<'_>) -> Result<Effective, Vec<Problem>> {
     let routes = routes(&layers.file.routes, &values, &mut upstreams, &mut problems);
     let listeners = tls::listeners(&layers.file.listeners, &values, layers.machine, &mut problems);
     let upstream_tls = tls::upstreams(&layers.file.upstreams, &upstreams, &values, &mut problems);
-    relations(&values, layers.machine, &mut problems);
+    relations(&values, layers.machine, !upstreams.is_empty(), &mut problems);
     durable_relations(&values, &mut problems);
     misspelt(&layers.variables, &mut problems);
     if problems.is_empty() {
@@ -302,7 +302,7 @@ fn durable_relations(values: &Values, problems: &mut Vec<Problem>) {
 }
 
 /// What must hold between settings.
-fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
+fn relations(values: &Values, machine: &Machine, has_upstreams: bool, problems: &mut Vec<Problem>) {
     let mut less = |low: &Setting, high: &Setting, why: &str| {
         let (small, large) = (values.integer(low), values.integer(high));
         if small >= large {
@@ -345,14 +345,15 @@ fn relations(values: &Values, machine: &Machine, problems: &mut Vec<Problem>) {
         )));
     }
     let connections = values.integer(&table::CONNS_MAX);
+    let per_client = descriptors_per_client(has_upstreams);
     let left = machine.left_for_connections(shards);
-    if shards.saturating_mul(connections).saturating_mul(DESCRIPTORS_PER_CLIENT) > left {
+    if shards.saturating_mul(connections).saturating_mul(per_client) > left {
         problems.push(Problem::new(format!(
-            "conns_max ({connections}, {}) × {shards} shards × {DESCRIPTORS_PER_CLIENT} descriptors exceeds what the limit of {} \
+            "conns_max ({connections}, {}) × {shards} shards × {per_client} descriptors exceeds what the limit of {} \
              descriptors leaves ({left}): raise the limit (ulimit -Hn, LimitNOFILE=){}",
             values.source(&table::CONNS_MAX),
             machine.descriptors,
-            match left / (DESCRIPTORS_PER_CLIENT * shards) {
+            match left / (per_client * shards) {
                 0 => String::new(),
                 fewer => format!(", or lower conns_max to {fewer} or shards"),
             },
@@ -470,11 +471,19 @@ pub(crate) mod tests {
         assert!(error(&[("durable-store-bytes-max", "1MiB")]).contains("durable_store_bytes_max (1048576"));
         assert!(error(&[("cpus", "0,9")]).contains("may not run on CPU 9; it may use 0-3"));
         assert!(error(&[("cpus", "0"), ("shards", "2")]).contains("must not exceed the 1 of cpus"));
-        assert!(
-            error(&[("conns-max", "5000")]).contains("lower conns_max to 2444"),
-            "{}",
-            error(&[("conns-max", "5000")])
-        );
+    }
+
+    #[test]
+    fn a_client_needs_a_second_descriptor_only_where_there_is_a_backend() {
+        let of = |conns_max, more: &[(&'static str, &'static str)]| {
+            load_with(&[&[("conns-max", conns_max)], more].concat(), &[], "")
+        };
+        let backend = [("upstream", "http://a")];
+        let error = of("2445", &backend).unwrap_err().join("\n");
+        assert!(error.contains("× 2 descriptors") && error.contains("lower conns_max to 2444"), "{error}");
+        assert!(of("2444", &backend).is_ok() && of("4888", &[]).is_ok());
+        let error = of("4889", &[]).unwrap_err().join("\n");
+        assert!(error.contains("× 1 descriptors") && error.contains("lower conns_max to 4888"), "{error}");
     }
 
     #[test]

@@ -20,7 +20,11 @@ const DESCRIPTORS_PER_SHARD: u64 = 16;
 /// More of them with several shards: clients that it accepts while others are handed to it.
 const DESCRIPTORS_PARKED: u64 = ACCEPTS_ARMED_MAX as u64;
 /// Descriptors of one relayed client: its own socket and its backend's.
-pub(crate) const DESCRIPTORS_PER_CLIENT: u64 = 2;
+const DESCRIPTORS_PER_CLIENT: u64 = 2;
+/// Descriptors that a client may need: of one that no backend serves, its own socket is all.
+pub(crate) fn descriptors_per_client(has_upstreams: bool) -> u64 {
+    if has_upstreams { DESCRIPTORS_PER_CLIENT } else { 1 }
+}
 /// Below this many connections per shard a server is of no use; the default never goes lower, the check then complains.
 const CONNECTIONS_DEFAULT_MIN: u64 = 16;
 

@@ -154,6 +154,7 @@ pub(crate) fn memory(worst: &WorstCase) -> String {
          # {:>8} MiB  receive buffers of a shard\n\
          # {:>8} MiB  clients of a shard (conns_max), each with its share\n\
          # {:>8} MiB  overdraft of a shard, and its edge\n\
+         # {:>8} MiB  what is kept of a shard's streams (resume_bytes_max)\n\
          # {:>8} MiB  TLS of a shard's connections\n\
          # {:>8} MiB  everything else of a shard\n\
          # {:>8} MiB  durable streams (durable_store_bytes_max)\n\
@@ -161,6 +162,7 @@ pub(crate) fn memory(worst: &WorstCase) -> String {
         mib(worst.buffers),
         mib(worst.clients),
         mib(worst.overdraft),
+        mib(worst.resume),
         mib(worst.tls),
         mib(worst.fixed),
         mib(worst.durable),
@@ -251,6 +253,7 @@ mod tests {
             clients: 1 << 30,
             overdraft: 1,
             durable: 0,
+            resume: 0,
             tls: 0,
             fixed: 0,
             shards: 2,

@@ -10,7 +10,9 @@ use protocol::durable;
 use protocol::http::HeadLimits;
 use protocol::phase::Deadlines;
 use shard::memory::WorstCase;
-use shard::settings::{HalfClose, Listener, Route, Settings, Sleep, UpstreamTls};
+use shard::settings::{
+    HalfClose, Listener, OnLeave, Resume, Route, Settings, Sleep, SlowReader, UpstreamTls,
+};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -90,6 +92,12 @@ impl Plan {
             pool_idle_ms: narrow(values.integer(&table::POOL_IDLE_MS)),
             pool_age_ms: narrow(values.integer(&table::POOL_AGE_MS)),
             routes: effective.routes.iter().map(route).collect(),
+            resume_bytes_max: values.integer(&table::RESUME_BYTES_MAX),
+            detached_max: narrow(values.integer(&table::DETACHED_MAX)),
+            resumes_per_s: narrow(values.integer(&table::RESUMES_PER_S)),
+            background_keep_ms: narrow(values.integer(&table::BACKGROUND_KEEP_MS)),
+            background_window_bytes: values.integer(&table::BACKGROUND_WINDOW),
+            stream_key: [0; 32],
             durable: durable::Settings {
                 prefix: values.prefix(&table::DURABLE_PREFIX).map(str::to_owned),
                 body_bytes_max: values.integer(&table::DURABLE_BODY_BYTES_MAX),
@@ -184,7 +192,27 @@ fn route(route: &RouteValues) -> Route {
             HalfClose::Leave
         },
         event_ids: values.switch(&table::EVENT_IDS),
+        resume: resume(values),
     }
+}
+
+/// Without ids nobody could say where to go on.
+fn resume(values: &Values) -> Option<Resume> {
+    let window_bytes = values.integer(&table::RESUME_WINDOW);
+    let on_leave = match values.choice(&table::ON_LEAVE) {
+        "cancel" => OnLeave::Cancel,
+        "finish" => OnLeave::Finish,
+        _ => OnLeave::Detach(narrow(values.integer(&table::DETACH_MS))),
+    };
+    let slow_reader = match values.choice(&table::SLOW_READER) {
+        "block" => SlowReader::Block,
+        "drop" => SlowReader::Drop,
+        "skip" => SlowReader::Skip,
+        _ => SlowReader::Auto,
+    };
+    let keep_ms = narrow(values.integer(&table::KEEP_MS));
+    let on = window_bytes > 0 && values.switch(&table::EVENT_IDS);
+    on.then_some(Resume { window_bytes, on_leave, keep_ms, slow_reader })
 }
 
 /// The table's ranges fit the types they go to; a mistake there is ours.

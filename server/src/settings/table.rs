@@ -299,7 +299,7 @@ settings! {
     BUFFER_SIZE = Setting::new("buffer-size", Group::Shards, bytes(512, MIB), || Value::Integer(8 * KIB),
         "Bytes of one receive buffer.");
     CONNS_MAX = Setting::new("conns-max", Group::Shards, count("COUNT", 1, 16 * MIB), || Value::Integer(1024),
-        "Client connections of a shard at a time. With all slots taken, new clients wait in the kernel's backlog. A relayed client needs two descriptors, its own and its backend's.")
+        "Client connections of a shard at a time. With all slots taken, new clients wait in the kernel's backlog. A relayed client needs two descriptors, its own and its backend's; where there is no upstream at all, one is enough, and this may be set to twice its default.")
         .derived(|machine, so_far| Value::Integer(machine.connections_default(so_far)),
             "what the descriptor limit allows, at most 262144");
     NOTSENT_LOWAT = Setting::new("notsent-lowat", Group::Shards, bytes(0, GIB), || Value::Integer(16 * KIB),
@@ -373,6 +373,35 @@ settings! {
     EVENT_IDS = Setting::new("event-ids", Group::Streams, Kind::Switch, || Value::Switch(true),
         "Adds an `id:` line with the event's sequence number to every event.")
         .per_route();
+
+    RESUME_WINDOW = Setting::new("resume-window", Group::Streams, bytes(0, GIB), || Value::Integer(limits::RESUME_WINDOW_BYTES),
+        "Bytes of a streamed answer that are kept behind its readers, so that clients can come back for them (`GET /v1/streams/{id}`); 0 switches that off, as does event-ids off.")
+        .per_route();
+    ON_LEAVE = Setting::new("on-leave", Group::Streams, Kind::Choice(&["cancel", "detach", "finish"]), || Value::Choice("detach"),
+        "What becomes of a stream that can be resumed when its last client leaves. It is cancelled at once; goes on for detach-ms; or goes on to its end.")
+        .per_route();
+    DETACH_MS = Setting::new("detach-ms", Group::Streams, milliseconds(1, DEADLINE_MS_MAX), || Value::Integer(limits::DETACH_MS.into()),
+        "How long a stream goes on without a client before its backend is cancelled.")
+        .per_route();
+    KEEP_MS = Setting::new("keep-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(limits::KEEP_MS.into()),
+        "How long a stream that is over can still be read.")
+        .per_route();
+    SLOW_READER = Setting::new("slow-reader", Group::Streams, Kind::Choice(&["auto", "block", "drop", "skip"]), || Value::Choice("auto"),
+        "What becomes of a reader that is slower than its stream. The backend is paused for it (block); or, when the window has left it behind, it is told so and closed (drop), or told which events it misses and given the newest (skip). auto blocks for a single reader and drops one of several.")
+        .per_route();
+    BACKGROUND_KEEP_MS = Setting::new("background-keep-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(limits::BACKGROUND_KEEP_MS.into()),
+        "How long a response in background can still be read when it is over, at least; keep-ms of its route may say more.");
+    BACKGROUND_WINDOW = Setting::new("background-window", Group::Streams, bytes(1, GIB), || Value::Integer(limits::BACKGROUND_WINDOW_BYTES),
+        "Bytes of a response in background that are kept for those who come back, at least; resume-window of its route may say more.");
+    RESUME_BYTES_MAX = Setting::new("resume-bytes-max", Group::Limits, bytes(64 * KIB, 1 << 40),
+        || Value::Integer(limits::RESUME_BYTES_MAX),
+        "Memory of one shard for what is kept of streams. For more, finished streams are given up, oldest first, then the oldest events of streams without a client, then what others have read.");
+    DETACHED_MAX = Setting::new("detached-max", Group::Limits, count("COUNT", 0, 1 << 24),
+        || Value::Integer(1024),
+        "Streams of one shard that go on without a client at a time; those beyond are cancelled.");
+    RESUMES_PER_S = Setting::new("resumes-per-s", Group::Limits, count("COUNT", 1, 1_000_000),
+        || Value::Integer(limits::RESUMES_PER_S.into()),
+        "Readers of kept streams that begin on one shard within a second. When more come back at once, the others wait, first come, first served, and are sent heartbeats.");
 
     POOL_IDLE_MAX = Setting::new("pool-idle-max", Group::Pool, count("COUNT", 0, 65_535), || Value::Integer(64),
         "Idle backend connections kept for reuse; 0 closes each after its answer.");

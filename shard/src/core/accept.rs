@@ -371,6 +371,7 @@ impl<I: Io> Shard<I> {
         self.ring_neighbours();
         self.arm_leaving(deadline_ms);
         self.durable_drain();
+        self.drain_kept();
         for acceptor in &mut self.acceptors {
             acceptor.accepted_in_turn = true;
         }
@@ -408,6 +409,7 @@ impl<I: Io> Shard<I> {
             }
             self.reset_waiting();
             self.durable_drain();
+            self.drain_kept();
             self.force_streams(End::Stopped);
             self.close_pool();
         }
@@ -487,7 +489,7 @@ impl<I: Io> Shard<I> {
             return;
         }
         self.serve_waiting();
-        if self.load() == 0 && self.conns.is_empty() {
+        if self.load() == 0 && self.conns.is_empty() && self.streams.is_empty() {
             self.leave();
         }
     }

@@ -90,6 +90,7 @@ impl<I: Io> Shard<I> {
             timers += usize::from(stream.timer.is_some());
             self.audit_stream(key)?;
         }
+        timers += usize::from(self.kept.waiting_timer.is_some()) + self.audit_kept()?;
         demand!(handshakes == self.handshakes.count, "{handshakes} handshakes: {}", self.handshakes.count);
         demand!(clients == self.clients, "{clients} clients hold {} slots", self.clients);
         for (upstream, (state, active)) in self.pool.upstreams.iter().zip(active).enumerate() {
@@ -144,6 +145,18 @@ impl<I: Io> Shard<I> {
         };
         demand!(link == Some(key), "its stream knows another: {conn:?}");
         let cursor = conn.ledger.sent() + u64::from(conn.ledger.in_flight());
+        if let Some(reader) = &stream.reader {
+            let (busy, idle) =
+                (conn.ops.send.is_some(), conn.state == State::Open && conn.ops.send.is_none());
+            demand!(
+                !busy || conn.tls.is_some() || reader.is_sending(),
+                "it sends nothing that it was lent: {conn:?}"
+            );
+            return match idle {
+                true => self.audit_reader(stream),
+                false => Ok(()),
+            };
+        }
         demand!(cursor <= log.end(), "more was sent than the log has: {conn:?} {log:?}");
         // A backend's send may have failed, and its receive is to tell why.
         let idle = conn.state == State::Open && conn.is_client() && conn.ops.send.is_none();
@@ -158,22 +171,37 @@ impl<I: Io> Shard<I> {
             let linked = self.conns.get(conn).is_some_and(|conn| conn.stream == Some(key));
             demand!(linked, "a stream keeps a connection that is not its own: {}", who());
         }
-        demand!(stream.client.is_some(), "a stream without a client: {}", who());
+        demand!(stream.client.is_some() || stream.source.is_some(), "a stream without a client: {}", who());
+        if stream.reader.is_some() {
+            demand!(
+                stream.backend.is_none() && stream.source.is_none(),
+                "a reader is no producer: {}",
+                who()
+            );
+            return Ok(());
+        }
         demand!(stream.end.is_some() == stream.produced, "an end that is none: {}", who());
         demand!(!stream.produced || stream.backend.is_none(), "it is over, and keeps its backend: {}", who());
         let due_ms = super::deadline::stream_due_ms(stream, self.route(stream.route));
         let armed = due_ms == u64::MAX || stream.timer.is_some_and(|(_, armed_ms)| armed_ms <= due_ms);
         demand!(armed, "due at {due_ms} without a timer: {}", who());
-        let sent = stream.client.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
-        let lag = stream.response.end() - sent;
+        let (lag, high) = self.owed_to_readers(stream).unwrap_or_else(|| {
+            let client = stream.client.and_then(|key| self.conns.get(key));
+            let sent = client.map_or(0, |conn| conn.ledger.sent());
+            (stream.response.end() - sent, self.settings.lag_high_bytes)
+        });
         if stream.paused {
             demand!(lag >= self.settings.lag_low_bytes, "paused for nothing, lag {lag}: {}", who());
         } else if !stream.produced {
-            demand!(lag <= self.settings.lag_high_bytes, "not paused, lag {lag}: {}", who());
+            demand!(lag <= high, "not paused, lag {lag}: {}", who());
         }
         if let Some(backend) = stream.backend.and_then(|key| self.conns.get(key)) {
             demand!(backend.receive_wanted != stream.paused, "its backend is not read: {}", who());
-        } else if !stream.produced && stream.demo.is_none() && stream.durable.is_none() {
+        } else if !stream.produced
+            && stream.demo.is_none()
+            && stream.durable.is_none()
+            && stream.waits_for.is_none()
+        {
             return Err(format!("nobody works for a stream: {}", who()));
         }
         Ok(())

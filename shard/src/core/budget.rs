@@ -133,7 +133,9 @@ impl<I: Io> Shard<I> {
     fn draw(&mut self, key: Key) -> bool {
         let share_bytes = self.settings.share_bytes();
         let Some(stream) = self.streams.get_mut(key) else { return false };
-        let drawn = stream.memory_bytes().saturating_sub(share_bytes);
+        // History is accounted for where it is kept.
+        let held = stream.memory_bytes().saturating_sub(stream.response.history_bytes());
+        let drawn = held.saturating_sub(share_bytes);
         let before = std::mem::replace(&mut stream.drawn, drawn);
         self.overdraft_bytes = self.overdraft_bytes - before + drawn;
         drawn > before

@@ -7,13 +7,15 @@ use super::stream::{Answer, Description, Stream};
 use crate::io::{Close, Io};
 use crate::settings::Route;
 use crate::tls::{HANDSHAKE_FAILURE, HELLO_BYTE};
+use protocol::background::NEEDS_STREAM;
 use protocol::dialect::Dialect;
-use protocol::facts::Scanner;
+use protocol::facts::{Background, Rewriter, Scanner};
 use protocol::http::{
     self, BodyDecoder, Framing, LAST_CHUNK, Piece, Refusal, RequestHead, Version, header_slots, parse_request,
 };
 use protocol::limits::{BODY_PROGRESS_BYTES, FACTS_PREFIX_BYTES_MAX, LINGER_BYTES_MAX};
 use protocol::phase::{End, Step};
+use protocol::resume::Ask;
 use protocol::slots::Key;
 
 /// What the start of some input is.
@@ -212,6 +214,7 @@ impl<I: Io> Shard<I> {
         if let Some(client) = conn.client() {
             client.requests += 1;
             client.in_head = false;
+            client.hops = 0;
         }
         Some(stream)
     }
@@ -225,6 +228,7 @@ impl<I: Io> Shard<I> {
         };
         let route = &settings.routes[index];
         let durable = settings.durable.covers(path);
+        let asks = !durable && super::resume::covers(head);
         let dialect = if durable { Dialect::Plain } else { Dialect::of_path(path) };
         let mut stream = Stream::new(key, index, dialect, head.version, self.now_us);
         stream.step(Step::HeadDone);
@@ -234,7 +238,11 @@ impl<I: Io> Shard<I> {
         stream.request_done = head.framing == Framing::None || head.framing == Framing::Length(0);
         stream.request_chunked = head.framing == Framing::Chunked;
         if dialect.is_model_endpoint() && !stream.request_done {
-            stream.scanner = Some(Box::new(Scanner::new(FACTS_PREFIX_BYTES_MAX)));
+            if dialect == Dialect::Responses && route.resume.is_some() {
+                stream.rewriter = Some(Box::new(Rewriter::new()));
+            } else {
+                stream.scanner = Some(Box::new(Scanner::new(FACTS_PREFIX_BYTES_MAX)));
+            }
         }
         let now_ms = self.now_ms();
         let due = |ms: u32| if ms == 0 { u64::MAX } else { now_ms + u64::from(ms) };
@@ -245,9 +253,16 @@ impl<I: Io> Shard<I> {
         if !self.check_request(stream_key, route, head, raw) {
             return;
         }
+        self.leave_home_unless(key, durable);
         if durable && !self.is_durable_home(key) {
             // Its home takes nobody over any more.
             return self.end_stream(stream_key, End::Drain);
+        }
+        if asks {
+            return self.begin_asking(stream_key, head);
+        }
+        if let Some((source, want)) = self.response_asked_for(index, head) {
+            return self.ask_response(stream_key, source, want);
         }
         if durable {
             self.begin_durable(stream_key, head);
@@ -275,6 +290,21 @@ impl<I: Io> Shard<I> {
             client.body_progress = BODY_PROGRESS_BYTES;
         }
         self.follow_stream_timer(stream_key);
+    }
+
+    /// A request for a stream by its id.
+    fn begin_asking(&mut self, key: Key, head: &RequestHead<'_, '_>) {
+        let done = self.streams.get(key).is_some_and(|stream| stream.request_done);
+        if self.shard_of_stream(head.path()).is_some() {
+            // Its home takes nobody over any more.
+            return self.end_stream(key, End::Drain);
+        }
+        if !done {
+            // Nobody sends a body with these, and it would have to be read to its end.
+            return self.refuse(key, Refusal::BodyTooLarge);
+        }
+        self.request_complete(key);
+        self.ask(key, Ask::parse(head));
     }
 
     fn describe(&mut self, key: Key, head: &RequestHead<'_, '_>) {
@@ -363,9 +393,15 @@ impl<I: Io> Shard<I> {
         let backend = stream.backend;
         match outcome {
             Ok(done) => {
+                if done && wanted {
+                    stream.take_facts();
+                }
+                let refused = wanted && stream.background == Background::Undecided;
                 if done {
                     client.body = None;
-                    if wanted {
+                    if refused {
+                        stream.request_done = true;
+                    } else if wanted {
                         if stream.request_chunked {
                             stream.request.append(&[LAST_CHUNK]);
                         }
@@ -373,6 +409,10 @@ impl<I: Io> Shard<I> {
                     } else {
                         stream.request_done = true;
                     }
+                }
+                if refused {
+                    // Nothing of what came last has left for the backend.
+                    return self.answer_error(stream_key, &NEEDS_STREAM, "");
                 }
                 if let Some(backend) = backend {
                     self.mark_dirty(backend);
@@ -395,6 +435,10 @@ impl<I: Io> Shard<I> {
         stream.take_facts();
         stream.asked_us = now_us;
         stream.step(Step::BodyDone);
+        if stream.background != Background::No && self.leaving != super::Leaving::No {
+            // Nobody could come back for it.
+            return self.end_stream(key, End::Drain);
+        }
         let deadlines = self.settings.routes[stream.route].deadlines;
         if stream.streaming && deadlines.first_token_ms > 0 {
             stream.token_due_ms = now_us / 1000 + u64::from(deadlines.first_token_ms);
@@ -457,7 +501,11 @@ impl<I: Io> Shard<I> {
     pub(super) fn client_cut(&mut self, key: Key) -> Close {
         let stream = self.conns.get(key).and_then(|conn| conn.stream);
         let how = stream.map_or(Close::Orderly, |stream| self.how_to_cut(stream));
-        if let Some(stream) = stream {
+        if let Some(stream) = stream
+            && self.may_detach(stream)
+        {
+            self.detach(stream);
+        } else if let Some(stream) = stream {
             // One that left with the end mark in hand had all it was owed.
             let served = self.streams.get(stream).is_some_and(|stream| {
                 let sent = self.conns.get(key).map_or(0, |conn| conn.ledger.sent());

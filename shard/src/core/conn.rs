@@ -135,6 +135,8 @@ pub(crate) struct Client {
     pub(crate) handshake: Handshake,
     /// It was moved here for what it asks for, and stays.
     pub(crate) at_home: bool,
+    /// Shards that its request was moved on from, or that were passed over, in their order.
+    pub(crate) hops: u16,
     /// Bytes dropped while lingering.
     pub(crate) dropped: u64,
 }
@@ -208,6 +210,14 @@ impl<S> Conn<S> {
     /// Throws it away.
     pub(crate) fn drop_held(&mut self) {
         (self.held, self.held_from) = (Vec::new(), 0);
+    }
+
+    /// Shards that a client's request has gone by.
+    pub(crate) fn hops(&self) -> u16 {
+        match &self.role {
+            Role::Client(client) => client.hops,
+            Role::Backend(_) => 0,
+        }
     }
 
     pub(crate) fn is_client(&self) -> bool {

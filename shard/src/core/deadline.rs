@@ -42,6 +42,12 @@ impl<I: Io> Shard<I> {
                 TimerOf::Drain => self.leaving_timer = None,
                 TimerOf::Handshakes => self.handshake_timer_gone(),
                 TimerOf::Durable => self.durable.timer = None,
+                TimerOf::Source(key) => {
+                    if let Some(source) = self.kept.sources.get_mut(key) {
+                        source.timer = None;
+                    }
+                }
+                TimerOf::Resumes => self.kept.waiting_timer = None,
                 TimerOf::Moves => self.moves.timer_armed = false,
                 TimerOf::Acceptor(_) => {}
             }
@@ -56,6 +62,8 @@ impl<I: Io> Shard<I> {
                 TimerOf::Moves => {}
                 TimerOf::Drain => self.leaving_due(),
                 TimerOf::Durable => self.durable_expire(),
+                TimerOf::Source(source) => self.source_due(source),
+                TimerOf::Resumes => self.begin_waiting(),
             }
         }
         self.fired = fired;
@@ -124,6 +132,10 @@ impl<I: Io> Shard<I> {
             (_, State::Joining(_) | State::Moving(_)) => {}
             (_, State::Lingering) => self.join(key, Close::Orderly),
             (Role::Client(_), State::Open) => match stream {
+                Some(stream) if stalled && self.may_detach(stream) => {
+                    self.detach(stream);
+                    self.join(key, Close::Reset);
+                }
                 Some(stream) if stalled => {
                     self.end_stream(stream, End::WriteStall);
                     self.override_end(stream, End::WriteStall);
@@ -154,7 +166,7 @@ impl<I: Io> Shard<I> {
 
     fn stream_timer_fired(&mut self, key: Key) {
         let now_ms = self.now_ms();
-        let Some(stream) = self.streams.get_mut(key) else { return };
+        let Some(stream) = self.streams.get(key) else { return };
         let route = &self.settings.routes[stream.route];
         if stream_due_ms(stream, route) <= now_ms {
             match what_is_due(stream, route, now_ms) {
@@ -164,10 +176,14 @@ impl<I: Io> Shard<I> {
                 Some(Due::Heartbeat) => {
                     // A client that has not taken what it was sent needs no sign of life, and must not cost memory.
                     let client = stream.client.and_then(|key| self.conns.get(key));
-                    let idle = client.is_some_and(|client| client.ledger.lag(stream.response.end()) == 0);
+                    let idle = match (client, &stream.reader) {
+                        (_, Some(reader)) => reader.waits,
+                        (Some(client), None) => client.ledger.lag(stream.response.end()) == 0,
+                        (None, None) => self.has_readers(stream),
+                    };
                     if idle {
                         self.heartbeat(key);
-                    } else {
+                    } else if let Some(stream) = self.streams.get_mut(key) {
                         stream.spoke_ms = now_ms;
                     }
                 }
@@ -181,6 +197,8 @@ impl<I: Io> Shard<I> {
 
     /// A later reason that outweighs the one on record: what was produced never reached the client.
     pub(super) fn override_end(&mut self, key: Key, end: End) {
+        // What comes by its id is told how the stream ended, not how its client's reading did.
+        self.release_source(key);
         if let Some(stream) = self.streams.get_mut(key) {
             stream.end = Some(end);
         }
@@ -211,7 +229,7 @@ fn model_due_ms(stream: &Stream, route: &Route) -> u64 {
     match stream.phase {
         Phase::Streaming if stream.end_mark => stream.finish_due_ms,
         // While we do not listen, silence is ours.
-        Phase::Streaming if !stream.paused && stream.demo.is_none() && stream.durable.is_none() => {
+        Phase::Streaming if !stream.paused && stream.has_backend_clock() => {
             after(stream.last_token_us / 1000, route.deadlines.between_tokens_ms)
         }
         Phase::Body if !stream.upload_paused => stream.phase_due_ms,
@@ -231,7 +249,8 @@ fn commit_due_ms(stream: &Stream, route: &Route) -> u64 {
 }
 
 fn heartbeat_due_ms(stream: &Stream, route: &Route) -> u64 {
-    if stream.has_events_answer() && !stream.end_mark {
+    let of_its_own = stream.reader.as_ref().is_none_or(|reader| reader.waits);
+    if stream.has_events_answer() && !stream.end_mark && of_its_own {
         after(stream.spoke_ms, route.heartbeat_ms)
     } else {
         u64::MAX

@@ -1,10 +1,11 @@
 //! The built-in demo model: a producer inside the shard, paced by the timer wheel, for routes without a backend.
 
 use super::Shard;
-use super::relay::{relay_event, write_event_stream_head};
+use super::relay::relay_event;
 use super::stream::Demo;
 use crate::io::Io;
 use protocol::demo::{DemoModel, DemoSettings, models_json};
+use protocol::facts::Background;
 use protocol::http::{Refusal, RequestHead};
 use protocol::limits::DEMO_TOKENS_PER_TURN_MAX;
 use protocol::phase::{End, Phase, Step};
@@ -56,17 +57,20 @@ impl<I: Io> Shard<I> {
         demo.next_us = now_us + u64::from(settings.first_token_ms) * 1000;
         let token_us = interval_us(&settings);
         demo.model = DemoModel::new(stream.dialect, settings, &stream.facts, seed, unix_time_s);
-        if stream.streaming {
+        if stream.background == Background::Polls {
             stream.step(Step::EventStream);
-            write_event_stream_head(stream, &mut self.scratch, self.date.at(unix_time_s), now_us, false);
+            if !self.begin_polled(key) {
+                return;
+            }
+        } else if stream.streaming {
+            stream.step(Step::EventStream);
+            self.write_events_head(key, false);
         } else {
             let tokens = demo.model.settings().tokens.min(stream.facts.max_tokens.unwrap_or(u32::MAX));
             demo.next_us += u64::from(tokens) * token_us;
             stream.step(Step::PlainBody);
         }
-        if let Some(client) = stream.client {
-            self.mark_dirty(client);
-        }
+        self.appended(key);
     }
 
     /// The next tokens are due.
@@ -75,8 +79,7 @@ impl<I: Io> Shard<I> {
         let settings = std::sync::Arc::clone(&self.settings);
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(mut demo) = stream.demo.take() else { return };
-        let client = stream.client;
-        if !stream.streaming {
+        if !stream.has_events_answer() {
             let body = demo.model.whole_answer();
             return self.answer_json(key, 200, &body);
         }
@@ -108,9 +111,7 @@ impl<I: Io> Shard<I> {
             }
             self.end_stream(key, End::Done);
         }
-        if let Some(client) = client {
-            self.mark_dirty(client);
-        }
+        self.appended(key);
     }
 
     /// The client has caught up.

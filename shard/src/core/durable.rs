@@ -8,23 +8,26 @@
 //! ```
 
 use super::stream::{Answer, Stream};
+use super::tail::Level;
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
 use protocol::durable::journal::Failure;
-use protocol::durable::{self, Now, Poll, Progress, Reading, Reply, Request, Store};
+use protocol::durable::{self, Now, Poll, Progress, Reading, Reply, Request, Shared, Store};
 use protocol::fault::Fault;
 use protocol::http::{Framing, Refusal, RequestHead, write_own_response_head};
 use protocol::limits::{DURABLE_PIECE_BYTES, DURABLE_WAKES_PER_TURN_MAX};
 use protocol::phase::{End, Step};
 use protocol::slots::Key;
 use protocol::wheel::TimerId;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 /// The durable streams of a shard.
 pub(super) struct DurableStreams {
     pub(super) store: Store,
     /// Readers of whom something concerns their streams.
     woken: VecDeque<Key>,
+    /// Who waits for what comes next, by what it is.
+    pub(super) level: HashMap<Shared, Level>,
     /// For the next stream that may expire.
     pub(super) timer: Option<(TimerId, u64)>,
     /// Whose answers wait for which record of the journal, in their order.
@@ -43,6 +46,8 @@ pub(crate) struct Durable {
     pub(super) due_ms: u64,
     /// Among those who are woken.
     queued: bool,
+    /// Bytes that it was sent of tails it shared before it went on by itself.
+    pub(super) shared_bytes: u64,
 }
 
 pub(super) enum State {
@@ -62,6 +67,24 @@ pub(super) struct Collecting {
 }
 
 impl Durable {
+    pub(super) fn reads(reading: Reading) -> Self {
+        Durable { state: State::Reading(reading), due_ms: u64::MAX, queued: false, shared_bytes: 0 }
+    }
+
+    pub(super) fn reading(&self) -> Option<&Reading> {
+        match &self.state {
+            State::Reading(reading) => Some(reading),
+            _ => None,
+        }
+    }
+
+    pub(super) fn reading_mut(&mut self) -> Option<&mut Reading> {
+        match &mut self.state {
+            State::Reading(reading) => Some(reading),
+            _ => None,
+        }
+    }
+
     /// Keeps a piece of the body.
     pub(super) fn append_body(&mut self, piece: &[u8]) {
         let State::Collecting(so_far) = &mut self.state else { return };
@@ -95,6 +118,7 @@ impl DurableStreams {
         DurableStreams {
             store: Store::new(settings),
             woken: VecDeque::new(),
+            level: HashMap::new(),
             timer: None,
             held: VecDeque::new(),
             done: None,
@@ -132,7 +156,8 @@ impl<I: Io> Shard<I> {
         if let Some(stream) = self.streams.get_mut(key) {
             let body_bytes_max = self.settings.durable.body_bytes_max;
             let state = State::Collecting(Collecting { request, body: Vec::new(), body_bytes_max });
-            stream.durable = Some(Box::new(Durable { state, due_ms: u64::MAX, queued: false }));
+            stream.durable =
+                Some(Box::new(Durable { state, due_ms: u64::MAX, queued: false, shared_bytes: 0 }));
             // Who asks before it sends is told before it sends.
             let too_large = matches!(head.framing, Framing::Length(length) if length > body_bytes_max);
             if too_large && head.expect_continue {
@@ -264,8 +289,12 @@ impl<I: Io> Shard<I> {
         let mut progress = Progress::More;
         while progress == Progress::More {
             let Some(stream) = self.streams.get_mut(key) else { break };
-            let sent = stream.client.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
-            if stream.end.is_some() || stream.paused || stream.response.end() - sent > high {
+            // A tail has no client, and leaves those behind who are slow. Who shares one is given nothing here.
+            let end = stream.response.end();
+            let client = stream.client.and_then(|key| self.conns.get(key));
+            let sent = client.map_or(end, |conn| conn.ledger.sent());
+            let shares = stream.reader.is_some();
+            if stream.end.is_some() || shares || stream.paused || end - sent > high {
                 break;
             }
             let Some(mut durable) = stream.durable.take() else { break };
@@ -287,19 +316,21 @@ impl<I: Io> Shard<I> {
             } else {
                 stream.append_body(&piece, self.now_us);
             }
+            self.tail_grew(key);
         }
         self.scratch = piece;
         match progress {
             Progress::More | Progress::Waiting => {
                 self.follow_marks(key);
                 self.follow_stream_timer(key);
+                if progress == Progress::Waiting {
+                    self.share(key);
+                }
             }
             Progress::Ended => self.durable_end(key, End::Done),
             Progress::Gone => self.durable_end(key, End::Gone),
         }
-        if let Some(client) = self.streams.get(key).and_then(|stream| stream.client) {
-            self.mark_dirty(client);
-        }
+        self.appended(key);
     }
 
     fn durable_end(&mut self, key: Key, end: End) {
@@ -315,20 +346,23 @@ impl<I: Io> Shard<I> {
     pub(super) fn durable_leave(&mut self, key: Key) {
         if let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) {
             let state = std::mem::replace(&mut durable.state, State::Answered);
-            self.durable_left(state);
+            self.durable_left(key, state);
         }
     }
 
     /// The same of one that is being freed.
-    pub(super) fn durable_settle(&mut self, durable: Durable) {
-        self.durable_left(durable.state);
+    pub(super) fn durable_settle(&mut self, key: Key, durable: Durable) {
+        self.durable_left(key, durable.state);
     }
 
-    fn durable_left(&mut self, state: State) {
+    fn durable_left(&mut self, key: Key, state: State) {
         let now = self.durable_now();
         match state {
             State::Polling(poll) => self.durable.store.give_up(&poll, now),
-            State::Reading(mut reading) => self.durable.store.leave(&mut reading, now),
+            State::Reading(mut reading) => {
+                self.forget_level(key, reading.shared());
+                self.durable.store.leave(&mut reading, now);
+            }
             State::Collecting(_) | State::Held(_) | State::Answered => {}
         }
     }
@@ -351,7 +385,9 @@ impl<I: Io> Shard<I> {
             State::Polling(_) => self.durable_poll(key, true),
             State::Reading(reading) => {
                 reading.finish();
-                self.durable_fill(key);
+                // Who shares a tail ends with what it was lent of it.
+                let shares = self.streams.get(key).is_some_and(|stream| stream.reader.is_some());
+                if shares { self.durable_end(key, End::Done) } else { self.durable_fill(key) }
             }
             State::Collecting(_) | State::Held(_) | State::Answered => {}
         }
@@ -382,6 +418,7 @@ impl<I: Io> Shard<I> {
         stream.spoke_ms = now.ms;
         if !self.scratch.is_empty() {
             stream.append_block(&self.scratch, self.now_us);
+            self.tail_grew(key);
         }
     }
 

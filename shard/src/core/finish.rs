@@ -19,6 +19,13 @@ impl<I: Io> Shard<I> {
     /// owed (the rest, the end, or the error in its dialect) is in the log when this returns.
     pub(super) fn end_stream(&mut self, key: Key, end: End) {
         let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
+        if self.end_tail(key, end) {
+            return;
+        }
+        if self.has_all_of_its_source(key) {
+            // The end is among what is on its way to it, and nothing may follow that.
+            return;
+        }
         let Some(stream) = self.streams.get_mut(key) else { return };
         if stream.end.is_some() {
             return;
@@ -77,7 +84,7 @@ impl<I: Io> Shard<I> {
             }
         }
         stream.produced = true;
-        stream.scanner = None;
+        (stream.scanner, stream.rewriter) = (None, None);
         if stream.phase != Phase::Finishing {
             stream.step(Step::ProducerDone);
         }
@@ -85,8 +92,13 @@ impl<I: Io> Shard<I> {
         if let Some(backend) = backend {
             self.disengage(backend, Close::Orderly);
         }
-        if let Some(client) = client {
-            self.mark_dirty(client);
+        self.appended(key);
+        if client.is_none() {
+            // Nothing is to be delivered by it.
+            if let Some(stream) = self.streams.get_mut(key) {
+                stream.step(Step::Delivered);
+            }
+            self.settle(key);
         }
     }
 
@@ -133,9 +145,43 @@ impl<I: Io> Shard<I> {
 
     /// A whole answer of our own.
     pub(super) fn answer_json(&mut self, key: Key, status: u16, body: &[u8]) {
+        self.answer_json_with(key, status, body, "");
+    }
+
+    /// The same with header lines.
+    pub(super) fn answer_json_with(&mut self, key: Key, status: u16, body: &[u8], extra: &str) {
         let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
         let Some(stream) = self.streams.get_mut(key) else { return };
-        write_answer(stream, status, body, &mut self.scratch, self.date.at(unix_time_s), now_us, "");
+        write_answer(stream, status, body, &mut self.scratch, self.date.at(unix_time_s), now_us, extra);
+        self.end_stream(key, End::Done);
+    }
+
+    /// An error in the dialect's form, the request being whole.
+    pub(super) fn answer_error(&mut self, key: Key, fault: &Fault, extra: &str) {
+        let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        write_error(stream, fault, &mut self.scratch, self.date.at(unix_time_s), now_us, extra);
+        stream.produced = true;
+        self.end_stream(key, End::Done);
+    }
+
+    /// An answer without a body.
+    pub(super) fn answer_empty(&mut self, key: Key, status: u16) {
+        let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        stream.status = status;
+        stream.answer = Answer::Body(Framing::None);
+        let date = self.date.at(unix_time_s);
+        self.scratch.clear();
+        write_own_response_head(
+            &mut self.scratch,
+            status,
+            stream.version,
+            !stream.close,
+            Framing::None,
+            date,
+        );
+        stream.append_response(&self.scratch, now_us);
         self.end_stream(key, End::Done);
     }
 
@@ -144,7 +190,8 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get(key) else { return };
         let Some(stream_key) = conn.stream else { return };
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
-        assert!(conn.ledger.sent() == stream.response.end(), "delivered means confirmed to the last byte");
+        let whole = stream.reader.is_some() || conn.ledger.sent() == stream.response.end();
+        assert!(whole, "delivered means confirmed to the last byte");
         let (reset, close) = (stream.reset, stream.close || !stream.request_done);
         stream.step(Step::Delivered);
         self.settle(stream_key);
@@ -159,13 +206,20 @@ impl<I: Io> Shard<I> {
 
     /// Counts a stream that is over, reports it and frees it.
     pub(super) fn settle(&mut self, key: Key) {
+        self.release_source(key);
         let Some(mut stream) = self.streams.remove(key) else { return };
         debug_assert!(stream.backend.is_none(), "a settled stream holds no backend");
         let end = stream.end.unwrap_or(End::ClientLeft);
         self.stats.ends[end as usize] += 1;
         self.overdraft_bytes -= stream.drawn;
+        let mut sent_bytes = 0;
         if let Some(durable) = stream.durable.take() {
-            self.durable_settle(*durable);
+            sent_bytes += durable.shared_bytes;
+            self.durable_settle(key, *durable);
+        }
+        let reader = stream.reader.take();
+        if let Some(source) = stream.waits_for {
+            self.waiter_left(source);
         }
         let duration_us = self.now_us - stream.started_us;
         if end == End::Done {
@@ -176,17 +230,20 @@ impl<I: Io> Shard<I> {
         {
             self.wheel.remove(timer);
         }
-        let (mut sent_bytes, mut client_certificate) = (0, None);
+        let mut client_certificate = None;
         if let Some(conn) = stream.client.and_then(|key| self.conns.get_mut(key))
             && conn.stream == Some(key)
         {
-            sent_bytes = conn.ledger.sent();
+            sent_bytes += conn.ledger.sent();
             if let (Some(tls), Some(_)) = (&conn.tls, &stream.description) {
                 client_certificate = tls.peer_certificate().map(Box::from);
             }
             if conn.state == State::Open {
                 conn.stream = None;
             }
+        }
+        if let Some(reader) = reader {
+            self.reader_left(&reader);
         }
         if let Some(description) = stream.description.take() {
             if self.reports.len() >= RECORDS_PER_TURN_MAX {

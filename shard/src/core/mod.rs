@@ -6,6 +6,7 @@
 mod accept;
 mod audit;
 mod backend;
+mod background;
 mod budget;
 mod client;
 mod conn;
@@ -14,10 +15,14 @@ mod demo;
 mod durable;
 mod finish;
 mod journal;
+mod kept;
 mod moves;
+mod reader;
 mod relay;
+mod resume;
 mod secure;
 mod stream;
+mod tail;
 mod transfer;
 
 use crate::io::{Completion, Errno, Io, Wait};
@@ -30,6 +35,8 @@ pub use audit::Holding;
 use backend::Pool;
 use conn::{Conn, Role};
 use durable::DurableStreams;
+use kept::Kept;
+pub use kept::KeptTotals;
 use moves::{Moves, Newcomer};
 use protocol::http::DateLine;
 use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
@@ -63,6 +70,10 @@ enum TimerOf {
     Moves,
     Durable,
     Drain,
+    /// A stream without a client, or one that is over, has had its time.
+    Source(Key),
+    /// Readers wait for their turn to begin.
+    Resumes,
 }
 
 /// What the shard has been told about its end.
@@ -100,6 +111,7 @@ pub struct Shard<I: Io> {
     acceptors: Vec<Acceptor>,
     pool: Pool,
     durable: DurableStreams,
+    kept: Kept,
     clients: usize,
     /// Accepted on a listener, and waiting for a slot: nothing of theirs has been read.
     parked: VecDeque<Newcomer<I::Socket>>,
@@ -145,16 +157,20 @@ impl<I: Io> Shard<I> {
         let clients_max = settings.connections_max;
         // Each client may hold a backend's connection, while those of its earlier requests or attempts are still being
         // closed; the pool's idle ones come on top.
-        let conns_max = clients_max * 4 + settings.pool_idle_max * upstreams.upstreams.len().max(1);
+        let conns_max = clients_max * 4
+            + settings.detached_max
+            + settings.pool_idle_max * upstreams.upstreams.len().max(1);
         let mut shard = Shard {
             io,
             index,
             conns: Slots::new(conns_max),
-            streams: Slots::new(clients_max),
+            // Each client has one, or reads one that lost its client meanwhile; some have none.
+            streams: Slots::new(2 * clients_max + settings.detached_max),
             wheel: Wheel::new(now_us / 1000),
             acceptors: (0..listeners).map(|_| Acceptor::default()).collect(),
             pool: Pool::default(),
             durable: DurableStreams::new(settings.durable.clone()),
+            kept: Kept::new(&settings, index),
             clients: 0,
             parked: VecDeque::new(),
             moves: Moves::default(),
@@ -222,6 +238,7 @@ impl<I: Io> Shard<I> {
         self.fire_timers();
         self.follow_journal();
         self.serve_durable();
+        self.serve_readers();
         self.follow_moves();
         self.pump_dirty();
         self.feed_starved();
@@ -273,6 +290,7 @@ impl<I: Io> Shard<I> {
             || !self.reports.is_empty()
             || !self.waiting.is_empty()
             || self.durable.is_busy()
+            || self.kept.is_busy()
             || self.left
             || self.is_closing_listeners();
         if busy || sleepy == Sleepy::No {
@@ -401,7 +419,8 @@ impl<I: Io> Shard<I> {
         let mut phases = [0; Phase::COUNT];
         let (mut log_bytes, mut pending_bytes, mut in_flight_bytes) = (0, 0, 0);
         for (_, stream) in self.streams.iter() {
-            phases[stream.phase as usize] += 1;
+            // A tail is nobody's stream.
+            phases[stream.phase as usize] += u64::from(!self.is_tail(stream));
             log_bytes += (stream.request.memory_bytes() + stream.response.memory_bytes()) as u64;
         }
         let (mut lagging, mut tls_bytes) = (Vec::new(), 0);
@@ -419,8 +438,11 @@ impl<I: Io> Shard<I> {
                 }
                 continue;
             };
-            let log = if conn.is_client() { &stream.response } else { &stream.request };
-            let lag = conn.ledger.lag(log.end());
+            let lag = match &stream.reader {
+                Some(reader) => self.owed_to(reader, stream),
+                None if conn.is_client() => conn.ledger.lag(stream.response.end()),
+                None => conn.ledger.lag(stream.request.end()),
+            };
             pending_bytes += lag;
             if conn.is_client() && lag > 0 {
                 lagging.push((lag, key));
@@ -441,7 +463,8 @@ impl<I: Io> Shard<I> {
             log_bytes,
             tls_bytes,
             overdraft_bytes: self.overdraft_bytes,
-            durable: self.durable.store.totals(),
+            kept: self.kept.totals(),
+            durable: self.durable_totals(),
             journal: self.durable.store.journal_state(),
             buffers_free: self.io.buffers_free(),
             timers: self.wheel.len(),

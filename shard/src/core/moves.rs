@@ -54,11 +54,25 @@ impl<I: Io> Shard<I> {
     /// The shard that a client's request must go to, if it is another one and takes clients.
     pub(super) fn home_elsewhere(&self, key: Key, head: &RequestHead<'_, '_>) -> Option<usize> {
         let neighbours = self.neighbours.as_ref()?;
+        let durable = self.settings.durable.covers(head.path());
+        if !durable && let Some(home) = self.shard_of_stream(head.path()) {
+            return (self.leaving == Leaving::No && neighbours.is_open(home)).then_some(home);
+        }
+        if !durable && let Some(next) = self.next_for_response(key, head) {
+            return Some(next);
+        }
         let moves = self.leaving == Leaving::No
             && !self.is_durable_home(key)
-            && self.settings.durable.covers(head.path())
+            && durable
             && neighbours.is_open(DURABLE_HOME);
         moves.then_some(DURABLE_HOME)
+    }
+
+    /// A client that was moved here stays for requests of one kind.
+    pub(super) fn leave_home_unless(&mut self, key: Key, durable: bool) {
+        if let Some(client) = self.conns.get_mut(key).and_then(Conn::client) {
+            client.at_home &= durable;
+        }
     }
 
     /// A client leaves for another shard as soon as the kernel holds nothing of it.
@@ -130,8 +144,9 @@ impl<I: Io> Shard<I> {
             Role::Client(client) => (client.requests, client.refused),
             Role::Backend(_) => (0, 0),
         };
+        let hops = conn.hops() + self.neighbours.as_ref().map_or(0, |neighbours| neighbours.distance_to(to));
         let tls = conn.tls.map(|tls| tls.at_rest());
-        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused };
+        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused, hops };
         let what = self.io.release(conn.socket);
         let handed = Handed { what, listener: 0, times: HANDED_ON_MAX, moved: Some(Box::new(moved)) };
         self.stats.counters.handed_away += 1;
@@ -143,8 +158,8 @@ impl<I: Io> Shard<I> {
 
     /// Serves a client that comes with a request of its own.
     pub(super) fn serve_moved(&mut self, socket: I::Socket, moved: Moved) {
-        let Moved { held, tls, peer_fin, requests, refused } = moved;
-        let client = Client { requests, refused, at_home: true, ..Client::default() };
+        let Moved { held, tls, peer_fin, requests, refused, hops } = moved;
+        let client = Client { requests, refused, hops, at_home: true, ..Client::default() };
         let mut conn = Conn::new(socket, Role::Client(client));
         conn.tls = tls.map(|tls| Box::new(Tls::from(tls)));
         conn.due_ms = self.now_ms() + u64::from(self.idle_ms());

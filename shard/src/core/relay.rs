@@ -1,10 +1,12 @@
 //! What a backend says: its head, its body, its events, its end, and how each reaches the client's log.
 
 use super::Shard;
+use super::background::note;
 use super::conn::{Conn, State};
 use super::stream::{Answer, Stream};
 use crate::io::Io;
 use protocol::dialect::{Dialect, Meaning};
+use protocol::facts::Background;
 use protocol::http::{
     BodyDecoder, ClientHead, Framing, Piece, ResponseHead, Version, header_slots, parse_response,
     write_client_response, write_own_response_head,
@@ -16,7 +18,7 @@ use protocol::slots::Key;
 use protocol::sse::{Block, Decoder};
 
 /// Header lines of every event stream: no cache, no proxy in between may hold events back.
-const EVENT_STREAM_HEADERS: &str = "Content-Type: text/event-stream; charset=utf-8\r\n\
+pub(super) const EVENT_STREAM_HEADERS: &str = "Content-Type: text/event-stream; charset=utf-8\r\n\
     Cache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n";
 
 /// Bytes by which a relayed receive may grow besides an eighth of itself: header lines of ours, an id line, a chunk head.
@@ -24,13 +26,13 @@ const RELAY_ROOM_BYTES: usize = 96;
 
 /// Header lines put together without allocation.
 pub(super) struct ExtraLines {
-    bytes: [u8; 256],
+    bytes: [u8; 512],
     len: usize,
 }
 
 impl ExtraLines {
     pub(super) fn new(lines: &str) -> Self {
-        let mut extra = ExtraLines { bytes: [0; 256], len: 0 };
+        let mut extra = ExtraLines { bytes: [0; 512], len: 0 };
         extra.push(lines);
         extra
     }
@@ -176,11 +178,19 @@ impl<I: Io> Shard<I> {
         if events {
             stream.events = Some(Box::new(Decoder::new(self.settings.event_bytes_max)));
         }
-        if !matches!(stream.answer, Answer::Events { .. }) {
+        if events && stream.background == Background::Polls && stream.answer == Answer::None {
+            if !self.begin_polled(stream_key) {
+                return false;
+            }
+        } else if !matches!(stream.answer, Answer::Events { .. }) {
             stream.close |= leaving || framing == Framing::UntilClose || !stream.request_done;
             stream.status = head.status;
             self.scratch.clear();
             let mut extra = ExtraLines::new(if events { EVENT_STREAM_HEADERS } else { "" });
+            if events {
+                self.name_stream(stream_key, &mut extra);
+            }
+            let Some(stream) = self.streams.get_mut(stream_key) else { return false };
             if head.header("date").is_none() {
                 // RFC 9110 section 6.6.1: who forwards a message without one adds it.
                 extra.push(self.date.at(unix_time_s));
@@ -195,7 +205,9 @@ impl<I: Io> Shard<I> {
             write_client_response(&mut self.scratch, head, &how);
             stream.append_response(&self.scratch, now_us);
             stream.answer = if events { Answer::Events { early: false } } else { Answer::Body(framing) };
+            self.keep_log(stream_key);
         }
+        let Some(stream) = self.streams.get_mut(stream_key) else { return false };
         stream.step(if events { Step::EventStream } else { Step::PlainBody });
         stream.last_token_us = now_us;
         if !events {
@@ -209,9 +221,7 @@ impl<I: Io> Shard<I> {
                 stream.token_due_ms = stream.asked_us / 1000 + u64::from(first_token_ms);
             }
         }
-        if let Some(client) = stream.client {
-            self.mark_dirty(client);
-        }
+        self.appended(stream_key);
         self.follow_stream_timer(stream_key);
         true
     }
@@ -247,9 +257,7 @@ impl<I: Io> Shard<I> {
         };
         // Each brings a deadline that may be earlier than the one the timer is armed for.
         let earlier = stream.end_mark || first_token != stream.first_token_us;
-        if let Some(client) = stream.client {
-            self.mark_dirty(client);
-        }
+        self.appended(stream_key);
         match flow {
             Flow::More => {
                 if earlier {
@@ -337,10 +345,8 @@ impl<I: Io> Shard<I> {
     /// Commits a streaming answer before the backend has answered, so that nothing in between takes the silence of a long
     /// prefill for a dead connection.
     pub(super) fn commit_early(&mut self, key: Key) {
-        let unix_time_s = self.unix_time_s();
-        let Some(stream) = self.streams.get_mut(key) else { return };
         self.stats.counters.early_commits += 1;
-        write_event_stream_head(stream, &mut self.scratch, self.date.at(unix_time_s), self.now_us, true);
+        self.write_events_head(key, true);
         self.heartbeat(key);
     }
 
@@ -353,10 +359,32 @@ impl<I: Io> Shard<I> {
         } else {
             self.durable_heartbeat(key);
         }
+        self.appended(key);
+    }
+
+    /// The head of an event stream that no backend's head stands behind.
+    pub(super) fn write_events_head(&mut self, key: Key, early: bool) {
+        let (now_us, unix_time_s) = (self.now_us, self.unix_time_s());
+        let mut extra = ExtraLines::new(EVENT_STREAM_HEADERS);
+        extra.push(self.date.at(unix_time_s));
+        self.name_stream(key, &mut extra);
         let Some(stream) = self.streams.get_mut(key) else { return };
-        if let Some(client) = stream.client {
-            self.mark_dirty(client);
-        }
+        let chunked = stream.events_chunked();
+        stream.close |= !chunked;
+        stream.status = 200;
+        stream.answer = Answer::Events { early };
+        let framing = if chunked { Framing::Chunked } else { Framing::UntilClose };
+        self.scratch.clear();
+        write_own_response_head(
+            &mut self.scratch,
+            200,
+            stream.version,
+            !stream.close,
+            framing,
+            extra.as_str(),
+        );
+        stream.append_response(&self.scratch, now_us);
+        self.keep_log(key);
     }
 }
 
@@ -368,26 +396,6 @@ pub(super) fn waits_for_line_end(held: &mut Vec<u8>, bytes: &[u8], head_bytes_ma
         held.extend_from_slice(bytes);
     }
     waits
-}
-
-/// The head of an event stream that no backend's head stands behind.
-pub(super) fn write_event_stream_head(
-    stream: &mut Stream,
-    scratch: &mut Vec<u8>,
-    date: &str,
-    now_us: u64,
-    early: bool,
-) {
-    let chunked = stream.events_chunked();
-    stream.close |= !chunked;
-    stream.status = 200;
-    stream.answer = Answer::Events { early };
-    scratch.clear();
-    let framing = if chunked { Framing::Chunked } else { Framing::UntilClose };
-    let mut extra = ExtraLines::new(EVENT_STREAM_HEADERS);
-    extra.push(date);
-    write_own_response_head(scratch, 200, stream.version, !stream.close, framing, extra.as_str());
-    stream.append_response(scratch, now_us);
 }
 
 /// Forwards every event that is complete. `Some`: the stream cannot go on.
@@ -471,7 +479,12 @@ pub(super) fn relay_event(
     }
     stats.counters.events += u64::from(block.dispatches);
     stream.events_sent += u64::from(block.dispatches);
+    let from = stream.response.end();
     stream.append_event(block, ids, now_us);
+    let chunked = stream.events_chunked();
+    if let Some(notes) = &mut stream.notes {
+        note(notes, &stream.response, chunked, block, from);
+    }
     if is_planted(Bug::EventTwice) && stream.retried && stream.events_sent == 1 {
         stream.append_event(block, ids, now_us);
     }

@@ -384,6 +384,9 @@ impl<I: Io> Shard<I> {
 
     /// Sends the records that lie ready, or encrypts the next batch. Gives false if there was nothing to send.
     pub(super) fn pump_tls(&mut self, key: Key) -> bool {
+        if self.is_sealing_reader(key) {
+            self.fill_for_reader(key);
+        }
         let Some(conn) = self.conns.get_mut(key) else { return true };
         let Some(tls) = &mut conn.tls else { return false };
         let mut confirm = Confirm::Prompt;
@@ -392,8 +395,12 @@ impl<I: Io> Shard<I> {
             let client = matches!(conn.role, Role::Client(_));
             let log = if client { &stream.response } else { &stream.request };
             let (mut at, plain) = (conn.ledger.sent(), &mut self.tls_scratch.plain);
-            plain.clear();
-            while plain.len() < TLS_BATCH_BYTES_MAX
+            let reads = stream.reader.is_some();
+            if !reads {
+                plain.clear();
+            }
+            while !reads
+                && plain.len() < TLS_BATCH_BYTES_MAX
                 && let Some(range) = log.lend(at, (TLS_BATCH_BYTES_MAX - plain.len()) as u32)
             {
                 at += range.len() as u64;
@@ -403,7 +410,7 @@ impl<I: Io> Shard<I> {
                 return false;
             }
             let bytes = plain.len() as u32;
-            let whole = at == log.end();
+            let whole = !reads && at == log.end();
             let (complete, paused) = match client {
                 true => (!stream.produced, stream.paused),
                 false => (stream.request_done, stream.upload_paused),
@@ -435,6 +442,25 @@ impl<I: Io> Shard<I> {
         conn.acknowledged = None;
         self.follow_conn_timer(key);
         true
+    }
+
+    /// Whether the next batch of a connection is put together for one who reads a stream by its id.
+    fn is_sealing_reader(&self, key: Key) -> bool {
+        let Some(conn) = self.conns.get(key) else { return false };
+        let stream = conn.stream.and_then(|key| self.streams.get(key));
+        let ready = conn.tls.as_ref().is_some_and(|tls| !tls.has_unsent() && !tls.is_handshaking());
+        ready && conn.state == State::Open && stream.is_some_and(|stream| stream.reader.is_some())
+    }
+
+    fn fill_for_reader(&mut self, key: Key) {
+        let Some(stream) = self.conns.get(key).and_then(|conn| conn.stream) else { return };
+        self.tls_scratch.plain.clear();
+        while let room = TLS_BATCH_BYTES_MAX - self.tls_scratch.plain.len()
+            && room > 0
+            && let Some(range) = self.next_of_reader(stream, room as u32, true)
+        {
+            self.tls_scratch.plain.extend(range.cells().iter().map(Cell::get));
+        }
     }
 
     /// A send of records ended.

@@ -2,9 +2,11 @@
 //! holds what a stream knows and how bytes get into its logs, ready for the wire.
 
 use super::durable::Durable;
+use super::reader::Reader;
+use protocol::background::Notes;
 use protocol::demo::DemoModel;
 use protocol::dialect::{Dialect, Meaning};
-use protocol::facts::{RequestFacts, Scanner};
+use protocol::facts::{Background, RequestFacts, Rewriter, Scanner};
 use protocol::http::{CHUNK_END, ChunkHead, Framing, LAST_CHUNK, Version};
 use protocol::log::Log;
 use protocol::phase::{End, Phase, Step};
@@ -58,6 +60,16 @@ pub(crate) struct Stream {
     pub(crate) token_due_ms: u64,
     /// Memory beyond the stream's share, bytes.
     pub(crate) drawn: u64,
+    /// Memory of what is kept of it, accounted for, bytes.
+    pub(crate) charged: u64,
+    /// Somebody reads it by its id, or did.
+    pub(crate) followed: bool,
+    /// Those who know its id find it there.
+    pub(crate) source: Option<Key>,
+    /// It reads another stream.
+    pub(crate) reader: Option<Box<Reader>>,
+    /// What is remembered of a response in background.
+    pub(crate) notes: Option<Box<Notes>>,
     pub(crate) route: usize,
     pub(crate) answer: Answer,
     pub(crate) client: Option<Key>,
@@ -87,6 +99,8 @@ pub(crate) struct Stream {
     /// The request body goes out chunked.
     pub(crate) request_chunked: bool,
     pub(crate) retried: bool,
+    /// Whether it is a response in background.
+    pub(crate) background: Background,
     pub(crate) end: Option<End>,
     pub(crate) status: u16,
     pub(crate) timer: Option<(TimerId, u64)>,
@@ -106,6 +120,10 @@ pub(crate) struct Stream {
     pub(crate) request: Log,
 
     pub(crate) scanner: Option<Box<Scanner>>,
+    /// In the scanner's place, where what asks for a response in background is not for the backend.
+    pub(crate) rewriter: Option<Box<Rewriter>>,
+    /// It waits to be told the id of the response in background that this source produces.
+    pub(crate) waits_for: Option<Key>,
     pub(crate) facts: RequestFacts,
     /// The client's own head, kept while another backend might need one written anew.
     pub(crate) client_head: Option<Box<[u8]>>,
@@ -140,6 +158,10 @@ impl Stream {
             request_chunked: false,
             request_done: true,
             scanner: None,
+            rewriter: None,
+            waits_for: None,
+            notes: None,
+            background: Background::No,
             facts: RequestFacts::default(),
             streaming: false,
             client_head: None,
@@ -167,6 +189,10 @@ impl Stream {
             sequence_number: None,
             events_sent: 0,
             drawn: 0,
+            charged: 0,
+            followed: false,
+            source: None,
+            reader: None,
             started_us: now_us,
             asked_us: now_us,
             first_token_us: None,
@@ -196,7 +222,8 @@ impl Stream {
     pub(crate) fn memory_bytes(&self) -> u64 {
         let partial = self.events.as_ref().map_or(0, |events| events.memory_bytes());
         let body = self.durable.as_ref().map_or(0, |durable| durable.memory_bytes());
-        (self.request.memory_bytes() + self.response.memory_bytes() + partial + body) as u64
+        let held = self.rewriter.as_ref().map_or(0, |rewriter| rewriter.memory_bytes());
+        (self.request.memory_bytes() + self.response.memory_bytes() + partial + body + held) as u64
     }
 
     /// Whether an event stream goes to the client in chunks (HTTP/1.1) or bare until close (HTTP/1.0).
@@ -211,6 +238,11 @@ impl Stream {
             Answer::Body(framing) => framing == Framing::UntilClose,
             Answer::None => false,
         }
+    }
+
+    /// Whether a backend produces it, whose silences have limits.
+    pub(crate) fn has_backend_clock(&self) -> bool {
+        self.demo.is_none() && self.durable.is_none() && self.reader.is_none()
     }
 
     pub(crate) fn has_events_answer(&self) -> bool {
@@ -263,6 +295,7 @@ impl Stream {
         } else {
             self.response.append(&[before, between, after]);
         }
+        self.response.event_ends();
         self.spoke(now_us);
     }
 
@@ -293,6 +326,15 @@ impl Stream {
 
     /// Appends a piece of the request's body for the backend.
     pub(crate) fn append_request(&mut self, piece: &[u8]) {
+        let Some(mut rewriter) = self.rewriter.take() else { return self.append_request_as_it_is(piece) };
+        rewriter.feed(piece, |bytes| self.append_request_as_it_is(bytes));
+        self.rewriter = Some(rewriter);
+        if self.rewriter.as_ref().is_some_and(|rewriter| rewriter.is_finished()) {
+            self.take_facts();
+        }
+    }
+
+    fn append_request_as_it_is(&mut self, piece: &[u8]) {
         if self.demo.is_some() {
             // Nobody takes it out of the log again: the model wants to know the facts only.
         } else if let Some(durable) = &mut self.durable {
@@ -311,10 +353,24 @@ impl Stream {
 
     /// The facts are as complete as they will be.
     pub(crate) fn take_facts(&mut self) {
+        if let Some(mut rewriter) = self.rewriter.take() {
+            self.background = rewriter.background();
+            rewriter.finish(|bytes| self.append_request_as_it_is(bytes));
+            self.facts = rewriter.into_facts();
+            self.streaming |= self.facts.stream == Some(true);
+        }
         if let Some(scanner) = self.scanner.take() {
             self.facts = scanner.into_facts();
             self.streaming |= self.facts.stream == Some(true);
         }
+    }
+
+    /// The description for a stream of its client's own; what is left tells one from the other in the access log.
+    pub(crate) fn split_description(&mut self) -> Option<Box<Description>> {
+        let description = self.description.as_mut()?;
+        let of_stream = format!("stream of {}", description.request).into();
+        let request = std::mem::replace(&mut description.request, of_stream);
+        Some(Box::new(Description { request, refusal: None }))
     }
 
     /// Notes what an event means; true when it is progress of the model.

@@ -208,6 +208,9 @@ impl<I: Io> Shard<I> {
             return;
         }
         let Some(stream) = conn.stream.and_then(|key| self.streams.get_mut(key)) else { return };
+        if stream.reader.is_some() {
+            return self.pump_reader(key);
+        }
         let client = matches!(conn.role, Role::Client(_));
         let log = if client { &stream.response } else { &stream.request };
         let Some(range) = log.lend(conn.ledger.sent(), LOG_SEGMENT_BYTES_MAX as u32) else {
@@ -233,6 +236,25 @@ impl<I: Io> Shard<I> {
         if client {
             stream.lent_since_us = stream.pending_since_us.take().unwrap_or(self.now_us);
         }
+        self.follow_conn_timer(key);
+    }
+
+    /// Sends what is next for one who reads a stream by its id.
+    fn pump_reader(&mut self, key: Key) {
+        let Some(stream_key) = self.conns.get(key).and_then(|conn| conn.stream) else { return };
+        let Some(range) = self.next_of_reader(stream_key, LOG_SEGMENT_BYTES_MAX as u32, false) else {
+            // One that went on by itself has what follows in its own log, and is pumped again.
+            let reads = self.streams.get(stream_key).is_none_or(|stream| stream.reader.is_some());
+            return if reads { self.follow_delivered(key) } else { self.mark_dirty(key) };
+        };
+        let Some(stream) = self.streams.get(stream_key) else { return };
+        let stall_ms = u64::from(self.settings.routes[stream.route].deadlines.write_stall_ms);
+        let Some(conn) = self.conns.get_mut(key) else { return };
+        conn.ledger.lend(range.len() as u32);
+        conn.ops.send = Some(self.io.send(key, conn.socket, range, Confirm::Prompt));
+        conn.progress_ms = self.now_us / 1000;
+        conn.stall_check_ms = stall_check_ms(conn.progress_ms, stall_ms);
+        conn.acknowledged = None;
         self.follow_conn_timer(key);
     }
 
@@ -268,7 +290,7 @@ impl<I: Io> Shard<I> {
         let now_us = self.now_us;
         let Some(conn) = self.conns.get_mut(key) else { return };
         conn.ledger.complete(bytes);
-        let client = conn.is_client();
+        let (client, sealed) = (conn.is_client(), conn.tls.is_some());
         let counters = &mut self.stats.counters;
         *(if client { &mut counters.client_sent_bytes } else { &mut counters.upstream_sent_bytes }) +=
             u64::from(bytes);
@@ -282,6 +304,13 @@ impl<I: Io> Shard<I> {
         let reused = conn.backend().is_some_and(|backend| backend.served > 0);
         let Some(stream_key) = conn.stream else { return };
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
+        if client && stream.reader.is_some() {
+            self.reader_confirmed(stream_key, bytes, sealed);
+            if !is_planted(Bug::LostWakeUp) {
+                self.mark_dirty(key);
+            }
+            return;
+        }
         if client {
             stream.response.release(sent);
             if stream.has_events_answer() {
@@ -309,11 +338,18 @@ impl<I: Io> Shard<I> {
     /// Pauses or resumes the producers on both sides, as the lag of the consumers says.
     pub(super) fn follow_marks(&mut self, key: Key) {
         self.follow_overdraft(key);
-        let (high, low) = (self.settings.lag_high_bytes, self.settings.lag_low_bytes);
+        self.charge(key);
+        let low = self.settings.lag_low_bytes;
+        let Some(stream) = self.streams.get(key) else { return };
+        if stream.reader.is_some() {
+            return;
+        }
+        let (lag, high) = self.owed_to_readers(stream).unwrap_or_else(|| {
+            let client = stream.client.and_then(|key| self.conns.get(key));
+            let sent = client.map_or(0, |conn| conn.ledger.sent());
+            (stream.response.end() - sent, self.settings.lag_high_bytes)
+        });
         let Some(stream) = self.streams.get_mut(key) else { return };
-        let sent =
-            |conn: Option<Key>| conn.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
-        let lag = stream.response.end() - sent(stream.client);
         if !stream.paused && lag > high && !stream.produced {
             stream.paused = true;
             if matches!(stream.phase, Phase::Streaming | Phase::AwaitFirstToken) {
@@ -342,7 +378,7 @@ impl<I: Io> Shard<I> {
         let (Some(client), false) = (stream.client, stream.request_done) else { return };
         let sent = stream.backend.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
         let upload_lag = stream.request.end() - sent.max(stream.request.start());
-        if !stream.upload_paused && upload_lag > high {
+        if !stream.upload_paused && upload_lag > self.settings.lag_high_bytes {
             stream.upload_paused = true;
             self.stats.counters.upload_pauses += 1;
             self.want_receive(client, false);

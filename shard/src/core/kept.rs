@@ -1,0 +1,523 @@
+//! Streams that outlive their connections. A streamed answer gets an id, and its log is kept: its client may leave and come
+//! back, others may read with it, and anyone who knows the id may stop it.
+//!
+//! ```text
+//!   backend ─► Stream (producer) ─► its log ─┬─► the client that asked, straight from the log
+//!                  │ named by                ├─► reader: a stream of its own (head, errors), events from that log
+//!               Source ──────────────────────┴─► reader
+//!                  └─ over: takes the log, keeps it for a while
+//! ```
+//! Here: their names, what becomes of them when their clients leave and when they end, and the memory they take. `resume` has
+//! the requests for them, `reader` those who read them.
+
+use super::background::notes_bytes;
+use super::relay::ExtraLines;
+use super::tail::Tail;
+use super::{Leaving, Shard, TimerOf};
+use crate::io::Io;
+use crate::settings::{OnLeave, Resume, Settings};
+use protocol::background::Notes;
+use protocol::dialect::Dialect;
+use protocol::facts::Background;
+use protocol::limits::RESUME_STREAM_COST_BYTES;
+use protocol::log::Log;
+use protocol::phase::End;
+use protocol::resume::{StreamId, TAG_BYTES};
+use protocol::slots::{Key, Slots};
+use protocol::wheel::TimerId;
+use ring::hmac;
+use std::collections::{HashMap, VecDeque};
+
+/// The streams of a shard that can be resumed.
+pub(super) struct Kept {
+    /// Authenticates their ids.
+    key: hmac::Key,
+    pub(super) shard: u16,
+    /// Of the next stream.
+    next_number: u64,
+    pub(super) sources: Slots<Source>,
+    pub(super) by_number: HashMap<u64, Key>,
+    /// Responses in background, by the ids that their backends gave them.
+    pub(super) by_response: HashMap<Box<str>, Key>,
+    /// Those that are over, in the order in which they ended; some are gone by now.
+    over: VecDeque<Key>,
+    /// Those that are not, in the order in which they are made to forget; some are over by now.
+    live: VecDeque<Key>,
+    /// Those whose readers have something to do in this turn.
+    pub(super) stirred: VecDeque<Key>,
+    /// Readers that wait for their turn to begin.
+    pub(super) waiting: VecDeque<Key>,
+    /// How many may begin, in millionths, and when that was reckoned, µs.
+    pub(super) allowance: (u64, u64),
+    pub(super) waiting_timer: Option<TimerId>,
+    /// Memory of what is kept.
+    pub(super) bytes: u64,
+    /// Where the next attempt to make room is worth it.
+    make_room_at: u64,
+    pub(super) detached: usize,
+}
+
+/// A stream as those know it who come by its id.
+pub(super) struct Source {
+    pub(super) number: u64,
+    pub(super) route: usize,
+    pub(super) dialect: Dialect,
+    /// Its log is in chunks.
+    pub(super) chunked: bool,
+    /// Who fills the log, and has it; none when it is over.
+    pub(super) producer: Option<Key>,
+    /// When it is over: the log.
+    pub(super) log: Log,
+    pub(super) end: Option<End>,
+    /// Streams that read it, each of which knows its place here.
+    pub(super) readers: Vec<Key>,
+    /// How many of them this round has served.
+    pub(super) served: usize,
+    pub(super) stirred: bool,
+    /// Nobody reads it, and it goes on.
+    pub(super) detached: bool,
+    /// What its slowest reader that counts has had; what the one that left had.
+    pub(super) owed_from: u64,
+    pub(super) began_ms: u64,
+    pub(super) ended_ms: u64,
+    /// Memory accounted for, once it is over.
+    pub(super) charged: u64,
+    /// For its end without a client, or its removal.
+    pub(super) timer: Option<(TimerId, u64)>,
+    /// Its time is over; it goes when its last reader has.
+    pub(super) expired: bool,
+    /// What live readers of a durable stream share: it has no id.
+    pub(super) tail: Option<Box<Tail>>,
+    /// A response in background.
+    pub(super) background: bool,
+    /// It has been told its id, by which it is found.
+    pub(super) found_by_id: bool,
+    /// Waits to be told that id.
+    pub(super) waiter: Option<Key>,
+    /// When it is over: what is remembered of a response in background.
+    pub(super) notes: Option<Box<Notes>>,
+}
+
+impl Source {
+    pub(super) fn new(
+        number: u64,
+        producer: Key,
+        route: usize,
+        dialect: Dialect,
+        chunked: bool,
+        now_ms: u64,
+    ) -> Self {
+        Source {
+            number,
+            route,
+            dialect,
+            chunked,
+            producer: Some(producer),
+            log: Log::new(),
+            end: None,
+            readers: Vec::new(),
+            served: 0,
+            stirred: false,
+            detached: false,
+            owed_from: 0,
+            began_ms: now_ms,
+            ended_ms: 0,
+            charged: 0,
+            timer: None,
+            expired: false,
+            tail: None,
+            background: false,
+            found_by_id: false,
+            waiter: None,
+            notes: None,
+        }
+    }
+}
+
+/// What there is of kept streams at an instant.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct KeptTotals {
+    /// Streams under way that have an id.
+    pub live: usize,
+    /// Streams that are over and can still be read.
+    pub over: usize,
+    /// Streams under way without a client.
+    pub detached: usize,
+    /// Readers by id.
+    pub readers: usize,
+    /// Readers that wait for their turn to begin.
+    pub waiting: usize,
+    /// Memory, bytes.
+    pub bytes: u64,
+}
+
+impl Kept {
+    pub(super) fn new(settings: &Settings, shard: usize) -> Self {
+        // What each costs at least bounds how many there can be.
+        let most = settings.resume_bytes_max / RESUME_STREAM_COST_BYTES;
+        let most = usize::try_from(most).unwrap_or(usize::MAX).max(settings.connections_max);
+        Kept {
+            key: hmac::Key::new(hmac::HMAC_SHA256, &settings.stream_key),
+            shard: u16::try_from(shard).unwrap_or(u16::MAX),
+            next_number: 1,
+            sources: Slots::new(most.min(u32::MAX as usize)),
+            by_number: HashMap::new(),
+            by_response: HashMap::new(),
+            over: VecDeque::new(),
+            live: VecDeque::new(),
+            stirred: VecDeque::new(),
+            waiting: VecDeque::new(),
+            allowance: (0, 0),
+            waiting_timer: None,
+            bytes: 0,
+            make_room_at: settings.resume_bytes_max,
+            detached: 0,
+        }
+    }
+
+    fn tag(&self, shard: u16, number: u64) -> [u8; TAG_BYTES] {
+        let tag = hmac::sign(&self.key, &StreamId::authenticated(0, shard, number));
+        let mut short = [0; TAG_BYTES];
+        short.copy_from_slice(&tag.as_ref()[..TAG_BYTES]);
+        short
+    }
+
+    pub(super) fn id(&self, number: u64) -> StreamId {
+        StreamId { node: 0, shard: self.shard, number, tag: self.tag(self.shard, number) }
+    }
+
+    /// Whether it is the id of a stream that there was.
+    pub(super) fn is_ours(&self, id: &StreamId) -> bool {
+        let tag = self.tag(id.shard, id.number);
+        // Without an early end: how long it takes must not tell how much was right.
+        let differ = tag.iter().zip(&id.tag).fold(0, |differ, (a, b)| differ | (a ^ b));
+        id.node == 0 && differ == 0
+    }
+
+    /// Whether readers wait for the next turn.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.stirred.is_empty()
+    }
+
+    pub(super) fn stir(&mut self, key: Key) {
+        if let Some(source) = self.sources.get_mut(key)
+            && !std::mem::replace(&mut source.stirred, true)
+            // Within a round it is queued already.
+            && source.served == 0
+        {
+            self.stirred.push_back(key);
+        }
+    }
+
+    pub(super) fn totals(&self) -> KeptTotals {
+        let named = || self.sources.iter().map(|(_, source)| source).filter(|source| source.tail.is_none());
+        let live = named().filter(|source| source.producer.is_some()).count();
+        KeptTotals {
+            live,
+            over: named().count() - live,
+            detached: self.detached,
+            readers: named().map(|source| source.readers.len()).sum(),
+            waiting: self.waiting.len(),
+            bytes: self.bytes,
+        }
+    }
+}
+
+impl<I: Io> Shard<I> {
+    pub(super) fn resume_of(&self, route: usize) -> Option<Resume> {
+        self.settings.routes[route].resume
+    }
+
+    /// Gives a stream that is about to answer with events its id, and writes the head line that tells it.
+    pub(super) fn name_stream(&mut self, key: Key, lines: &mut ExtraLines) {
+        let now_ms = self.now_ms();
+        if self.leaving != Leaving::No {
+            return;
+        }
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        if self.settings.routes[stream.route].resume.is_none() || stream.head_only || stream.source.is_some()
+        {
+            return;
+        }
+        let number = self.kept.next_number;
+        let chunked = stream.events_chunked();
+        let background = stream.background != Background::No;
+        let source = Source::new(number, key, stream.route, stream.dialect, chunked, now_ms);
+        let source = Source { background, ..source };
+        let Ok(source) = self.kept.sources.insert(source) else { return };
+        self.kept.next_number += 1;
+        self.kept.by_number.insert(number, source);
+        self.kept.live.push_back(source);
+        stream.source = Some(source);
+        if stream.background != Background::No {
+            stream.notes = Some(Box::default());
+        }
+        stream.charged = RESUME_STREAM_COST_BYTES;
+        self.kept.bytes += RESUME_STREAM_COST_BYTES;
+        push_id_line(lines, &self.kept.id(number));
+    }
+
+    /// From here on a named stream's log is kept; what it holds so far is the head.
+    pub(super) fn keep_log(&mut self, key: Key) {
+        let source = self.streams.get(key).and_then(|stream| self.kept.sources.get(stream.source?));
+        let resume = source.and_then(|source| self.resume_of_source(source));
+        if let (Some(resume), Some(stream)) = (resume, self.streams.get_mut(key)) {
+            stream.response.keep(resume.window_bytes);
+        }
+    }
+
+    /// Something was appended for whoever reads a stream.
+    pub(super) fn appended(&mut self, key: Key) {
+        let Some(stream) = self.streams.get(key) else { return };
+        let (source, noted) = (stream.source.filter(|_| stream.followed), stream.notes.is_some());
+        if let Some(client) = stream.client {
+            self.mark_dirty(client);
+        }
+        if let Some(source) = source {
+            self.kept.stir(source);
+        }
+        if noted {
+            self.follow_notes(key);
+        }
+    }
+
+    // ---- the client leaves
+
+    /// Whether a stream goes on when this connection, its client's, is gone.
+    pub(super) fn may_detach(&self, key: Key) -> bool {
+        let Some(stream) = self.streams.get(key) else { return false };
+        let Some(source) = stream.source.and_then(|source| self.kept.sources.get(source)) else {
+            return false;
+        };
+        // One that was not even sent the head does not know the id.
+        let knows =
+            stream.client.and_then(|key| self.conns.get(key)).is_some_and(|conn| conn.ledger.sent() > 0);
+        let wanted = match self.resume_of_source(source).map(|resume| resume.on_leave) {
+            None => false,
+            Some(OnLeave::Cancel) => !source.readers.is_empty(),
+            Some(OnLeave::Detach(_) | OnLeave::Finish) => {
+                knows && (self.kept.detached < self.settings.detached_max || !source.readers.is_empty())
+            }
+        };
+        wanted && stream.end.is_none() && stream.request_done && self.leaving == Leaving::No
+    }
+
+    /// The client is gone, the stream goes on.
+    pub(super) fn detach(&mut self, key: Key) {
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        let Some(source_key) = stream.source else { return };
+        let Some(client) = stream.client.take() else { return };
+        let sent = self.conns.get(client).map_or(0, |conn| conn.ledger.sent());
+        if let Some(conn) = self.conns.get_mut(client) {
+            conn.stream = None;
+        }
+        self.stats.counters.detaches += 1;
+        if let Some(source) = self.kept.sources.get_mut(source_key) {
+            source.owed_from = sent;
+        }
+        self.orphan(source_key);
+        self.follow_marks(key);
+    }
+
+    /// If nobody reads a stream under way, its route says what becomes of it.
+    pub(super) fn orphan(&mut self, key: Key) {
+        if self.drop_tail(key) {
+            return;
+        }
+        let now_ms = self.now_ms();
+        let resume = self.kept.sources.get(key).and_then(|source| self.resume_of_source(source));
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        let Some(producer) = source.producer else { return };
+        let read = self.streams.get(producer).is_some_and(|stream| stream.client.is_some());
+        if read || !source.readers.is_empty() || source.detached {
+            return;
+        }
+        let room = self.leaving == Leaving::No && self.kept.detached < self.settings.detached_max;
+        match resume.map(|resume| resume.on_leave) {
+            Some(OnLeave::Detach(ms)) if room => {
+                let due_ms = now_ms + u64::from(ms);
+                source.detached = true;
+                self.kept.detached += 1;
+                super::deadline::arm(&mut self.wheel, &mut source.timer, due_ms, TimerOf::Source(key));
+            }
+            Some(OnLeave::Finish) if room => {
+                source.detached = true;
+                self.kept.detached += 1;
+                self.kept.stir(key);
+            }
+            _ => self.end_stream(producer, End::ClientLeft),
+        }
+    }
+
+    /// Somebody reads it again.
+    pub(super) fn adopt(&mut self, key: Key) {
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        if std::mem::take(&mut source.detached) {
+            self.kept.detached -= 1;
+            if let Some((timer, _)) = source.timer.take() {
+                self.wheel.remove(timer);
+            }
+        }
+    }
+
+    // ---- the stream ends
+
+    /// A stream is over: who comes by its id finds its log here.
+    pub(super) fn release_source(&mut self, key: Key) {
+        let now_ms = self.now_ms();
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        let Some(source_key) = stream.source.take() else { return };
+        let (mut log, charged) = (std::mem::take(&mut stream.response), std::mem::take(&mut stream.charged));
+        let (end, notes) = (stream.end.unwrap_or(End::ClientLeft), stream.notes.take());
+        self.adopt(source_key);
+        self.answer_waiter_of_none(source_key, end);
+        let resume = self.kept.sources.get(source_key).and_then(|source| self.resume_of_source(source));
+        let Some(source) = self.kept.sources.get_mut(source_key) else { return };
+        log.release(log.end());
+        if end == End::StreamStopped && source.readers.is_empty() {
+            log = Log::new();
+        }
+        let forsaken = matches!(end, End::ClientLeft | End::WriteStall | End::Abandoned);
+        let keep_ms = resume.map_or(0, |resume| resume.keep_ms);
+        source.producer = None;
+        source.charged = log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES + notes_bytes(notes.as_deref());
+        source.notes = notes;
+        self.kept.bytes = self.kept.bytes - charged + source.charged;
+        source.log = log;
+        (source.end, source.ended_ms) = (Some(end), now_ms);
+        source.expired = forsaken || keep_ms == 0 || self.leaving != Leaving::No;
+        if source.expired && source.readers.is_empty() {
+            return self.remove_source(source_key);
+        }
+        let due_ms = now_ms + u64::from(keep_ms);
+        super::deadline::arm(&mut self.wheel, &mut source.timer, due_ms, TimerOf::Source(source_key));
+        self.kept.over.push_back(source_key);
+        self.kept.stir(source_key);
+        self.make_room();
+    }
+
+    pub(super) fn source_due(&mut self, key: Key) {
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        if let Some(producer) = source.producer {
+            // Somebody may have come back in this very turn.
+            if source.detached {
+                self.end_stream(producer, End::Abandoned);
+            }
+            return;
+        }
+        source.expired = true;
+        if source.readers.is_empty() {
+            self.remove_source(key);
+        }
+    }
+
+    pub(super) fn remove_source(&mut self, key: Key) {
+        let Some(source) = self.kept.sources.remove(key) else { return };
+        if let Some((timer, _)) = source.timer {
+            self.wheel.remove(timer);
+        }
+        if source.tail.is_none() {
+            self.kept.by_number.remove(&source.number);
+        }
+        self.forget_response(key, source.notes.as_deref());
+        self.kept.bytes -= source.charged;
+        // Names of those that are gone are not kept for ever.
+        for names in [&mut self.kept.over, &mut self.kept.live] {
+            if names.len() > 64 && names.len() > 2 * self.kept.sources.len() {
+                names.retain(|&name| self.kept.sources.get(name).is_some());
+            }
+        }
+    }
+
+    /// Nobody can come back to a shard that leaves: what nobody reads now is let go.
+    pub(super) fn drain_kept(&mut self) {
+        let keys: Vec<Key> = self.kept.sources.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            let Some(source) = self.kept.sources.get_mut(key) else { continue };
+            match source.producer {
+                Some(producer) if source.detached => self.end_stream(producer, End::Drain),
+                Some(_) => {}
+                None => {
+                    source.expired = true;
+                    if source.readers.is_empty() {
+                        self.remove_source(key);
+                    }
+                }
+            }
+        }
+    }
+
+    // ---- memory
+
+    /// What a stream's history takes; called when it may have changed.
+    pub(super) fn charge(&mut self, key: Key) {
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        if stream.source.is_none() {
+            return;
+        }
+        let now =
+            stream.response.history_bytes() + RESUME_STREAM_COST_BYTES + notes_bytes(stream.notes.as_deref());
+        let before = std::mem::replace(&mut stream.charged, now);
+        self.kept.bytes = self.kept.bytes - before + now;
+        if self.kept.bytes > self.kept.make_room_at {
+            self.make_room();
+        }
+    }
+
+    /// Gives up what is kept, the least missed first, until there is some room again: streams that are over, oldest first; then
+    /// the oldest half of the events of streams without a client; then that of what others have read.
+    fn make_room(&mut self) {
+        let most = self.settings.resume_bytes_max;
+        if self.kept.bytes <= most {
+            self.kept.make_room_at = most;
+            return;
+        }
+        let enough = most - most / 16;
+        for _ in 0..self.kept.over.len() {
+            if self.kept.bytes <= enough {
+                break;
+            }
+            let Some(key) = self.kept.over.pop_front() else { break };
+            match self.kept.sources.get(key) {
+                None => {}
+                Some(source) if source.readers.is_empty() => {
+                    self.stats.counters.kept_evictions += 1;
+                    self.remove_source(key);
+                }
+                Some(_) => self.kept.over.push_back(key),
+            }
+        }
+        for detached in [true, false] {
+            for _ in 0..self.kept.live.len() {
+                if self.kept.bytes <= enough {
+                    break;
+                }
+                let Some(key) = self.kept.live.pop_front() else { break };
+                let Some(source) = self.kept.sources.get(key) else { continue };
+                let Some(producer) = source.producer else { continue };
+                self.kept.live.push_back(key);
+                if source.detached == detached {
+                    self.forget_half(producer);
+                }
+            }
+        }
+        // Where nothing can be given up, another attempt is worth it only when there is more.
+        self.kept.make_room_at = most.max(self.kept.bytes + most / 16);
+    }
+
+    fn forget_half(&mut self, producer: Key) {
+        let Some(stream) = self.streams.get_mut(producer) else { return };
+        let history = stream.response.history_bytes();
+        stream.response.forget(history / 2);
+        let left = stream.response.history_bytes();
+        self.stats.counters.kept_forgotten_bytes += history - left;
+        self.kept.bytes -= stream.charged - (left + RESUME_STREAM_COST_BYTES).min(stream.charged);
+        stream.charged = (left + RESUME_STREAM_COST_BYTES).min(stream.charged);
+    }
+}
+
+pub(super) fn push_id_line(lines: &mut ExtraLines, id: &StreamId) {
+    lines.push("Tokenring-Stream: ");
+    lines.push(&id.to_string());
+    lines.push("\r\n");
+}

@@ -1,0 +1,421 @@
+//! Those who read streams by their ids. Each is a stream of its own, with a head and errors of its own; its events are lent from
+//! the log of the stream that it reads, which is the same memory for all. One whose next bytes the window has dropped finishes
+//! what it was lent, which ends between two events, and is told there.
+
+use super::stream::Stream;
+use super::{Shard, TimerOf};
+use crate::io::Io;
+use crate::settings::{OnLeave, SlowReader};
+use protocol::limits::READERS_PER_TURN_MAX;
+use protocol::log::{Lent, Log, Place};
+use protocol::phase::{End, Phase, Step};
+use protocol::slots::Key;
+
+/// A reader's place in a stream that another one fills.
+pub(crate) struct Reader {
+    pub(super) source: Key,
+    /// Where among the source's readers.
+    pub(super) place: usize,
+    /// Next byte of the source's log to be lent.
+    pub(super) at: u64,
+    /// Of what was lent of it, which ends between two events: what is not confirmed, or with TLS not sealed.
+    pub(super) lent: Option<Lent>,
+    /// Next byte of its own log to be lent.
+    pub(super) own_at: u64,
+    /// The range in flight is of its own log.
+    pub(super) own_lent: bool,
+    /// Waits for its turn to begin.
+    pub(super) waits: bool,
+    /// Of one that shares a tail: its position in the durable stream behind what it was lent, if that ends between two events.
+    pub(super) behind: Option<u64>,
+}
+
+impl Reader {
+    /// Whether a send of something that it was lent may be under way.
+    pub(super) fn is_sending(&self) -> bool {
+        self.own_lent || self.lent.is_some()
+    }
+
+    /// What has been confirmed of the source's log.
+    pub(super) fn confirmed(&self) -> u64 {
+        self.at - self.lent.as_ref().map_or(0, |lent| lent.len() as u64)
+    }
+}
+
+/// What a source has for a reader at a place.
+enum Supply {
+    Range(Lent),
+    /// Nothing yet.
+    Later,
+    /// Nothing more.
+    Over(End),
+    /// The window has left it behind.
+    Dropped,
+}
+
+impl<I: Io> Shard<I> {
+    /// Takes the next range that a reader's connection is to send. What it is told of its own comes first, but never within
+    /// an event.
+    pub(super) fn next_of_reader(&mut self, key: Key, bytes_max: u32, sealed: bool) -> Option<Lent> {
+        loop {
+            let stream = self.streams.get_mut(key)?;
+            let reader = stream.reader.as_mut()?;
+            if let Some(rest) = reader.lent.take() {
+                let range = rest.first(bytes_max);
+                reader.lent = if sealed { rest.skip(bytes_max) } else { Some(rest) };
+                return Some(range);
+            }
+            if let Some(range) = stream.response.lend(reader.own_at, bytes_max) {
+                if sealed {
+                    reader.own_at += range.len() as u64;
+                    stream.response.release(reader.own_at);
+                } else {
+                    reader.own_lent = true;
+                }
+                return Some(range);
+            }
+            if stream.produced || reader.waits {
+                return None;
+            }
+            let (source, at) = (reader.source, reader.at);
+            match self.supply(source, at) {
+                Supply::Range(range) => {
+                    let behind = self.position_behind(source, at + range.len() as u64);
+                    let reader = self.streams.get_mut(key)?.reader.as_mut()?;
+                    reader.at += range.len() as u64;
+                    (reader.lent, reader.behind) = (Some(range), behind);
+                }
+                Supply::Later => return None,
+                Supply::Over(end) => {
+                    self.reader_over(key, end);
+                    return None;
+                }
+                Supply::Dropped => self.reader_lagged(key),
+            }
+        }
+    }
+
+    fn supply(&self, source: Key, at: u64) -> Supply {
+        let Some(source) = self.kept.sources.get(source) else { return Supply::Over(End::Gone) };
+        let Some(log) = self.source_log(source) else { return Supply::Over(End::Gone) };
+        if at < log.start() {
+            return Supply::Dropped;
+        }
+        let end = match source.producer.and_then(|producer| self.streams.get(producer)) {
+            Some(stream) if stream.produced => stream.end,
+            Some(_) => None,
+            None => source.end,
+        };
+        match (log.lend(at, u32::MAX), end) {
+            (Some(range), _) => Supply::Range(range),
+            (None, Some(end)) => Supply::Over(end),
+            (None, None) => Supply::Later,
+        }
+    }
+
+    /// Whether a reader has been lent its stream to the end; it is over then.
+    pub(super) fn has_all_of_its_source(&mut self, key: Key) -> bool {
+        let Some(stream) = self.streams.get(key) else { return false };
+        let Some(reader) = stream.reader.as_ref().filter(|_| stream.end.is_none()) else { return false };
+        let Supply::Over(end) = self.supply(reader.source, reader.at) else { return false };
+        let client = stream.client;
+        self.reader_over(key, end);
+        if let Some(client) = client {
+            self.mark_dirty(client);
+        }
+        true
+    }
+
+    /// It has all of its stream, the end included.
+    fn reader_over(&mut self, key: Key, end: End) {
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        stream.end = Some(end);
+        stream.produced = true;
+        stream.close |= end != End::Done;
+        if stream.phase != Phase::Finishing {
+            stream.step(Step::ProducerDone);
+        }
+    }
+
+    /// The window has left a reader behind.
+    fn reader_lagged(&mut self, key: Key) {
+        if self.leave_tail(key) {
+            return;
+        }
+        let now_us = self.now_us;
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        let Some(reader) = &mut stream.reader else { return };
+        let Some(source) = self.kept.sources.get(reader.source) else { return };
+        let skip = self.settings.routes[source.route]
+            .resume
+            .is_some_and(|resume| resume.slow_reader == SlowReader::Skip);
+        let newest = self.source_log(source).and_then(|log| newest_in(log, source.chunked));
+        let (Some((at, last)), true) = (newest, skip) else {
+            self.stats.counters.readers_dropped += 1;
+            return self.end_stream(key, End::Lagged);
+        };
+        self.stats.counters.readers_skipped += 1;
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        let Some(reader) = &mut stream.reader else { return };
+        reader.at = at;
+        // A name of its own, so that only who knows it sees it.
+        let gap = format!("event: tokenring.gap\ndata: {{\"last_event_id\":{last}}}\n\n");
+        stream.append_block(gap.as_bytes(), now_us);
+    }
+
+    /// A send of a reader's has ended.
+    pub(super) fn reader_confirmed(&mut self, key: Key, bytes: u32, sealed: bool) {
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        let Some(reader) = &mut stream.reader else { return };
+        let source = reader.source;
+        if sealed {
+            // Its cursors moved when the records were made.
+        } else if std::mem::take(&mut reader.own_lent) {
+            reader.own_at += u64::from(bytes);
+            stream.response.release(reader.own_at);
+        } else if let Some(lent) = reader.lent.take() {
+            reader.lent = lent.skip(bytes);
+        }
+        if self.is_held_up(source) {
+            self.kept.stir(source);
+        }
+    }
+
+    /// Bytes that a reader has not been confirmed.
+    pub(super) fn owed_to(&self, reader: &Reader, stream: &Stream) -> u64 {
+        let source = self.kept.sources.get(reader.source);
+        let end = source.and_then(|source| self.source_log(source)).map_or(0, Log::end);
+        end.saturating_sub(reader.confirmed()) + (stream.response.end() - reader.own_at)
+    }
+
+    /// Whether a source follows its readers, instead of leaving them behind.
+    fn is_held_up(&self, key: Key) -> bool {
+        let Some(source) = self.kept.sources.get(key) else { return false };
+        let slow_reader = self.resume_of(source.route).map(|resume| resume.slow_reader);
+        source.producer.is_some()
+            && source.tail.is_none()
+            && match slow_reader {
+                Some(SlowReader::Block) => true,
+                Some(SlowReader::Auto) => source.readers.len() == 1,
+                _ => false,
+            }
+    }
+
+    /// A reader's stream is over, for whatever reason.
+    pub(super) fn reader_left(&mut self, reader: &Reader) {
+        let Some(source) = self.kept.sources.get_mut(reader.source) else { return };
+        source.readers.swap_remove(reader.place);
+        if let Some(&moved) = source.readers.get(reader.place)
+            && let Some(moved) = self.streams.get_mut(moved).and_then(|stream| stream.reader.as_mut())
+        {
+            moved.place = reader.place;
+        }
+        if source.readers.is_empty() {
+            source.owed_from = source.owed_from.max(reader.confirmed());
+        }
+        if source.producer.is_none() && source.expired && source.readers.is_empty() {
+            return self.remove_source(reader.source);
+        }
+        self.kept.stir(reader.source);
+        self.orphan(reader.source);
+    }
+
+    // ---- once per turn
+
+    /// Lets those readers send for whom there is something, as many as one turn has room for, and the sources follow them.
+    pub(super) fn serve_readers(&mut self) {
+        let mut room = READERS_PER_TURN_MAX;
+        for _ in 0..self.kept.stirred.len() {
+            let Some(key) = self.kept.stirred.pop_front() else { break };
+            let Some(source) = self.kept.sources.get_mut(key) else { continue };
+            if source.served == 0 {
+                // A round begins. What comes while it lasts is for another one.
+                source.stirred = false;
+            }
+            let (from, all) = (source.served, source.readers.len());
+            let to = all.min(from + room);
+            room -= to.saturating_sub(from);
+            source.served = if to < all { to } else { 0 };
+            let goes_on = source.served > 0 || source.stirred;
+            for nth in from..to {
+                let reader = self.kept.sources.get(key).and_then(|source| source.readers.get(nth)).copied();
+                if let Some(client) = reader.and_then(|reader| self.streams.get(reader)?.client) {
+                    self.mark_dirty(client);
+                }
+            }
+            if goes_on {
+                // The others first, then the rest of its readers.
+                self.kept.stirred.push_back(key);
+            }
+            self.follow_readers(key);
+            if room == 0 {
+                break;
+            }
+        }
+    }
+
+    /// What the slowest reader that counts has had is what the log need not hold for it.
+    fn follow_readers(&mut self, key: Key) {
+        let Some(source) = self.kept.sources.get(key) else { return };
+        let Some(producer) = source.producer else { return };
+        if self.streams.get(producer).is_none_or(|stream| stream.client.is_some()) {
+            return;
+        }
+        if source.detached {
+            // What its last reader had stays owed.
+            return self.follow_marks(producer);
+        }
+        let Some(log) = self.source_log(source) else { return };
+        let slowest = |readers: &[Key]| {
+            let confirmed = |key: &Key| Some(self.streams.get(*key)?.reader.as_ref()?.confirmed());
+            readers.iter().filter_map(confirmed).min()
+        };
+        let owed_from =
+            if self.is_held_up(key) { slowest(&source.readers) } else { None }.unwrap_or(log.end());
+        if let Some(source) = self.kept.sources.get_mut(key) {
+            source.owed_from = owed_from;
+        }
+        if let Some(stream) = self.streams.get_mut(producer) {
+            stream.response.release(owed_from);
+        }
+        self.charge(producer);
+        self.follow_marks(producer);
+    }
+
+    /// What of a stream's log is owed to readers by id, and from which lag on its backend is paused; none: it has a client.
+    pub(super) fn owed_to_readers(&self, stream: &Stream) -> Option<(u64, u64)> {
+        let source = stream.source.filter(|_| stream.client.is_none())?;
+        let source = self.kept.sources.get(source)?;
+        if source.tail.is_some() {
+            // Who falls behind is left behind.
+            return Some((0, self.settings.lag_high_bytes));
+        }
+        let resume = self.resume_of_source(source);
+        if source.detached && resume.is_some_and(|resume| resume.on_leave == OnLeave::Finish) {
+            // It goes on whatever becomes of what nobody has read.
+            return Some((0, self.settings.lag_high_bytes));
+        }
+        let window_bytes = resume.map_or(0, |resume| resume.window_bytes);
+        let high = match source.detached {
+            // Half of the window for what comes, half for what its client may not have seen.
+            true => self.settings.lag_high_bytes.max(window_bytes / 2),
+            false => self.settings.lag_high_bytes,
+        };
+        Some((stream.response.end() - source.owed_from.min(stream.response.end()), high))
+    }
+
+    /// Whether somebody is there to be told that a stream without a client lives.
+    pub(super) fn has_readers(&self, stream: &Stream) -> bool {
+        let source = stream.source.and_then(|source| self.kept.sources.get(source));
+        source.is_some_and(|source| !source.readers.is_empty())
+    }
+
+    // ---- the pace of those who come back
+
+    /// Takes one of the places that this moment has.
+    pub(super) fn may_begin_reader(&mut self) -> bool {
+        let (mut parts, since_us) = self.kept.allowance;
+        let per_s = u64::from(self.settings.resumes_per_s);
+        // A tenth of a second's worth may begin at once.
+        parts =
+            (parts + (self.now_us - since_us).min(1_000_000) * per_s).min((per_s * 100_000).max(1_000_000));
+        let may = parts >= 1_000_000;
+        self.kept.allowance = (if may { parts - 1_000_000 } else { parts }, self.now_us);
+        may
+    }
+
+    pub(super) fn begin_waiting(&mut self) {
+        while let Some(&key) = self.kept.waiting.front() {
+            let waits = self
+                .streams
+                .get(key)
+                .and_then(|stream| stream.reader.as_ref())
+                .is_some_and(|reader| reader.waits);
+            if waits && !self.may_begin_reader() {
+                break;
+            }
+            self.kept.waiting.pop_front();
+            let Some(stream) = self.streams.get_mut(key).filter(|_| waits) else { continue };
+            if let Some(reader) = &mut stream.reader {
+                reader.waits = false;
+            }
+            if let Some(client) = stream.client {
+                self.mark_dirty(client);
+            }
+        }
+        self.follow_waiting(self.now_ms());
+    }
+
+    pub(super) fn follow_waiting(&mut self, now_ms: u64) {
+        if self.kept.waiting_timer.is_none() && !self.kept.waiting.is_empty() {
+            let wait_ms = (1_000 / u64::from(self.settings.resumes_per_s)).max(1);
+            self.kept.waiting_timer = Some(self.wheel.insert(now_ms + wait_ms, TimerOf::Resumes));
+        }
+    }
+}
+
+/// Where the newest event that a log still holds begins, and the id of the one before it.
+fn newest_in(log: &Log, chunked: bool) -> Option<(u64, u64)> {
+    let last = log.last_event_id();
+    [last.saturating_sub(1), last].into_iter().find_map(|id| match log.behind(id, chunked) {
+        Place::At(at) => Some((at, id)),
+        _ => None,
+    })
+}
+
+/// For simulations: whether what is kept agrees with itself.
+impl<I: Io> Shard<I> {
+    /// A reader's connection sends nothing: whether that is right.
+    pub(super) fn audit_reader(&self, stream: &Stream) -> Result<(), String> {
+        let Some(reader) = &stream.reader else { return Ok(()) };
+        let own = stream.response.end() - reader.own_at;
+        if reader.lent.is_some() || own > 0 {
+            return Err(format!("a reader is owed {own} bytes of its own, or the rest of what it was lent"));
+        }
+        let source = self.kept.sources.get(reader.source);
+        let served = source.is_some_and(|source| source.stirred || source.served > 0);
+        let waits = stream.produced || reader.waits || served;
+        match self.supply(reader.source, reader.at) {
+            Supply::Later => Ok(()),
+            _ if waits => Ok(()),
+            _ => Err(format!("a reader at {} is owed something, and is sent nothing", reader.at)),
+        }
+    }
+
+    /// Gives the timers of what is kept.
+    pub(super) fn audit_kept(&self) -> Result<usize, String> {
+        let (mut timers, mut detached, mut bytes) = (0, 0, 0);
+        for (key, source) in self.kept.sources.iter() {
+            timers += usize::from(source.timer.is_some());
+            detached += usize::from(source.detached);
+            let producer = source.producer.map(|producer| self.streams.get(producer));
+            match producer {
+                Some(Some(stream)) if stream.source == Some(key) => bytes += stream.charged,
+                Some(_) => return Err("a source's producer is another's, or gone".to_owned()),
+                None => bytes += source.charged,
+            }
+            let client = producer.flatten().is_some_and(|stream| stream.client.is_some());
+            let lonely = source.producer.is_some() && !client && source.readers.is_empty();
+            if lonely != source.detached {
+                return Err(format!("detached is {}, and should be {lonely}", source.detached));
+            }
+            if source.producer.is_none() && source.timer.is_none() && source.readers.is_empty() {
+                return Err("a stream that is over is kept for ever".to_owned());
+            }
+            for (place, &reader) in source.readers.iter().enumerate() {
+                let known = self.streams.get(reader).and_then(|stream| stream.reader.as_ref());
+                if known.is_none_or(|reader| reader.source != key || reader.place != place) {
+                    return Err(format!("reader {place} does not know its place"));
+                }
+            }
+            if source.tail.is_none() && self.kept.by_number.get(&source.number) != Some(&key) {
+                return Err("a stream cannot be found by its id".to_owned());
+            }
+        }
+        if detached != self.kept.detached || bytes != self.kept.bytes {
+            let counted = (self.kept.detached, self.kept.bytes);
+            return Err(format!("detached and bytes are {:?}, counted {counted:?}", (detached, bytes)));
+        }
+        Ok(timers)
+    }
+}

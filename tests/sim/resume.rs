@@ -1,0 +1,662 @@
+//! Streams that outlive their connections, on a whole shard: clients leave and come back, share, lag and stop; backends fail as
+//! they like. Each reader must see exactly the events behind its cursor, once and in order, or be told that it cannot.
+
+use crate::backend::BackendHost;
+use crate::client::{ClientPlan, Ended, How, Pace, When};
+use crate::plan::{Answer, Fault, Framed, Request};
+use crate::random::faults;
+use crate::reader::{Message, read_events};
+use crate::rng::Rng;
+use crate::run::{Finished, Sim, settings};
+use crate::tls;
+use protocol::dialect::Dialect;
+use protocol::limits::READERS_PER_TURN_MAX;
+use protocol::phase::End;
+use shard::settings::{OnLeave, Resume, Settings, SlowReader};
+
+const RESUME: Resume = Resume {
+    window_bytes: 256 << 10,
+    on_leave: OnLeave::Detach(30_000),
+    keep_ms: 60_000,
+    slow_reader: SlowReader::Auto,
+};
+
+fn sim_with(seed: u64, change: impl FnOnce(&mut Settings)) -> Sim {
+    let mut settings = settings();
+    settings.routes.iter_mut().for_each(|route| route.resume = Some(RESUME));
+    change(&mut settings);
+    let mut sim = Sim::new(seed, settings, vec![BackendHost::new(0)]);
+    sim.lenience.outlives = true;
+    sim
+}
+
+/// A request that closes its connection.
+fn raw(line: &str, fields: &str) -> ClientPlan {
+    let head = format!("{line} HTTP/1.1\r\nHost: sim\r\nConnection: close\r\n{fields}\r\n");
+    ClientPlan { raw: Some(head.into_bytes()), ..ClientPlan::new(&[]) }
+}
+
+fn resume(id: &str, after: u64) -> ClientPlan {
+    raw(&format!("GET /v1/streams/{id}"), &format!("Last-Event-ID: {after}\r\n"))
+}
+
+fn answer(sim: &Sim, client: usize) -> Option<Seen> {
+    let world = sim.world();
+    let message = world.clients[client].reader.messages.first()?;
+    Some(Seen::of(message))
+}
+
+/// What a client has of an answer.
+#[derive(Debug)]
+struct Seen {
+    status: u16,
+    id: Option<String>,
+    /// Cursor that the shard says it begins behind.
+    after: Option<u64>,
+    events: Vec<(u64, String)>,
+    /// Events without an id that are no heartbeats: errors, gaps; and behind which event.
+    told: Vec<(u64, String)>,
+    /// Behind which event, to which.
+    gaps: Vec<(u64, u64)>,
+    complete: bool,
+    body: String,
+}
+
+impl Seen {
+    fn of(message: &Message) -> Seen {
+        let read = read_events(&message.body).unwrap_or_default();
+        let after = message.header("tokenring-last-event-id").and_then(|id| id.parse().ok());
+        let mut seen = Seen {
+            status: message.status(),
+            id: message.header("tokenring-stream").map(str::to_owned),
+            after,
+            events: Vec::new(),
+            told: Vec::new(),
+            gaps: Vec::new(),
+            complete: message.complete,
+            body: String::from_utf8_lossy(&message.body).into_owned(),
+        };
+        if message.status() != 200 {
+            return seen;
+        }
+        assert!(!(message.complete && read.partial), "a partial event at the end of a whole body");
+        for event in read.events {
+            match event.id {
+                Some(id) => seen.events.push((id, event.data)),
+                None if event.name == "ping" => {}
+                None if event.name == "tokenring.gap" => {
+                    let to = event.data.trim_start_matches("{\"last_event_id\":").trim_end_matches('}');
+                    seen.gaps.push((seen.last(), to.parse().unwrap()));
+                }
+                None => seen.told.push((seen.last(), event.data)),
+            }
+        }
+        seen
+    }
+
+    fn last(&self) -> u64 {
+        self.events.last().map(|&(id, _)| id).or(self.after).unwrap_or(0)
+    }
+
+    /// For messages: how it ends.
+    fn end(&self) -> String {
+        let from = self.body.len().saturating_sub(200);
+        let ids: Vec<u64> = self.events.iter().map(|&(id, _)| id).collect();
+        format!(
+            "complete {} {:?}..{:?} told {:?} {:?}",
+            self.complete,
+            ids.first(),
+            ids.last(),
+            self.told,
+            self.body.get(from..)
+        )
+    }
+
+    fn code(&self) -> &str {
+        let text = self.told.last().map_or(self.body.as_str(), |(_, data)| data.as_str());
+        text.rsplit_once("\"code\":\"").and_then(|(_, rest)| rest.split('"').next()).unwrap_or("")
+    }
+}
+
+/// A stream, the client that asked for it, and those who came by its id.
+struct Tale {
+    exchange: usize,
+    client: usize,
+    id: Option<String>,
+    /// Client, cursor.
+    readers: Vec<(usize, u64)>,
+    stopped: bool,
+}
+
+impl Tale {
+    /// Reads what there is; true when the stream's id is known.
+    fn learn(&mut self, sim: &Sim) -> bool {
+        if self.id.is_none() {
+            self.id = answer(sim, self.client).and_then(|seen| seen.id);
+        }
+        self.id.is_some()
+    }
+}
+
+/// What a reader saw is what the backend meant, from its cursor on. Gives whether it was all of it.
+fn check_reader(finished: &Finished, tale: &Tale, client: usize, cursor: Option<u64>) -> bool {
+    let Some(seen) = answer(&finished.sim, client) else { return false };
+    let world = finished.sim.world();
+    let (exchange, reader) = (&world.exchanges[tale.exchange], &world.clients[client]);
+    let who = format!(
+        "c{client} {:?} of exchange {} behind {cursor:?}: {:?}",
+        reader.ended, tale.exchange, exchange.answer
+    );
+    let owed = &exchange.wire.events;
+    let demo = exchange.request.demo;
+    if seen.status != 200 && (cursor.is_none() || !seen.complete) {
+        // What it may be told instead of a stream is judged elsewhere.
+        return false;
+    }
+    if seen.status != 200 {
+        match seen.status {
+            204 if demo => {}
+            204 => assert_eq!(cursor, Some(owed.len() as u64), "{who}: had not all"),
+            400 => assert_eq!(seen.code(), "cursor_ahead", "{who}"),
+            410 => assert!(
+                ["stream_expired", "stream_stopped", "before_window"].contains(&seen.code()),
+                "{who}: {}",
+                seen.body
+            ),
+            408 | 503 | 505 => {}
+            _ => panic!("{who} got {} {}", seen.status, seen.body),
+        }
+        return false;
+    }
+    if let Some(cursor) = cursor {
+        assert_eq!((seen.after, seen.id.as_ref()), (Some(cursor), tale.id.as_ref()), "{who}: another place");
+    }
+    let mut expected = cursor.unwrap_or(0);
+    for (id, data) in &seen.events {
+        // A gap that is told is none; before the newest event was sent, it may have become a wider one.
+        let behind = expected;
+        expected = seen.gaps.iter().filter(|gap| gap.0 == behind).map(|gap| gap.1).fold(expected, u64::max);
+        expected += 1;
+        assert_eq!(*id, expected, "{who}: {:?}", seen.events.iter().map(|(id, _)| id).collect::<Vec<_>>());
+        if !demo {
+            assert_eq!(Some(data), owed.get(*id as usize - 1).map(|owed| &owed.data), "{who}: event {id}");
+        }
+    }
+    if !demo {
+        assert!(
+            seen.last() as usize <= exchange.events_written().max(cursor.unwrap_or(0) as usize),
+            "{who}: nobody wrote that"
+        );
+    }
+    let whole = seen.complete
+        && seen.told.is_empty()
+        && seen.gaps.is_empty()
+        && (demo || seen.last() as usize == owed.len());
+    let told = seen.told.iter().any(|(_, data)| data.contains("\"error\"") || data.contains("error"));
+    let by_backend = exchange.answer.fault == Fault::InBandError;
+    if seen.complete && !whole {
+        let excused = told || !seen.gaps.is_empty() || by_backend || reader.ended == Some(Ended::Left);
+        // An answer that only its connection's end ends may be cut by that.
+        let open_ended = exchange.request.http10;
+        assert!(excused || open_ended, "{who}: unfinished and not told: {:.300}", seen.end());
+    }
+    if whole && !demo {
+        assert!(exchange.wire.whole || exchange.wire.may_look_whole || by_backend, "{who}: it looks whole");
+    }
+    let broken = reader.socket.is_some_and(|socket| world.sockets[socket].broken);
+    let stays = reader.ended == Some(Ended::Fin);
+    if stays && !broken && !seen.complete {
+        let forced = finished.sim.forced.is_some_and(|forced| forced > 0);
+        let lagged = finished.sim.shard.stats().counters.readers_dropped > 0;
+        assert!(
+            forced || lagged || exchange.request.http10,
+            "{who}: cut without a word: {:.300}",
+            seen.end()
+        );
+    }
+    whole
+}
+
+fn check(finished: &Finished, tale: &Tale) -> usize {
+    let first = usize::from(check_reader(finished, tale, tale.client, None));
+    first
+        + tale
+            .readers
+            .iter()
+            .filter(|&&(client, cursor)| check_reader(finished, tale, client, Some(cursor)))
+            .count()
+}
+
+/// A chat of so many events, one every so often.
+fn chat(sim: &mut Sim, events: u32, gap_us: u64, plan: impl FnOnce(ClientPlan) -> ClientPlan) -> Tale {
+    let answer = Answer { piece_bytes: 90, gap_us, ..Answer::events(events) };
+    let exchange = sim.exchange(Request::new(Dialect::Chat, true), answer);
+    let client = sim.client(plan(ClientPlan::new(&[exchange])));
+    Tale { exchange, client, id: None, readers: Vec::new(), stopped: false }
+}
+
+fn come_back(sim: &mut Sim, tale: &mut Tale, after: u64) -> usize {
+    assert!(tale.learn(sim), "the stream has an id");
+    let client = sim.client(resume(tale.id.as_deref().unwrap(), after));
+    tale.readers.push((client, after));
+    client
+}
+
+fn leaves(at_us: u64, how: How) -> impl Fn(ClientPlan) -> ClientPlan {
+    move |plan| ClientPlan { leave: Some((When::AtUs(at_us), how)), ..plan }
+}
+
+#[test]
+fn a_client_that_leaves_comes_back_to_any_place() {
+    for how in [How::Close, How::Reset] {
+        let mut sim = sim_with(1, |_| {});
+        let mut tale = chat(&mut sim, 90, 20_000, leaves(400_000, how));
+        sim.run_ms(450);
+        let seen = answer(&sim, tale.client).unwrap().last();
+        assert!((3..85).contains(&seen), "{seen}");
+        assert_eq!(sim.shard.snapshot().kept.detached, 1);
+        for after in 0..=seen {
+            come_back(&mut sim, &mut tale, after);
+        }
+        let finished = sim.finish();
+        assert_eq!(check(&finished, &tale), seen as usize + 1);
+        assert_eq!(finished.sim.shard.stats().counters.detaches, 1);
+    }
+}
+
+#[test]
+fn what_is_over_is_read_again_until_its_time_is_over() {
+    let mut sim = sim_with(2, |_| {});
+    let mut tale = chat(&mut sim, 10, 0, |plan| plan);
+    sim.run_ms(2_000);
+    for after in 0..=10 {
+        come_back(&mut sim, &mut tale, after);
+    }
+    sim.run_ms(1_000);
+    let all = come_back(&mut sim, &mut tale, 11);
+    let ahead = come_back(&mut sim, &mut tale, 12);
+    sim.run_ms(62_000);
+    let late = come_back(&mut sim, &mut tale, 3);
+    sim.run_ms(1_000);
+    assert_eq!(sim.shard.snapshot().kept, shard::KeptTotals::default());
+    let status = |client| answer(&sim, client).map(|seen| (seen.status, seen.code().to_owned()));
+    assert_eq!(status(all), Some((204, String::new())));
+    assert_eq!(status(ahead), Some((400, "cursor_ahead".to_owned())));
+    assert_eq!(status(late), Some((410, "stream_expired".to_owned())));
+    let finished = sim.finish();
+    assert_eq!(check(&finished, &tale), 12);
+}
+
+#[test]
+fn nobody_comes_back_in_time_and_the_backend_is_let_go() {
+    let mut sim = sim_with(3, |_| {});
+    let mut tale = chat(&mut sim, 4_000, 20_000, leaves(200_000, How::Close));
+    sim.run_ms(29_000);
+    assert_eq!((sim.shard.snapshot().kept.detached, sim.shard.population().1), (1, 1));
+    sim.run_ms(2_000);
+    assert_eq!((sim.shard.snapshot().kept, sim.shard.population().1), (shard::KeptTotals::default(), 0));
+    let late = come_back(&mut sim, &mut tale, 2);
+    sim.run_ms(1_000);
+    assert_eq!(answer(&sim, late).unwrap().code(), "stream_expired");
+    assert_eq!(sim.finish().ends(End::Abandoned), 1);
+}
+
+#[test]
+fn routes_say_what_becomes_of_streams_without_clients() {
+    for on_leave in [OnLeave::Cancel, OnLeave::Finish] {
+        let mut sim = sim_with(4, |settings| {
+            settings.routes[1].resume = Some(Resume { on_leave, window_bytes: 1 << 20, ..RESUME });
+            settings.resume_bytes_max = 4 << 20;
+        });
+        let mut tale = chat(&mut sim, 3_000, 20_000, leaves(200_000, How::Close));
+        sim.run_ms(40_000);
+        let finishes = on_leave == OnLeave::Finish;
+        assert_eq!(sim.shard.population().1, usize::from(finishes), "the backend's connection");
+        if finishes {
+            sim.run_ms(40_000);
+        }
+        let reader = come_back(&mut sim, &mut tale, 0);
+        sim.run_ms(1_000);
+        assert_eq!(answer(&sim, reader).unwrap().status, if finishes { 200 } else { 410 });
+        let finished = sim.finish();
+        check(&finished, &tale);
+    }
+}
+
+#[test]
+fn a_stream_without_a_client_fills_its_window_and_waits() {
+    let mut sim = sim_with(5, |settings| {
+        let resume = Resume { window_bytes: 200_000, on_leave: OnLeave::Detach(600_000), ..RESUME };
+        settings.routes[1].resume = Some(resume);
+        settings.routes[1].deadlines.between_tokens_ms = 20_000;
+    });
+    let answer_plan = Answer { bytes: 5_000, gap_us: 10_000, piece_bytes: 5_000, ..Answer::events(200) };
+    let exchange = sim.exchange(Request::new(Dialect::Chat, true), answer_plan);
+    let client = sim.client(leaves(100_000, How::Close)(ClientPlan::new(&[exchange])));
+    let mut tale = Tale { exchange, client, id: None, readers: Vec::new(), stopped: false };
+    sim.run_ms(60_000);
+    let snapshot = sim.shard.snapshot();
+    assert_eq!(
+        (snapshot.kept.detached, snapshot.stats.counters.pauses),
+        (1, 1),
+        "it waits, and is not given up"
+    );
+    assert!(snapshot.log_bytes < 400_000, "{}", snapshot.log_bytes);
+    let seen = answer(&sim, client).unwrap().last();
+    come_back(&mut sim, &mut tale, seen);
+    let finished = sim.finish();
+    assert_eq!(check(&finished, &tale), 1);
+}
+
+#[test]
+fn a_stopped_stream_ends_for_all_and_never_goes_on() {
+    let mut sim = sim_with(6, |_| {});
+    let mut tale = chat(&mut sim, 1_000, 20_000, |plan| plan);
+    sim.run_ms(300);
+    let reader = come_back(&mut sim, &mut tale, 1);
+    sim.run_ms(300);
+    let line = format!("DELETE /v1/streams/{}", tale.id.clone().unwrap());
+    let stops = [sim.client(raw(&line, "")), sim.client(raw(&line, ""))];
+    sim.run_ms(300);
+    assert_eq!(sim.shard.population().1, 0, "the backend is let go");
+    let late = come_back(&mut sim, &mut tale, 1);
+    sim.run_ms(300);
+    for stop in stops {
+        assert_eq!(answer(&sim, stop).unwrap().status, 204);
+    }
+    for told in [tale.client, reader] {
+        let seen = answer(&sim, told).unwrap();
+        assert_eq!((seen.code(), seen.complete), ("stream_stopped", true), "{:.300}", seen.end());
+    }
+    assert_eq!(
+        (answer(&sim, late).unwrap().status, answer(&sim, late).unwrap().code()),
+        (410, "stream_stopped")
+    );
+    let finished = sim.finish();
+    check(&finished, &tale);
+}
+
+#[test]
+fn a_stuck_reader_costs_the_others_nothing_and_is_told() {
+    for slow_reader in [SlowReader::Auto, SlowReader::Drop, SlowReader::Skip, SlowReader::Block] {
+        let mut sim = sim_with(7, |settings| {
+            settings.routes[1].resume = Some(Resume { window_bytes: 100_000, slow_reader, ..RESUME });
+        });
+        let plan = Answer { bytes: 3_000, gap_us: 10_000, piece_bytes: 3_100, ..Answer::events(400) };
+        let exchange = sim.exchange(Request::new(Dialect::Chat, true), plan);
+        let client = sim.client(ClientPlan::new(&[exchange]));
+        let mut tale = Tale { exchange, client, id: None, readers: Vec::new(), stopped: false };
+        sim.run_ms(50);
+        let stuck = Pace::Stuck { after_bytes: 5_000, for_us: 20_000_000 };
+        assert!(tale.learn(&sim));
+        for (nth, pace) in [Pace::Eager, stuck, Pace::Eager].into_iter().enumerate() {
+            let plan = ClientPlan { pace, ..resume(tale.id.as_deref().unwrap(), nth as u64) };
+            tale.readers.push((sim.client(plan), nth as u64));
+        }
+        sim.run_ms(10_000);
+        let eager = answer(&sim, tale.readers[0].0).unwrap().last();
+        let blocks = slow_reader == SlowReader::Block;
+        assert_eq!(eager < 200, blocks, "{slow_reader:?}: {eager} events");
+        let finished = sim.finish();
+        let whole = check(&finished, &tale);
+        assert_eq!(whole, if blocks { 4 } else { 3 }, "{slow_reader:?}");
+        let counters = &finished.sim.shard.stats().counters;
+        let (dropped, skipped) = (counters.readers_dropped, counters.readers_skipped);
+        match slow_reader {
+            SlowReader::Block => assert_eq!((dropped, skipped), (0, 0)),
+            SlowReader::Skip => assert!(dropped == 0 && skipped > 0),
+            SlowReader::Auto | SlowReader::Drop => assert_eq!((dropped, skipped), (1, 0)),
+        }
+        let told = answer(&finished.sim, tale.readers[1].0).unwrap();
+        let expected = usize::from(!blocks);
+        assert!(told.told.len() + told.gaps.len() >= expected, "{slow_reader:?}: {:?}", told.told);
+    }
+}
+
+#[test]
+fn thousands_who_come_back_at_once_begin_at_their_pace() {
+    let mut sim = sim_with(8, |settings| {
+        settings.resumes_per_s = 100;
+        settings.routes[1].heartbeat_ms = 500;
+        (settings.connections_max, settings.backlog) = (3_000, 1_024);
+    });
+    let mut tale = chat(&mut sim, 300, 20_000, |plan| plan);
+    sim.run_ms(200);
+    for _ in 0..500 {
+        come_back(&mut sim, &mut tale, 0);
+    }
+    sim.run_ms(1_500);
+    let begun = tale
+        .readers
+        .iter()
+        .filter(|&&(client, _)| answer(&sim, client).is_some_and(|seen| seen.last() > 0))
+        .count();
+    assert!((100..300).contains(&begun), "{begun}");
+    let told = tale.readers.iter().filter(|&&(client, _)| answer(&sim, client).is_some()).count();
+    assert_eq!(told, 500, "all have an answer's head");
+    let finished = sim.finish();
+    assert_eq!(check(&finished, &tale), 501);
+    assert!(finished.sim.shard.stats().counters.resumes_delayed > 300);
+}
+
+#[test]
+fn more_readers_than_a_turn_has_room_for_all_get_every_event() {
+    let mut sim = sim_with(11, |settings| {
+        settings.resumes_per_s = 1_000_000;
+        (settings.connections_max, settings.backlog) = (3_000, 2_048);
+    });
+    let mut tale = chat(&mut sim, 200, 20_000, |plan| plan);
+    sim.run_ms(200);
+    for _ in 0..2 * READERS_PER_TURN_MAX + 100 {
+        come_back(&mut sim, &mut tale, 0);
+    }
+    sim.run_ms(2_000);
+    for &(client, _) in &tale.readers {
+        let seen = answer(&sim, client).map_or(0, |seen| seen.last());
+        assert!(seen > 50, "a reader has {seen} events after two seconds");
+    }
+    let finished = sim.finish();
+    assert_eq!(check(&finished, &tale), tale.readers.len() + 1);
+}
+
+#[test]
+fn where_memory_runs_out_the_least_missed_goes_first() {
+    let mut sim = sim_with(9, |settings| settings.resume_bytes_max = 300_000);
+    let mut tales = Vec::new();
+    for _ in 0..10 {
+        let plan = Answer { bytes: 4_000, piece_bytes: 4_100, gap_us: 1_000, ..Answer::events(20) };
+        let exchange = sim.exchange(Request::new(Dialect::Chat, true), plan);
+        let client = sim.client(ClientPlan::new(&[exchange]));
+        tales.push(Tale { exchange, client, id: None, readers: Vec::new(), stopped: false });
+        sim.run_ms(500);
+    }
+    assert!(sim.shard.snapshot().kept.bytes <= 300_000);
+    let evicted = sim.shard.stats().counters.kept_evictions;
+    assert!((5..10).contains(&evicted), "{evicted}");
+    let readers: Vec<usize> = tales.iter_mut().map(|tale| come_back(&mut sim, tale, 0)).collect();
+    sim.run_ms(500);
+    let found: Vec<bool> =
+        readers.iter().map(|&reader| answer(&sim, reader).unwrap().status == 200).collect();
+    assert!(found.is_sorted() && found[9] && !found[0], "the oldest are gone: {found:?}");
+    let finished = sim.finish();
+    for tale in &tales {
+        check(&finished, tale);
+    }
+}
+
+#[test]
+fn a_drain_waits_for_readers_and_for_nobody_else() {
+    let mut sim = sim_with(10, |_| {});
+    let mut tale = chat(&mut sim, 100, 20_000, leaves(300_000, How::Close));
+    let forsaken = chat(&mut sim, 5_000, 20_000, leaves(300_000, How::Close));
+    sim.run_ms(500);
+    come_back(&mut sim, &mut tale, 0);
+    sim.run_ms(100);
+    sim.drain(60_000);
+    let finished = sim.finish();
+    assert_eq!((check(&finished, &tale), finished.sim.forced), (1, Some(0)));
+    assert_eq!(finished.ends(End::Drain), 1, "the one without a client");
+    check(&finished, &forsaken);
+}
+
+#[derive(Default)]
+struct Tally {
+    whole: usize,
+    resumed: usize,
+    detached: u64,
+    lagged: u64,
+}
+
+/// A run drawn from a seed.
+fn random_run(seed: u64) -> Tally {
+    println!("seed {seed}");
+    let mut rng = Rng::new(seed);
+    let mut machine = faults(&mut rng);
+    machine.receive_bytes = if machine.receive_bytes > 0 { machine.receive_bytes.max(300) } else { 0 };
+    let resume_settings = Resume {
+        window_bytes: rng.pick(&[256 << 10, 20_000, 1]),
+        on_leave: rng.pick(&[
+            OnLeave::Detach(30_000),
+            OnLeave::Detach(500),
+            OnLeave::Finish,
+            OnLeave::Cancel,
+        ]),
+        keep_ms: rng.pick(&[60_000, 2_000, 0]),
+        slow_reader: rng.pick(&[
+            SlowReader::Auto,
+            SlowReader::Auto,
+            SlowReader::Block,
+            SlowReader::Drop,
+            SlowReader::Skip,
+        ]),
+    };
+    let change = |settings: &mut Settings, rng: &mut Rng| {
+        settings.routes.iter_mut().for_each(|route| route.resume = Some(resume_settings));
+        settings.lag_high_bytes = rng.pick(&[4_096, 65_536]);
+        settings.lag_low_bytes = settings.lag_high_bytes / 4;
+        settings.resume_bytes_max = rng.pick(&[1 << 20, 64 << 10]);
+        settings.detached_max = rng.pick(&[100, 1]);
+        settings.resumes_per_s = rng.pick(&[1_000, 5]);
+        settings.routes[1].heartbeat_ms = rng.pick(&[15_000, 500, 0]);
+        settings.routes[1].deadlines.total_ms = 300_000;
+    };
+    let mut sim = if seed.is_multiple_of(4) {
+        let mut with = settings();
+        change(&mut with, &mut rng);
+        let mut sim = tls::of_both(seed, with, vec![BackendHost::new(0)]);
+        sim.lenience.outlives = true;
+        sim
+    } else {
+        sim_with(seed, |settings| change(settings, &mut rng))
+    };
+    sim.lenience.impatient = true;
+    sim.world().faults = machine;
+    let mut tales = Vec::new();
+    for _ in 0..rng.range(1, 4) {
+        let dialect = rng.pick(&Dialect::ALL);
+        let mut request = Request::new(dialect, true);
+        request.demo = rng.chance(150) && dialect.is_model_endpoint();
+        request.http10 = rng.chance(50);
+        let mut plan = Answer::events(rng.range(1, 120) as u32);
+        plan.bytes = rng.pick(&[10, 10, 300, 5_000]);
+        plan.piece_bytes = rng.pick(&[1 << 20, 4_096, 150]);
+        plan.gap_us = rng.pick(&[0, 5_000, 50_000]);
+        plan.framed = rng.pick(&[Framed::Chunked, Framed::Chunked, Framed::Close]);
+        plan.comments = rng.chance(200);
+        plan.crlf = rng.chance(200);
+        if rng.chance(250) {
+            let at = rng.below(1_000) as u32;
+            plan.fault = rng.pick(&[Fault::Cut(at), Fault::Reset(at), Fault::Stall(at)]);
+            if dialect.has_end_mark() {
+                plan.fault = rng.pick(&[plan.fault, Fault::InBandError, Fault::NoEndMark]);
+            } else {
+                plan.framed = Framed::Chunked;
+            }
+        }
+        let exchange = sim.exchange(request, plan);
+        let mut client = ClientPlan { start_us: rng.skewed(500_000), ..ClientPlan::new(&[exchange]) };
+        if rng.chance(600) {
+            let how = rng.pick(&[How::Close, How::Reset]);
+            client.leave = Some((
+                if rng.chance(500) {
+                    When::AtUs(rng.skewed(3_000_000))
+                } else {
+                    When::Bytes(rng.skewed(20_000) as usize)
+                },
+                how,
+            ));
+        }
+        client.pace = pace(&mut rng);
+        let client = sim.client(client);
+        tales.push(Tale { exchange, client, id: None, readers: Vec::new(), stopped: false });
+    }
+    for _ in 0..rng.range(2, 25) {
+        sim.run_ms(rng.skewed(2_000) + 1);
+        for tale in &mut tales {
+            if !tale.learn(&sim) || tale.readers.len() > 12 || rng.chance(300) {
+                continue;
+            }
+            let id = tale.id.clone().unwrap();
+            if rng.chance(25) {
+                tale.stopped = true;
+                sim.client(raw(&format!("DELETE /v1/streams/{id}"), ""));
+            }
+            if rng.chance(50) {
+                sim.client(raw(&format!("GET /v1/streams/{id}/status"), ""));
+            }
+            // The last one who read it, or anybody.
+            let all: Vec<usize> =
+                tale.readers.iter().map(|&(client, _)| client).chain([tale.client]).collect();
+            let who = if rng.chance(700) { all[all.len().saturating_sub(2)] } else { rng.pick(&all) };
+            let last = answer(&sim, who).map_or(0, |seen| if seen.status == 200 { seen.last() } else { 0 });
+            let after = if rng.chance(700) { last } else { rng.below(last + 1) };
+            let mut plan = resume(&id, after);
+            plan.pace = pace(&mut rng);
+            if rng.chance(500) {
+                let how = rng.pick(&[How::Close, How::Reset]);
+                plan.leave = Some((When::AtUs(rng.skewed(3_000_000)), how));
+            }
+            tale.readers.push((sim.client(plan), after));
+        }
+    }
+    if rng.chance(200) {
+        sim.drain(rng.skewed(300_000));
+    }
+    let finished = sim.finish();
+    let counters = &finished.sim.shard.stats().counters;
+    Tally {
+        whole: tales.iter().map(|tale| check(&finished, tale)).sum(),
+        resumed: counters.resumes as usize,
+        detached: counters.detaches,
+        lagged: counters.readers_dropped + counters.readers_skipped,
+    }
+}
+
+fn pace(rng: &mut Rng) -> Pace {
+    match rng.below(5) {
+        0 => Pace::Slow { bytes: rng.range(500, 20_000) as usize, every_us: rng.skewed(20_000) + 1 },
+        1 => Pace::Stuck { after_bytes: rng.skewed(20_000) as usize, for_us: rng.pick(&[10_000, 5_000_000]) },
+        _ => Pace::Eager,
+    }
+}
+
+#[test]
+fn readers_see_what_is_behind_their_cursors_whatever_happens() {
+    let runs = std::env::var("SIM_RESUME_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(300);
+    let from = std::env::var("SIM_RESUME_FROM").ok().and_then(|from| from.parse().ok()).unwrap_or(0);
+    let mut all = Tally::default();
+    for seed in from..from + runs {
+        let one = random_run(seed);
+        all.whole += one.whole;
+        all.resumed += one.resumed;
+        all.detached += one.detached;
+        all.lagged += one.lagged;
+    }
+    if from == 0 && runs >= 300 {
+        let Tally { whole, resumed, detached, lagged } = all;
+        assert!(
+            whole > 300 && resumed > 500 && detached > 50 && lagged > 10,
+            "{whole} whole, {resumed} resumed, {detached} detached, {lagged} lagged"
+        );
+    }
+}
