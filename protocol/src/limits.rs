@@ -168,6 +168,8 @@ pub const DURABLE_WAKES_PER_TURN_MAX: usize = 1024;
 pub const DURABLE_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 /// Bytes of records that wait for the disk beyond which publishing is refused.
 pub const DURABLE_BACKLOG_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// Bytes of records given to the disk at once: copying them takes a millisecond or two of a turn.
+pub const DURABLE_WRITE_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// Milliseconds after which what the disk did not take is tried again, doubling up to the second.
 pub const DURABLE_RETRY_MS: u64 = 250;
 /// The longest of them.

@@ -32,6 +32,8 @@ use std::time::Duration;
 /// Between two looks at glommio while the shard is busy and background tasks are outstanding, µs. With the time one turn
 /// takes, it bounds the delay of a background task (10 ms are promised).
 const GLOMMIO_LOOK_US: u64 = 1_000;
+/// The same while a job of the journal is under way: it is three steps (write, sync, told), and publishers wait for it.
+const GLOMMIO_LOOK_JOURNAL_US: u64 = 100;
 /// A sleep in glommio that is long enough for its executor to run out of tasks and poll its reactor.
 const GLOMMIO_LOOK_SLEEP: Duration = Duration::from_micros(20);
 /// Entries of each of glommio's three rings: background work is a few files.
@@ -265,12 +267,14 @@ async fn serve(
 
         if let Some(reactor) = reactor.as_mut().filter(|_| elsewhere) {
             let now_us = shard.io_mut().now_us();
+            let journal = disk.as_ref().is_some_and(Disk::is_busy);
+            let look_us = if journal { GLOMMIO_LOOK_JOURNAL_US } else { GLOMMIO_LOOK_US };
             match shard.io_mut().sleep_owed() {
                 Some(wait) => {
                     reactor.sleep(wait, now_us, disk.as_ref()).await?;
                     looked_us = now_us;
                 }
-                None if busy_elsewhere && now_us >= looked_us + GLOMMIO_LOOK_US => {
+                None if busy_elsewhere && now_us >= looked_us + look_us => {
                     Timer::new(GLOMMIO_LOOK_SLEEP).await;
                     looked_us = now_us;
                 }

@@ -38,10 +38,11 @@ def shard_of(tokenring):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("shards", [1, 2])
-def test_the_protocols_conformance_suite(start_tokenring, tmp_path, shards):
+@pytest.mark.parametrize(("shards", "on_disk"), [(1, False), (2, False), (1, True)])
+def test_the_protocols_conformance_suite(start_tokenring, tmp_path, shards, on_disk):
     long_poll_ms = "1500"
     flags = ["--durable-prefix", "/v1/stream", "--durable-long-poll-ms", long_poll_ms]
+    flags += ["--data-dir", tmp_path / "data"] if on_disk else []
     tokenring = start_tokenring(shards=shards, more=flags)
     report = tmp_path / "report.json"
     done = subprocess.run(

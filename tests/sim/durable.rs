@@ -2,6 +2,7 @@
 //! reader must see what was published, from where it began, once and in order.
 
 use crate::client::{ClientPlan, Ended, How, Pace, When};
+use crate::disk::SimDisk;
 use crate::random::faults;
 use crate::reader::Message;
 use crate::rng::Rng;
@@ -464,4 +465,145 @@ fn readers_see_what_was_published_whatever_the_machine_does() {
     let [whole, shared, parted] = [0, 1, 2].map(|nth| runs.iter().map(|run| run[nth]).sum::<usize>());
     assert!(whole > 100, "{whole} readers saw the end of their streams");
     assert!(shared > 100 && parted > 5, "{shared} shared, {parted} fell behind");
+}
+
+/// What is known of a stream over all crashes.
+#[derive(Clone, Copy, Default)]
+struct Published {
+    /// Messages that may have been taken, and those that were acknowledged.
+    sent: u64,
+    acknowledged: u64,
+    /// Messages that a reader has seen.
+    seen: u64,
+}
+
+/// Publishers and readers on a disk that fails, over several crashes; gives how many messages were acknowledged.
+fn crash_run(seed: u64) -> u64 {
+    println!("seed {seed}");
+    let mut rng = Rng::new(seed);
+    let interval_ms = rng.pick(&[0, 0, 40]);
+    let mut disk = SimDisk::new(seed);
+    let mut streams = vec![Published::default(); rng.range(1, 4) as usize];
+    for round in 0..5 {
+        let last = round == 4;
+        disk.latency_us = rng.pick(&[0, 200, 5_000, 300_000]);
+        // What is written and not synced is promised as far as the cache goes, which a failed sync ends.
+        disk.fails = if last || interval_ms > 0 { 0 } else { rng.pick(&[0, 0, 50, 400]) };
+        let mut sim = sim_with(seed * 10 + round, |settings| {
+            settings.routes[1].upstreams = Vec::new();
+            settings.durable.fsync_interval_ms = interval_ms;
+            settings.durable.segment_bytes = rng.pick(&[4_000, 1 << 20]);
+            settings.unix_time_at_start_s += round * 1_000;
+        });
+        sim = sim.with_disk(disk);
+        if !last && rng.chance(500) {
+            sim.world().faults = faults(&mut rng);
+        }
+        let mut publishers = Vec::new();
+        let mut readers = Vec::new();
+        for (number, stream) in streams.iter_mut().enumerate() {
+            let path = format!("/v1/durable/{number}");
+            let first = stream.acknowledged;
+            let count = rng.range(1, 60);
+            let mut requests = Requests::new().ask(&format!("PUT {path}"), JSON, "");
+            for number in first..first + count {
+                let close = if number + 1 == first + count { LAST } else { "" };
+                let fields =
+                    format!("{JSON}Producer-Id: p\nProducer-Epoch: 0\nProducer-Seq: {number}\n{close}");
+                requests = requests.ask(&format!("POST {path}"), &fields, &message(number as usize, 300));
+            }
+            publishers.push((sim.client(requests.plan(rng.skewed(10_000))), first));
+            stream.sent = stream.sent.max(first + count);
+            for _ in 0..rng.range(0, 3) {
+                let query = rng.pick(&["offset=-1&live=sse", "offset=-1", "offset=-1&live=long-poll"]);
+                readers.push((sim.client(read(&path, query).plan(rng.skewed(2_000_000))), number));
+            }
+        }
+        if last {
+            sim.run_ms(30_000);
+        } else {
+            sim.run_ms(1 + rng.skewed(3_000));
+        }
+        let world = sim.world.borrow();
+        for (number, &(publisher, first)) in publishers.iter().enumerate() {
+            let answers = &world.clients[publisher].reader.messages;
+            for (nth, answer) in answers.iter().enumerate().skip(1) {
+                if answer.complete && matches!(answer.status(), 200 | 204) {
+                    streams[number].acknowledged = streams[number].acknowledged.max(first + nth as u64);
+                }
+            }
+        }
+        for &(reader, number) in &readers {
+            let Some(answer) = world.clients[reader].reader.messages.first() else { continue };
+            let (found, _) = numbers(answer);
+            assert!(found.iter().copied().eq(0..found.len() as u64), "c{reader} has {found:?}");
+            streams[number].seen = streams[number].seen.max(found.len() as u64);
+        }
+        drop(world);
+        disk = sim.disk.take().unwrap();
+        disk.crash(interval_ms == 0 && rng.chance(500));
+        let recovered = disk.recover();
+        assert!(recovered.findings.iter().all(|finding| !finding.lost), "{:?}", recovered.findings);
+        for (number, stream) in streams.iter().enumerate() {
+            let content = recovered.content(&format!("/v1/durable/{number}"));
+            let content = content.unwrap_or_else(|| b"[]".to_vec());
+            let values: Vec<serde_json::Value> = serde_json::from_slice(&content).unwrap();
+            let is = values.len() as u64;
+            assert!(values.iter().enumerate().all(|(nth, value)| *value == text(nth)), "wrong: {values:?}");
+            let Published { sent, acknowledged, seen } = *stream;
+            assert!(
+                acknowledged <= is && seen <= is && is <= sent,
+                "round {round}, stream {number}: {is} messages are there; {acknowledged} acknowledged, {seen} seen, {sent} sent"
+            );
+        }
+    }
+    streams.iter().map(|stream| stream.acknowledged).sum()
+}
+
+fn text(nth: usize) -> serde_json::Value {
+    serde_json::from_str(&message(nth, 300)).unwrap()
+}
+
+#[test]
+fn a_crash_takes_nothing_back_that_a_publisher_or_a_reader_was_told() {
+    let acknowledged: u64 = (0..100).map(crash_run).sum();
+    assert!(acknowledged > 5_000, "{acknowledged} were acknowledged");
+}
+
+#[test]
+fn an_answer_waits_for_the_disk_and_a_reader_with_it() {
+    let mut disk = SimDisk::new(1);
+    disk.latency_us = 4_000_000;
+    let mut sim = sim_with(21, |_| {}).with_disk(disk);
+    let publisher = sim.client(publish("/v1/durable/a", 3, 10).plan(0));
+    let reader = sim.client(read("/v1/durable/a", "offset=-1&live=sse").plan(20_000_000));
+    let finished = sim.finish();
+    let world = finished.sim.world();
+    assert!(world.clients[publisher].ended_us > 1_000, "{}", world.clients[publisher].ended_us);
+    assert_eq!(numbers(&world.clients[reader].reader.messages[0]), (vec![0, 1, 2], true));
+    assert_eq!(finished.ends(End::Done), 5);
+}
+
+#[test]
+fn while_a_disk_fails_publishers_are_told_and_it_goes_on_by_itself() {
+    let mut disk = SimDisk::new(2);
+    disk.fails = 1000;
+    let mut sim = sim_with(22, |_| {}).with_disk(disk);
+    let early = sim.client(publish("/v1/durable/a", 2, 10).plan(0));
+    sim.run_ms(20_000);
+    assert!(sim.shard.snapshot().journal.unwrap().failing.is_some());
+    sim.disk.as_mut().unwrap().fails = 0;
+    sim.run_ms(10_000);
+    assert_eq!(sim.shard.snapshot().journal.unwrap().failing, None);
+    let late = sim.client(publish("/v1/durable/b", 2, 10).plan(31_000_000));
+    let finished = sim.finish();
+    let world = finished.sim.world();
+    let statuses = |client: usize| -> Vec<u16> {
+        world.clients[client].reader.messages.iter().map(|answer| answer.status()).collect()
+    };
+    assert_eq!(statuses(early), [503, 503, 503]);
+    let code =
+        |nth: usize| String::from_utf8_lossy(&world.clients[early].reader.messages[nth].body).into_owned();
+    assert!(code(0).contains("not_durable") && code(1).contains("disk_failed"), "{} {}", code(0), code(1));
+    assert_eq!(statuses(late), [201, 200, 200]);
 }

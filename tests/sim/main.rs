@@ -7,6 +7,7 @@ mod canary;
 mod client;
 mod control;
 mod directed;
+mod disk;
 mod durable;
 mod io;
 mod minimise;

@@ -2,6 +2,7 @@
 
 use crate::backend::BackendHost;
 use crate::client::{Client, ClientPlan, Ended, How, Pace};
+use crate::disk::SimDisk;
 use crate::io::{SimIo, SimSocket};
 use crate::minimise::{TURNS, TURNS_OF_A_RUN};
 use crate::plan::{Answer, Exchange, Fault, Method, Request};
@@ -124,6 +125,8 @@ pub(crate) struct Sim {
     pub(crate) forced: Option<u64>,
     /// A shard that always has fewer clients, and hands on to this one whatever it is given.
     mirror: Option<Neighbours<SimSocket>>,
+    /// Of its durable streams.
+    pub(crate) disk: Option<SimDisk>,
     /// Reports for which there was no room: records, snapshots, and failures of TLS.
     records_dropped: u64,
     snapshots_dropped: u64,
@@ -211,6 +214,7 @@ impl Sim {
             records: Vec::new(),
             forced: None,
             mirror: None,
+            disk: None,
             records_dropped: 0,
             snapshots_dropped: 0,
             failures_dropped: 0,
@@ -220,6 +224,13 @@ impl Sim {
             log_bytes_max: 0,
             streams_max: 0,
         }
+    }
+
+    /// With durable streams on a disk, and what it holds.
+    pub(crate) fn with_disk(mut self, disk: SimDisk) -> Self {
+        self.shard.open_journal(disk.recover(), 7);
+        self.disk = Some(disk);
+        self
     }
 
     /// With a neighbour that gives back whatever it is handed.
@@ -294,7 +305,21 @@ impl Sim {
         TURNS.set(TURNS.get() + 1);
         assert!(self.turns < TURNS_OF_A_RUN.get(), "longer than the run that failed");
         assert!(self.turns < TURNS_MAX, "the run does not end");
+        let mut sleepy = sleepy;
+        let now_us = self.now_us();
+        if let Some(disk) = &mut self.disk {
+            disk.tell(&mut self.shard, now_us);
+            sleepy = match (disk.due_us(), sleepy) {
+                (Some(due_us), Sleepy::UntilUs(until_us)) => Sleepy::UntilUs(until_us.min(due_us)),
+                (Some(due_us), Sleepy::Yes) => Sleepy::UntilUs(due_us),
+                (_, sleepy) => sleepy,
+            };
+        }
         assert!(self.shard.turn(sleepy).is_ok(), "a simulated ring does not fail");
+        let now_us = self.now_us();
+        if let Some(disk) = &mut self.disk {
+            disk.ask(&mut self.shard, now_us);
+        }
         self.check_step();
         self.streams_max = self.streams_max.max(self.shard.population().2);
         if self.shard.take_woken() {

@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 /// Messages are put together to pieces of about so many bytes.
 const PIECE_BYTES: usize = 64 << 10;
 
+/// Positions and times of creation have 16 digits in offsets.
+const POSITION_MAX: u64 = 9_999_999_999_999_999;
+
 /// A stream as its records have it so far.
 #[derive(Clone, Debug)]
 pub(crate) struct Image {
@@ -152,6 +155,19 @@ impl Image {
         self.facts.earliest = begins;
         self.damaged = true;
         true
+    }
+
+    /// Whether all of it fits together, which it does unless somebody else has written the records.
+    pub(crate) fn is_sound(&self) -> bool {
+        let end = self.pieces.last_key_value().map_or(0, |(_, piece)| piece.end());
+        let source = self.facts.source;
+        self.facts.base <= self.facts.earliest
+            && self.facts.earliest <= self.tail
+            && end <= self.tail
+            && self.tail <= POSITION_MAX
+            && self.created <= POSITION_MAX
+            && self.facts.generation <= POSITION_MAX
+            && (source == 0 && self.facts.base == 0 || source < self.created)
     }
 
     /// What is known of it but its messages.

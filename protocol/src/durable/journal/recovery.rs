@@ -414,6 +414,7 @@ impl Recovery {
         if let Some(deed) = losses.iter().filter(|loss| loss.last == self.last).find_map(|loss| loss.known) {
             self.last_deed = deed;
         }
+        self.drop_unsound();
         self.drop_unneeded();
         let mut images: Vec<Image> = self.images.into_values().collect();
         images.sort_by_key(|image| image.created);
@@ -486,6 +487,18 @@ impl Recovery {
             let what = format!("{} may have lost its last messages: its offsets are new", image.facts.path);
             self.findings.push(Finding { segment: image.segment, at: 0, what, lost: true });
         }
+    }
+
+    fn drop_unsound(&mut self) {
+        let Recovery { images, findings, .. } = self;
+        images.retain(|_, image| {
+            let sound = image.is_sound();
+            if !sound {
+                let what = format!("{} is lost: its records contradict each other", image.facts.path);
+                findings.push(Finding { segment: image.segment, at: 0, what, lost: true });
+            }
+            sound
+        });
     }
 
     /// Streams that were deleted and have no fork any more.

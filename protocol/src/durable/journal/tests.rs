@@ -573,6 +573,83 @@ fn anything_can_be_read_without_a_panic() {
     }
 }
 
+/// Records whose checksums are right and that nobody has ever written.
+#[test]
+fn records_that_make_no_sense_are_read_without_a_panic() {
+    use record::{Deed, Kind, SegmentHead};
+    let kinds = [
+        Kind::Create,
+        Kind::Append,
+        Kind::Delete,
+        Kind::Trim,
+        Kind::Snapshot,
+        Kind::Data,
+        Kind::Whole,
+        Kind::Seal,
+    ];
+    let mut held = 0;
+    for seed in 0..3_000 {
+        let mut random = Random::new(seed);
+        let mut segment = Vec::new();
+        SegmentHead { number: 1, follows: 0, salt: 3 }.write(&mut segment);
+        let mut number = 0;
+        for _ in 0..12 {
+            let odd = |random: &mut Random| {
+                [0, 1, 2, 5, 9, 1 << 40, u64::MAX - 1, u64::MAX]
+                    [random.below(if seed % 2 == 0 { 5 } else { 8 })]
+            };
+            let kind = kinds[random.below(kinds.len())];
+            number += u64::from(kind.counts());
+            let deed = |random: &mut Random, kind| Deed {
+                kind,
+                flags: random.below(4) as u8,
+                stream: 1 + random.below(4) as u64,
+                end: odd(random),
+            };
+            let (is, before) = (deed(&mut random, kind), deed(&mut random, Kind::Append));
+            record::write(&mut segment, 3, is, (number, odd(&mut random).min(number)), before, |out| {
+                let facts = record::Facts {
+                    path: format!("/v1/durable/{}", is.stream).into(),
+                    content_type: ["application/json", "text/plain"][random.below(2)].into(),
+                    generation: odd(&mut random),
+                    base: odd(&mut random),
+                    earliest: odd(&mut random),
+                    source: random.below(5) as u64,
+                    ..record::Facts::default()
+                };
+                let message = vec![b'x'; random.below(4)];
+                let count = random.below(3);
+                match kind {
+                    _ if random.one_in(8) => out.extend_from_slice(&vec![0xff; random.below(60)]),
+                    Kind::Create | Kind::Snapshot => record::put_facts(out, &facts),
+                    Kind::Append => record::put_appended(out, odd(&mut random), None, None),
+                    Kind::Trim => record::put_trimmed(out, odd(&mut random)),
+                    Kind::Seal => record::put_seal(out, vec![(odd(&mut random), is); count].into_iter()),
+                    _ => {}
+                }
+                if matches!(kind, Kind::Create | Kind::Append | Kind::Data) {
+                    let lengths = vec![message.len(); count].into_iter();
+                    record::put_messages(
+                        out,
+                        odd(&mut random),
+                        lengths,
+                        std::iter::repeat_n(&message[..], count),
+                    );
+                }
+            });
+        }
+        let mut with = Dialogue::new(small(0));
+        with.store = store_on(&BTreeMap::from([(1, segment)]), &small(0), 1, now());
+        held += state_of(&with.store).len();
+        for path in 0..6 {
+            with.ask(&format!("GET /v1/durable/{path}"), "", b"");
+            with.ask(&format!("POST /v1/durable/{path}"), "Content-Type: text/plain\n", b"more");
+            with.ask(&format!("DELETE /v1/durable/{path}"), "", b"");
+        }
+    }
+    assert!(held > 100, "{held}");
+}
+
 fn reply(run: &mut Run, line: &str, fields: &str, body: &[u8]) -> Reply {
     run.with.reply(line, fields, body)
 }
@@ -670,6 +747,32 @@ fn segments_go_when_what_lives_in_them_was_written_anew() {
     assert_eq!(state_of(&run.with.store), before);
     assert_eq!(run.ask("GET /v1/durable/fork", "", b"").text(), "from long ago");
     assert_eq!(run.ask("GET /v1/durable/quiet-0", "", b"").status, 410);
+}
+
+#[test]
+fn much_is_written_in_pieces_and_promised_with_the_last() {
+    for jobs in [0, 1, 2, 4, 9] {
+        let mut run = Run::new(4, Settings::default());
+        let binary = "Content-Type: application/octet-stream\n";
+        run.ask("PUT /v1/durable/a", binary, b"");
+        for byte in 0..8 {
+            assert_eq!(run.ask("POST /v1/durable/a", binary, &vec![byte; 1 << 20]).status, 204);
+        }
+        let mut done = 0;
+        while done < jobs && (run.job.is_some() || run.with.store.must_wait().is_some()) {
+            run.work(false);
+            if let Some(Job::Write { bytes, sync, .. }) = &run.job {
+                assert!(bytes.len() <= crate::limits::DURABLE_WRITE_BYTES_MAX + 64);
+                assert!(!sync || run.with.store.journal_state().unwrap().backlog_bytes < 9 << 20);
+                done += 1;
+            }
+        }
+        assert!(done < 2 || run.disk.files[&1].content().len() > 1 << 20);
+        // With jobs for all of it, all of it is promised; what is there after a crash is checked there.
+        assert_eq!(run.with.store.must_wait().is_none(), run.promised == 9);
+        run.crash();
+        run.settle();
+    }
 }
 
 #[test]

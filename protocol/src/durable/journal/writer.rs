@@ -16,7 +16,9 @@ use super::record::{self, Deed, Kind, Sealed, SegmentHead};
 use super::recovery::Recovered;
 use super::segment_name;
 use crate::fault::Fault;
-use crate::limits::{DURABLE_BACKLOG_BYTES_MAX, DURABLE_RETRY_MS, DURABLE_RETRY_MS_MAX};
+use crate::limits::{
+    DURABLE_BACKLOG_BYTES_MAX, DURABLE_RETRY_MS, DURABLE_RETRY_MS_MAX, DURABLE_WRITE_BYTES_MAX,
+};
 use std::collections::{HashMap, VecDeque};
 
 /// Something to be done with files of the directory; one at a time.
@@ -299,12 +301,16 @@ impl Journal {
             SegmentHead { number: self.segment, follows: self.synced, salt: self.salt }.write(&mut bytes);
         }
         self.kept.append(&mut self.pending);
-        bytes.extend_from_slice(&self.kept[self.kept_written..]);
+        let kept = self.kept.len().min(self.kept_written + DURABLE_WRITE_BYTES_MAX);
+        bytes.extend_from_slice(&self.kept[self.kept_written..kept]);
+        // Of much, each piece but the last ends somewhere in a record, and promises nothing.
+        let whole = kept == self.kept.len();
+        let last = if whole { self.last } else { self.written };
         let due = self.sync_due_ms.is_some_and(|due_ms| due_ms <= now_ms);
         let much = self.kept.len() as u64 > DURABLE_BACKLOG_BYTES_MAX / 2;
-        let sync = self.sealing || self.last > self.synced && (self.interval_ms == 0 || due || much);
-        self.running =
-            Some(Running::Write { last: self.last, kept: self.kept.len(), bytes: bytes.len() as u64, sync });
+        let wanted = self.sealing || self.last > self.synced && (self.interval_ms == 0 || due || much);
+        let sync = whole && wanted;
+        self.running = Some(Running::Write { last, kept, bytes: bytes.len() as u64, sync });
         Some(Job::Write { segment: self.segment, at: self.at, bytes, sync })
     }
 
