@@ -28,10 +28,20 @@ pub enum Bug {
     RetryTooLate,
     /// The error of a stream that broke is not told.
     SilentEnd,
+    /// Who comes back begins behind one event too many.
+    ReplaySkips,
+    /// Who comes back begins with an event that it has had.
+    ReplayRepeats,
+    /// A reader that was left behind is not told what it misses.
+    GapUntold,
+    /// The last of a stream's readers is not served.
+    ReaderForgotten,
+    /// What is cut off in a reader's range is sent from the stream's newest place.
+    RestLost,
 }
 
 impl Bug {
-    /// Every bug.
+    /// Every bug that any relayed stream can show.
     pub const ALL: &'static [Bug] = &[
         Bug::LostWakeUp,
         Bug::DoubleCompletion,
@@ -46,6 +56,10 @@ impl Bug {
         Bug::RetryTooLate,
         Bug::SilentEnd,
     ];
+
+    /// Those that only who reads a stream by its id can see.
+    pub const OF_READERS: &'static [Bug] =
+        &[Bug::ReplaySkips, Bug::ReplayRepeats, Bug::GapUntold, Bug::ReaderForgotten, Bug::RestLost];
 }
 
 #[cfg(feature = "planted-bugs")]

@@ -3,6 +3,7 @@
 
 use crate::run::Finished;
 use crate::script::{Script, With, render};
+use protocol::planted::{Bug, plant};
 use serde_json::Value;
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -55,6 +56,19 @@ pub(crate) fn failure(script: &Script, with: With) -> Result<Finished, Failure> 
     let result = catch_unwind(AssertUnwindSafe(|| script.run(with)));
     QUIET.set(false);
     result.map_err(|_| LAST.take().unwrap_or(Failure { place: "nowhere".to_owned(), what: String::new() }))
+}
+
+/// What a run panicked with, with this bug in the core, if it did.
+pub(crate) fn failure_of(bug: Bug, run: impl FnOnce()) -> Option<String> {
+    hear_panics();
+    LAST.take();
+    QUIET.set(true);
+    plant(Some(bug));
+    let result = catch_unwind(AssertUnwindSafe(run));
+    plant(None);
+    QUIET.set(false);
+    let what = LAST.take().map(|failure| format!("{}: {:.150}", failure.place, failure.what));
+    result.err().map(|_| what.unwrap_or_default())
 }
 
 /// A failing script while it is made smaller.

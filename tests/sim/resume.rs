@@ -3,6 +3,7 @@
 
 use crate::backend::BackendHost;
 use crate::client::{ClientPlan, Ended, How, Pace, When};
+use crate::minimise::failure_of;
 use crate::plan::{Answer, Fault, Framed, Request};
 use crate::random::faults;
 use crate::reader::{Message, read_events};
@@ -12,6 +13,7 @@ use crate::tls;
 use protocol::dialect::Dialect;
 use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::phase::End;
+use protocol::planted::Bug;
 use shard::settings::{OnLeave, Resume, Settings, SlowReader};
 
 const RESUME: Resume = Resume {
@@ -629,6 +631,16 @@ fn random_run(seed: u64) -> Tally {
         resumed: counters.resumes as usize,
         detached: counters.detaches,
         lagged: counters.readers_dropped + counters.readers_skipped,
+    }
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    for &bug in Bug::OF_READERS {
+        let found =
+            (0..300).find_map(|seed| failure_of(bug, || drop(random_run(seed))).map(|what| (seed, what)));
+        let Some((seed, what)) = found else { panic!("{bug:?} went unnoticed") };
+        println!("{bug:?}: seed {seed}, {what}");
     }
 }
 

@@ -9,6 +9,7 @@ use crate::settings::SlowReader;
 use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::log::{Lent, Log, Place};
 use protocol::phase::{End, Phase, Step};
+use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
 use std::hint::black_box;
 
@@ -161,6 +162,9 @@ impl<I: Io> Shard<I> {
         reader.at = at;
         // A name of its own, so that only who knows it sees it.
         let gap = format!("event: tokenring.gap\ndata: {{\"last_event_id\":{last}}}\n\n");
+        if is_planted(Bug::GapUntold) {
+            return;
+        }
         stream.append_block(gap.as_bytes(), now_us);
     }
 
@@ -192,7 +196,7 @@ impl<I: Io> Shard<I> {
             reader.own_at += u64::from(bytes);
             stream.response.release(reader.own_at);
         } else if let Some(lent) = reader.lent.take() {
-            reader.lent = lent.skip(bytes);
+            reader.lent = lent.skip(if is_planted(Bug::RestLost) { u32::MAX } else { bytes });
         }
         if self.is_held_up(source) {
             self.kept.stir(source);
@@ -257,6 +261,9 @@ impl<I: Io> Shard<I> {
             let goes_on = source.served > 0 || source.stirred;
             self.touch_readers(key, from, to);
             for nth in from..to {
+                if is_planted(Bug::ReaderForgotten) && nth > 0 && nth + 1 == all {
+                    continue;
+                }
                 let reader = self.kept.sources.get(key).and_then(|source| source.readers.get(nth)).copied();
                 if let Some(client) = reader.and_then(|reader| self.streams.get(reader)?.client) {
                     self.mark_dirty(client);

@@ -11,6 +11,7 @@ use protocol::fault::{Fault, write_json_string};
 use protocol::http::{Framing, RequestHead, Version, write_own_response_head};
 use protocol::log::{Log, Place};
 use protocol::phase::{End, Phase, Step};
+use protocol::planted::{Bug, is_planted};
 use protocol::resume::{self, Ask, StreamId, Want};
 use protocol::slots::Key;
 use std::fmt::Write;
@@ -145,8 +146,15 @@ impl<I: Io> Shard<I> {
             return self.answer_fault(key, &resume::STOPPED, "");
         }
         let Some(log) = self.source_log(source) else { return };
+        let from = if is_planted(Bug::ReplaySkips) {
+            (after + 1).min(log.last_event_id())
+        } else if is_planted(Bug::ReplayRepeats) {
+            after.saturating_sub(1)
+        } else {
+            after
+        };
         let (place, last, done) =
-            (log.behind(after, source.chunked), log.last_event_id(), source.end == Some(End::Done));
+            (log.behind(from, source.chunked), log.last_event_id(), source.end == Some(End::Done));
         let Some(stream) = self.streams.get(key) else { return };
         if source.chunked && stream.version == Version::Http10 {
             return self.answer_fault(key, &resume::NEEDS_HTTP_1_1, "");
