@@ -644,6 +644,72 @@ mod tests {
         }
     }
 
+    /// Random operations on a kept log, beside a list of all that was ever appended.
+    #[test]
+    fn a_kept_log_agrees_with_a_model_of_it() {
+        for seed in 0..300_u64 {
+            let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            let mut below = |bound: u64| {
+                random =
+                    random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (random >> 33) % bound
+            };
+            let chunked = below(2) == 0;
+            let window_bytes = [1, 5_000, 100_000, 1 << 30][below(4) as usize];
+            let mut log = Log::new();
+            let mut bytes = b"head".to_vec();
+            log.append(&[&bytes]);
+            log.keep(window_bytes);
+            let mut ends = vec![bytes.len() as u64];
+            for _ in 0..below(400) {
+                match below(10) {
+                    0..=5 => {
+                        let data_bytes = [10, 300, 5_000, 70_000][(below(100) as usize / 30).min(3)];
+                        let event = event(log.next_event_id(), data_bytes, chunked);
+                        if below(3) == 0 {
+                            log.reserve(event.len());
+                        }
+                        log.append(&[&event]);
+                        log.event_ends();
+                        bytes.extend(event);
+                        ends.push(log.end());
+                    }
+                    6 => {
+                        log.append(&[beat(chunked)]);
+                        bytes.extend(beat(chunked));
+                    }
+                    7 | 8 => log.release(log.floor() + below(log.end() - log.floor() + 1)),
+                    _ => log.forget(below(50_000)),
+                }
+                assert_eq!(log.end(), bytes.len() as u64);
+                assert!(log.start() <= log.floor(), "what is owed is held");
+                assert_eq!(log.history_bytes(), log.floor() - log.start());
+                let held: usize = log.older.iter().chain(&log.last).map(|segment| segment.memory.len()).sum();
+                assert_eq!(log.memory_bytes(), held);
+                let id = below(ends.len() as u64 + 1);
+                match log.behind(id, chunked) {
+                    Place::Ahead => assert_eq!(id, ends.len() as u64),
+                    Place::Gone(first) => {
+                        assert!(
+                            id < first && matches!(log.behind(first, chunked), Place::At(_)),
+                            "{seed}: {id} {first}"
+                        );
+                    }
+                    Place::At(at) => {
+                        let rest = read(&log, at);
+                        assert!(rest == bytes[at as usize..], "{seed}: other bytes");
+                        // Between that event's end and the next one's beginning lie heartbeats at most.
+                        let between = &bytes[ends[id as usize] as usize..at as usize];
+                        assert!(
+                            between.chunks(beat(chunked).len()).all(|one| one == beat(chunked)),
+                            "{seed}: {id}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn what_is_owed_is_held_whatever_the_window_is() {
         let mut log = Log::new();
