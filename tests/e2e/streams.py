@@ -245,11 +245,16 @@ def ask_chat(port, version="1.1", fields="", **more):
     return Answer(port, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode(), **more)
 
 
-def resume(port, stream, after=None, query="", version="1.1", method="GET", fields="", **more):
-    """Comes back to a stream, having seen the event `after`."""
+def resume(*arguments, **more):
+    """Comes back to a stream, having seen the event `after`, and waits for the head of the answer."""
+    return come_back(*arguments, **more).read_head()
+
+
+def come_back(port, stream, after=None, query="", version="1.1", method="GET", fields="", **more):
+    """The same without waiting."""
     fields += "" if after is None else f"Last-Event-ID: {after}\r\n"
     request = f"{method} /v1/streams/{stream}{query} HTTP/{version}\r\nHost: a\r\n{fields}\r\n"
-    return Answer(port, request.encode(), **more).read_head()
+    return Answer(port, request.encode(), **more)
 
 
 def status(port, stream):

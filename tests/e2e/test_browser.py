@@ -4,13 +4,16 @@ import json
 import shutil
 import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlencode
 
 import httpx
 import pytest
 import sse
-from harness import DIRECT, Process, wait_until
+from cutter import Cutter
+from harness import DIRECT, ROOT, Process, wait_until
 from sse import assert_arrives_over_time, assert_dense, body_of
+from streams import HeldBackend
 
 CHROMIUM = [
     "chromium",
@@ -31,22 +34,30 @@ CHROMIUM = [
 
 
 @pytest.fixture
-def open_page(logs, uvicorn, tmp_path, tag):
-    """Open a page and give what it reported."""
+def browse(logs, tmp_path):
+    """Open a page."""
     opened = []
 
-    def open_it(url, *flags, **query):
-        query = urlencode({**query, "report": f"/results/{tag}"})
+    def open_it(url, *flags):
         # Without --dump-dom or the like headless Chromium stays until it is ended.
         command = [*CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}", "--remote-debugging-port=0", *flags]
-        browser = Process("chromium", [*command, f"{url}?{query}"], logs)
-        opened.append(browser)
-        return wait_until(lambda: uvicorn.result(tag), 30, f"a report of {url}", every=0.1)
+        opened.append(Process("chromium", [*command, url], logs))
 
     yield open_it
     for browser in opened:
         browser.stop()
     shutil.rmtree(tmp_path / "profile", ignore_errors=True)
+
+
+@pytest.fixture
+def open_page(browse, uvicorn, tag):
+    """Open a page and give what it reported."""
+
+    def open_it(url, *flags, **query):
+        browse(f"{url}?{urlencode({**query, 'report': f'/results/{tag}'})}", *flags)
+        return wait_until(lambda: uvicorn.result(tag), 45, f"a report of {url}", every=0.1)
+
+    return open_it
 
 
 def assert_streamed(found):
@@ -137,3 +148,48 @@ def test_eventsource_of_a_durable_stream(open_page, uvicorn, start_tokenring):
     assert found["numbers"] == list(range(100))
     assert found["ids"] == sorted(set(found["ids"]))
     assert found["opened"] >= 8 and found["errors"] >= found["opened"]
+
+
+class Pages(SimpleHTTPRequestHandler):
+    """The files of the repository, and a place for what pages report."""
+
+    reports = None
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments, directory=ROOT)
+
+    def do_POST(self):
+        self.reports.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.relay
+def test_an_answer_cut_off_ten_times_is_complete(browse, start_tokenring):
+    """The example of docs/examples: every token once, over eleven connections; and once more when it is loaded again."""
+    backend, reports = HeldBackend(), []
+    pages = ThreadingHTTPServer(("127.0.0.1", 0), type("OwnPages", (Pages,), {"reports": reports}))
+    threading.Thread(target=pages.serve_forever, daemon=True).start()
+    origin = "http://127.0.0.1:%d" % pages.server_port
+    tokenring = start_tokenring([backend.url], shards=2, more=["--cors", origin])
+    cutter = Cutter(tokenring.port, cuts=10)
+    query = urlencode({"api": cutter.url, "report": "/report"})
+    browse(f"{origin}/tests/e2e/pages/resume.html?{query}")
+    said = backend.accept(20)
+    while cutter.done < 10:
+        assert said.words < 1000, f"cut off {cutter.done} times"
+        said.say()
+        time.sleep(0.05)
+    said.say(20)
+    said.done()
+    [found] = wait_until(lambda: reports, 30, "the page's report", every=0.1)
+    words = "".join(f"w{number} " for number in range(1, said.words + 1))
+    assert found["first"]["answer"] == words and found["first"]["ended"] == "complete"
+    assert "after 11 connections" in found["first"]["state"]
+    assert found["reloaded"]["answer"] == words and "after 1 connection " in found["reloaded"]["state"]
+    cutter.close()
+    pages.shutdown()
+    backend.close()
