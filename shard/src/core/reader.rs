@@ -254,7 +254,9 @@ impl<I: Io> Shard<I> {
                 // A round begins. What comes while it lasts is for another one.
                 source.stirred = false;
             }
-            let (from, all) = (source.served, source.readers.len());
+            let all = source.readers.len();
+            // Some of those that were served may have left.
+            let from = source.served.min(all);
             let to = all.min(from + room);
             room -= to.saturating_sub(from);
             source.served = if to < all { to } else { 0 };
