@@ -406,7 +406,8 @@ impl Recovery {
         if let Some(first) = unknown.map(|loss| loss.first).min() {
             self.doubt(first);
         }
-        if !losses.is_empty() && !self.orphans.is_empty() {
+        // A segment goes only when no stream needs it: what has no beginning has lost it.
+        if !self.orphans.is_empty() {
             let what = format!("{} streams whose creation cannot be read are lost", self.orphans.len());
             let at = losses.first().map_or((0, 0), |loss| (loss.segment, loss.at));
             self.findings.push(Finding { segment: at.0, at: at.1, what, lost: true });
