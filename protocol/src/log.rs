@@ -318,19 +318,6 @@ impl Log {
         }
     }
 
-    /// Reads a little of the memory that the next event will be written to: of a log that is kept, it has been out of the cache
-    /// since the last one.
-    pub fn touch(&self) -> u8 {
-        match &self.last {
-            Some(last) if self.is_kept() => {
-                let filled = last.filled as usize;
-                let line = |nth: usize| last.memory.get(filled + 64 * nth).map_or(0, Cell::get);
-                line(0) ^ line(1) ^ line(2) ^ line(3)
-            }
-            _ => 0,
-        }
-    }
-
     /// Appends the concatenation of `parts` as one contiguous range; returns its offset.
     pub fn append(&mut self, parts: &[&[u8]]) -> u64 {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();

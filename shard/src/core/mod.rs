@@ -278,9 +278,6 @@ impl<I: Io> Shard<I> {
         for stream in streams() {
             black_box((stream.response.end(), stream.first_token_us, stream.phase, stream.client));
         }
-        for stream in streams() {
-            black_box(stream.response.touch());
-        }
         // Whom it will be sent to.
         for conn in streams().filter_map(|stream| self.conns.get(stream.client?)) {
             black_box((conn.dirty, conn.ledger, conn.timer));
