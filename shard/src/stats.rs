@@ -195,6 +195,8 @@ pub struct Histograms {
     pub between_tokens_us: Histogram<u64>,
     /// Arrival of an event to the completion of the send that carried it (its submission if that was deferred), µs.
     pub relay_us: Histogram<u64>,
+    /// What readers of a stream by its id had not been confirmed, each time that something was; bytes.
+    pub reader_pending_bytes: Histogram<u64>,
     /// Length of a turn's work, sleep excluded, µs.
     pub turn_us: Histogram<u64>,
     /// Complete request to last byte delivered, µs.
@@ -216,6 +218,7 @@ impl Default for Histograms {
             first_token_us: new(),
             between_tokens_us: new(),
             relay_us: new(),
+            reader_pending_bytes: new(),
             turn_us: new(),
             stream_us: new(),
         }

@@ -44,6 +44,8 @@ const RELAY_S: &[f64] = &[
     0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 1.0,
     10.0,
 ];
+/// From nothing to what falls out of most windows.
+const PENDING_BYTES: &[f64] = &[0.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0, 1048576.0, 16777216.0];
 /// A turn over 10 ms is a fault.
 const TURN_S: &[f64] =
     &[0.000005, 0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1];
@@ -66,6 +68,7 @@ families! {
     FIRST_TOKEN = "tokenring_time_to_first_token_seconds", Kind::Histogram(FIRST_TOKEN_S), ["shard"], "From the complete request to the first token.";
     BETWEEN_TOKENS = "tokenring_inter_token_latency_seconds", Kind::Histogram(BETWEEN_TOKENS_S), ["shard"], "Between two events of a stream, as they arrive from the backend.";
     RELAY = "tokenring_relay_latency_seconds", Kind::Histogram(RELAY_S), ["shard"], "What tokenring adds: from the arrival of an event to the completion of the send that carried it, or to its submission where nothing waits for that.";
+    READER_PENDING = "tokenring_reader_pending_bytes", Kind::Histogram(PENDING_BYTES), ["shard"], "What a reader of a stream by its id has not been confirmed, each time that something was.";
     DURATION = "tokenring_stream_duration_seconds", Kind::Histogram(DURATION_S), ["shard"], "From the complete request to the last byte delivered.";
     TURN = "tokenring_turn_seconds", Kind::Histogram(TURN_S), ["shard"], "Work of one turn of a shard's loop, sleep excluded.";
     CONNECTIONS = "tokenring_connections", Kind::Gauge, ["shard"], "Client connections open.";
@@ -186,7 +189,8 @@ mod tests {
             assert_eq!(family.name.ends_with("_total"), family.kind == Kind::Counter, "{}", family.name);
             assert!(family.help.ends_with('.') && !family.help.contains('\n'));
             if let Kind::Histogram(bounds) = family.kind {
-                assert!(bounds.is_sorted() && family.name.ends_with("_seconds"));
+                assert!(bounds.is_sorted());
+                assert!(family.name.ends_with("_seconds") || family.name.ends_with("_bytes"));
             }
         }
         for (name, help, _) in counters(&Counters::default()) {

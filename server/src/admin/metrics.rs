@@ -33,6 +33,9 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     page.histogram(&families::FIRST_TOKEN, view, |snapshot| &snapshot.stats.histograms.first_token_us);
     page.histogram(&families::BETWEEN_TOKENS, view, |snapshot| &snapshot.stats.histograms.between_tokens_us);
     page.histogram(&families::RELAY, view, |snapshot| &snapshot.stats.histograms.relay_us);
+    page.histogram(&families::READER_PENDING, view, |snapshot| {
+        &snapshot.stats.histograms.reader_pending_bytes
+    });
     page.histogram(&families::DURATION, view, |snapshot| &snapshot.stats.histograms.stream_us);
     page.histogram(&families::TURN, view, |snapshot| &snapshot.stats.histograms.turn_us);
 
@@ -201,15 +204,17 @@ impl Page {
     fn histogram(&mut self, family: &Family, view: &View, of: impl Fn(&Snapshot) -> &Histogram<u64>) {
         let Kind::Histogram(bounds) = family.kind else { unreachable!("{} is a histogram", family.name) };
         self.head_of(family);
+        // Times are recorded in microseconds and told in seconds.
+        let scale = if family.name.ends_with("_seconds") { 1e6 } else { 1.0 };
         for snapshot in view.snapshots() {
             let histogram = of(snapshot);
             let mut counts = vec![0u64; bounds.len() + 1];
-            let mut sum_us = 0u128;
+            let mut sum = 0u128;
             for step in histogram.iter_recorded() {
-                let us = histogram.median_equivalent(step.value_iterated_to());
-                let bucket = bounds.partition_point(|&bound| bound < us as f64 / 1e6);
+                let value = histogram.median_equivalent(step.value_iterated_to());
+                let bucket = bounds.partition_point(|&bound| bound < value as f64 / scale);
                 counts[bucket] += step.count_since_last_iteration();
-                sum_us += u128::from(us) * u128::from(step.count_since_last_iteration());
+                sum += u128::from(value) * u128::from(step.count_since_last_iteration());
             }
             let shard = snapshot.shard.to_string();
             let mut cumulative = 0;
@@ -220,7 +225,7 @@ impl Page {
                 self.line(format_args!("{}_bucket{labels} {cumulative}", family.name));
             }
             let labels = Labels(vec![("shard", &shard)]);
-            self.line(format_args!("{}_sum{labels} {}", family.name, sum_us as f64 / 1e6));
+            self.line(format_args!("{}_sum{labels} {}", family.name, sum as f64 / scale));
             self.line(format_args!("{}_count{labels} {cumulative}", family.name));
         }
     }

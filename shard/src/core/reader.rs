@@ -198,6 +198,9 @@ impl<I: Io> Shard<I> {
         } else if let Some(lent) = reader.lent.take() {
             reader.lent = lent.skip(if is_planted(Bug::RestLost) { u32::MAX } else { bytes });
         }
+        let stream = self.streams.get(key);
+        let pending = stream.and_then(|stream| Some(self.owed_to(stream.reader.as_ref()?, stream)));
+        self.stats.histograms.reader_pending_bytes.saturating_record(pending.unwrap_or(0));
         if self.is_held_up(source) {
             self.kept.stir(source);
         }
