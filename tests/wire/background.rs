@@ -227,33 +227,44 @@ fn of_a_backend_that_numbers_nothing_event_ids_count() {
 #[test]
 fn it_goes_on_to_its_end_without_a_client_however_long_it_is() {
     let backend = Backend::listen();
-    let flags = [
-        "--background-window",
-        "100KiB",
-        "--resume-window",
-        "64KiB",
-        "--lag-high",
-        "64KiB",
-        "--lag-low",
-        "16KiB",
-    ];
-    let server = before(&backend, &flags);
-    let (client, mut upstream) = begun(&server, &backend, "resp_1");
-    drop(client);
-    server.expect_count("tokenring_detaches_total", 1);
-    // More than all buffers on the way and the window together hold.
-    let text = "x".repeat(10_000);
-    for number in 2..2000 {
-        upstream.send(chunk(delta(number, &text)));
+    // As a response in background, and because its route says so.
+    for (body, on_leave) in [(STREAMED, "cancel"), (r#"{"stream":true}"#, "finish")] {
+        let flags = [
+            ["--background-window", "100KiB"],
+            ["--resume-window", "64KiB"],
+            ["--lag-high", "64KiB"],
+            ["--lag-low", "16KiB"],
+            ["--on-leave", on_leave],
+        ];
+        let server = before(&backend, &flags.concat());
+        let mut client = server.connect();
+        client.send(post(PATH, body));
+        let (mut upstream, _) = backend.request();
+        upstream.send([STREAM, &chunk(created("resp_1")), &chunk(delta(1, "a"))].concat());
+        let stream = client.stream_head().field("tokenring-stream").unwrap();
+        client.event();
+        drop(client);
+        server.expect_count("tokenring_detaches_total", 1);
+        // More than all buffers on the way and the window together hold.
+        let text = "x".repeat(10_000);
+        for number in 2..2000 {
+            upstream.send(chunk(delta(number, &text)));
+        }
+        let log_bytes = server.count("tokenring_log_bytes");
+        assert!(log_bytes < 2 << 20, "{log_bytes}");
+        upstream.send([chunk(completed("resp_1", 2000)), LAST_CHUNK.to_vec()].concat());
+        server.expect_ends(&[("done", 1)]);
+        let mut back = server.connect();
+        back.send(get(&format!("/v1/streams/{stream}?after=2")));
+        assert_eq!(back.response().error_code(), "before_window");
+        back.send(get(&format!("/v1/streams/{stream}?after=1999")));
+        back.stream_head();
+        assert_eq!(numbers(&back.events()), [1999, 2000]);
+        if body == STREAMED {
+            assert_eq!(numbers(&read(&server, "resp_1", 1998).events()), [1999, 2000]);
+            assert_eq!(object(&server, "resp_1")["status"], "completed");
+        }
     }
-    assert!(server.count("tokenring_log_bytes") < 1 << 20);
-    upstream.send([chunk(completed("resp_1", 2000)), LAST_CHUNK.to_vec()].concat());
-    server.expect_ends(&[("done", 1)]);
-    let mut back = server.connect();
-    back.send(get(&format!("{PATH}/resp_1?stream=true&starting_after=1")));
-    assert_eq!(back.response().error_code(), "before_window");
-    assert_eq!(numbers(&read(&server, "resp_1", 1998).events()), [1999, 2000]);
-    assert_eq!(object(&server, "resp_1")["status"], "completed");
 }
 
 #[test]

@@ -37,6 +37,12 @@ impl<I: Io> Shard<I> {
         })
     }
 
+    /// Whether nobody reads a stream, and it goes on to its end all the same.
+    pub(super) fn goes_on_alone(&self, source: &Source) -> bool {
+        let on_leave = self.resume_of_source(source).map(|resume| resume.on_leave);
+        source.detached && on_leave == Some(OnLeave::Finish)
+    }
+
     // ---- requests for responses
 
     /// The shard where a client is to ask next for a response that is not known here; none: it is known, or all were asked.

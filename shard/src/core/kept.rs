@@ -343,6 +343,10 @@ impl<I: Io> Shard<I> {
             Some(OnLeave::Finish) if room => {
                 source.detached = true;
                 self.kept.detached += 1;
+                if let Some(producer) = self.streams.get_mut(producer) {
+                    // Nobody else lets go of what has left the window.
+                    producer.followed = true;
+                }
                 self.kept.stir(key);
             }
             _ => self.end_stream(producer, End::ClientLeft),

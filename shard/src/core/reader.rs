@@ -307,7 +307,7 @@ impl<I: Io> Shard<I> {
         if self.streams.get(producer).is_none_or(|stream| stream.client.is_some()) {
             return;
         }
-        if source.detached && !source.background {
+        if source.detached && !self.goes_on_alone(source) {
             // What its last reader had stays owed.
             return self.follow_marks(producer);
         }
@@ -336,7 +336,7 @@ impl<I: Io> Shard<I> {
             // Who falls behind is left behind.
             return Some((0, self.settings.lag_high_bytes));
         }
-        if source.detached && source.background {
+        if self.goes_on_alone(source) {
             // It goes on whatever becomes of what nobody has read.
             return Some((0, self.settings.lag_high_bytes));
         }
