@@ -348,8 +348,27 @@ def test_finished_without_a_client(start, backend):
     assert back.events[-1].data == "[DONE]" and back.ids()[-1] == 203
 
 
+def test_finished_though_it_is_longer_than_the_window(start, backend):
+    """Nobody comes for so long that the window leaves what was not read behind: the backend is not held up by that."""
+    tokenring = start("--on-leave", "finish")
+    client, said = begin(tokenring, backend, 2)
+    client.leave()
+    left_alone(tokenring, client.stream)
+    said.say(3000, size=1000)
+    said.done()
+    found = wait_until(
+        lambda: (now := status(tokenring.port, client.stream))["phase"] == "over" and now, 20, "its end"
+    )
+    assert (found["end"], found["last_event_id"]) == ("done", 3003) and found["held_bytes"] < 1 << 20
+    gone = resume(tokenring.port, client.stream, 2).read_all()
+    assert (gone.status, gone.code) == (410, "before_window")
+    earliest = int(gone.headers["tokenring-earliest-event-id"])
+    rest = resume(tokenring.port, client.stream, earliest).read_all()
+    assert_words(rest.events, earliest + 1, 3002)
+
+
 def test_without_a_client_its_window_fills_and_then_the_backend_is_paused(start, backend):
-    tokenring = start("--on-leave", "finish", "--resume-window", "512KiB")
+    tokenring = start("--detach-ms", 120_000, "--resume-window", "512KiB")
     client, said = begin(tokenring, backend, 2)
     client.leave()
     left_alone(tokenring, client.stream)

@@ -343,6 +343,10 @@ impl<I: Io> Shard<I> {
             Some(OnLeave::Finish) if room => {
                 source.detached = true;
                 self.kept.detached += 1;
+                // Its window moves on with it.
+                if let Some(stream) = self.streams.get_mut(producer) {
+                    stream.followed = true;
+                }
                 self.kept.stir(key);
             }
             _ => self.end_stream(producer, End::ClientLeft),

@@ -2,10 +2,11 @@
 //! the log of the stream that it reads, which is the same memory for all. One whose next bytes the window has dropped finishes
 //! what it was lent, which ends between two events, and is told there.
 
+use super::kept::Source;
 use super::stream::Stream;
 use super::{Shard, TimerOf};
 use crate::io::Io;
-use crate::settings::SlowReader;
+use crate::settings::{OnLeave, SlowReader};
 use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::log::{Lent, Log, Place};
 use protocol::phase::{End, Phase, Step};
@@ -307,8 +308,8 @@ impl<I: Io> Shard<I> {
         if self.streams.get(producer).is_none_or(|stream| stream.client.is_some()) {
             return;
         }
-        if source.detached && !source.background {
-            // What its last reader had stays owed.
+        if source.detached && !self.goes_on_unread(source) {
+            // What its last reader had not stays owed.
             return self.follow_marks(producer);
         }
         let Some(log) = self.source_log(source) else { return };
@@ -328,6 +329,11 @@ impl<I: Io> Shard<I> {
         self.follow_marks(producer);
     }
 
+    /// Whether a stream goes on to its end without a reader, so that its window moves on as well.
+    fn goes_on_unread(&self, source: &Source) -> bool {
+        self.resume_of_source(source).is_some_and(|resume| resume.on_leave == OnLeave::Finish)
+    }
+
     /// What of a stream's log is owed to readers by id, and from which lag on its backend is paused; none: it has a client.
     pub(super) fn owed_to_readers(&self, stream: &Stream) -> Option<(u64, u64)> {
         let source = stream.source.filter(|_| stream.client.is_none())?;
@@ -336,7 +342,7 @@ impl<I: Io> Shard<I> {
             // Who falls behind is left behind.
             return Some((0, self.settings.lag_high_bytes));
         }
-        if source.detached && source.background {
+        if source.detached && self.goes_on_unread(source) {
             // It goes on whatever becomes of what nobody has read.
             return Some((0, self.settings.lag_high_bytes));
         }
