@@ -1,5 +1,6 @@
 """Streams that outlive their connections: whoever comes back gets what follows, once and in order, or is told why not."""
 
+import json
 import random
 import signal
 import ssl
@@ -12,7 +13,7 @@ import sse
 from certificates import Authority
 from harness import free_port, wait_until
 from openai.types.chat import ChatCompletionChunk
-from streams import Crowd, HeldBackend, ask_chat, assert_words, resume, status
+from streams import Answer, Crowd, HeldBackend, ask_chat, assert_words, resume, status
 
 pytestmark = pytest.mark.relay
 
@@ -348,8 +349,46 @@ def test_finished_without_a_client(start, backend):
     assert back.events[-1].data == "[DONE]" and back.ids()[-1] == 203
 
 
+def test_finished_though_it_is_longer_than_the_window(start, backend):
+    """Nobody comes for so long that the window leaves what was not read behind: the backend is not held up by that."""
+    tokenring = start("--on-leave", "finish")
+    client, said = begin(tokenring, backend, 2)
+    client.leave()
+    left_alone(tokenring, client.stream)
+    said.say(3000, size=1000)
+    said.done()
+    found = wait_until(
+        lambda: (now := status(tokenring.port, client.stream))["phase"] == "over" and now, 20, "its end"
+    )
+    assert (found["end"], found["last_event_id"]) == ("done", 3003) and found["held_bytes"] < 1 << 20
+    gone = resume(tokenring.port, client.stream, 2).read_all()
+    assert (gone.status, gone.code) == (410, "before_window")
+    earliest = int(gone.headers["tokenring-earliest-event-id"])
+    rest = resume(tokenring.port, client.stream, earliest).read_all()
+    assert_words(rest.events, earliest + 1, 3002)
+
+
+def test_a_response_in_background_keeps_no_more_than_its_window(start, backend):
+    """Nobody reads it, and it does not grow with what it says."""
+    tokenring = start("--background-window", "256KiB")
+    body = json.dumps({"model": "m", "input": "a", "background": True})
+    head = f"POST /v1/responses HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    waiter = Answer(tokenring.port, f"{head}\r\n\r\n{body}".encode())
+    said = backend.accept()
+    response = {"id": "resp_long", "object": "response", "status": "in_progress", "output": []}
+    created = {"type": "response.created", "sequence_number": 0, "response": response}
+    said.chunk(f"event: response.created\ndata: {json.dumps(created)}\n\n")
+    assert waiter.read_head().status == 200
+    for number in range(1, 3000):
+        delta = {"type": "response.output_text.delta", "sequence_number": number, "delta": "x" * 1000}
+        said.chunk(f"event: response.output_text.delta\ndata: {json.dumps(delta)}\n\n")
+    wait_until(lambda: status(tokenring.port, waiter.stream)["last_event_id"] == 3000, 20, "all of it is here")
+    assert metric(tokenring, "tokenring_kept_bytes") < 1 << 20
+    assert metric(tokenring, "tokenring_log_bytes") < 1 << 20
+
+
 def test_without_a_client_its_window_fills_and_then_the_backend_is_paused(start, backend):
-    tokenring = start("--on-leave", "finish", "--resume-window", "512KiB")
+    tokenring = start("--detach-ms", 120_000, "--resume-window", "512KiB")
     client, said = begin(tokenring, backend, 2)
     client.leave()
     left_alone(tokenring, client.stream)

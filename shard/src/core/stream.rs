@@ -63,7 +63,7 @@ pub(crate) struct Stream {
     pub(crate) drawn: u64,
     /// Memory of what is kept of it, accounted for, bytes.
     pub(crate) charged: u64,
-    /// Somebody reads it by its id, or did.
+    /// Its source is told what is appended: somebody reads it by its id, or did, or it goes on to its end without a reader.
     pub(crate) followed: bool,
     /// Those who know its id find it there.
     pub(crate) source: Option<Key>,
