@@ -83,7 +83,9 @@ def test_threads_are_refused():
 
 def test_few_descriptors():
     refused(start(confine=limit(resource.RLIMIT_NOFILE, 64)), EXIT_CONFIG, "limit of 64 descriptors", "LimitNOFILE=")
-    done = start("--shards", 1, confine=limit(resource.RLIMIT_NOFILE, 170))
+    # A client may need a backend's connection besides its own.
+    upstream = ("--upstream", "http://127.0.0.1:9")
+    done = start("--shards", 1, *upstream, confine=limit(resource.RLIMIT_NOFILE, 170))
     refused(done, EXIT_CONFIG, "limit of 170 descriptors", "lower conns_max to 13")
 
 
