@@ -276,14 +276,14 @@ impl Log {
                 Place::Gone(self.last_event_id)
             };
         };
-        if id + 1 <= first.first_id {
+        if id < first.first_id {
             // The end of that event is gone, but nothing that follows it.
             return match id + 1 == first.first_id {
                 true => Place::At(first.base),
                 false => Place::Gone(first.first_id - 1),
             };
         }
-        let Some(segment) = segments().filter(|segment| segment.first_id <= id).last() else {
+        let Some(segment) = segments().rfind(|segment| segment.first_id <= id) else {
             return Place::Gone(first.first_id - 1);
         };
         let bytes: Vec<u8> = segment.memory[..segment.filled as usize].iter().map(Cell::get).collect();
