@@ -29,12 +29,21 @@ fn fatal(path: &Path, why: impl std::fmt::Display) -> Fatal {
     Fatal::new(Exit::Configuration, format!("data directory {}: {why}", path.display()))
 }
 
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 impl DataDir {
     /// Makes it if it is not there, and takes it.
     pub(crate) fn open(path: &Path) -> Result<Self, Fatal> {
         match DirBuilder::new().mode(MODE).create(path) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => {
                 return Err(fatal(path, format_args!("cannot be made: {error}")));
+            }
+            Ok(()) => {
+                // Or the loss of power could take it back, with all that was acknowledged in it.
+                let entry = File::open(parent(path)).and_then(|parent| parent.sync_all());
+                entry.map_err(|error| fatal(path, format_args!("cannot be made to last: {error}")))?;
             }
             _ => {}
         }
@@ -109,7 +118,7 @@ pub(crate) fn check(path: &Path) -> Result<(), Fatal> {
         }
         return writable(path).map_err(|error| fatal(path, format_args!("cannot be written: {error}")));
     }
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = parent(path);
     writable(parent)
         .map_err(|error| fatal(path, format_args!("cannot be made: {}: {error}", parent.display())))
 }
