@@ -26,6 +26,9 @@ pub const INTERIM_RESPONSES_MAX: u32 = 8;
 pub const LOG_SEGMENT_FIRST_BYTES: usize = 512;
 /// Bytes of segments of each size that a shard keeps for later when nobody holds them.
 pub const LOG_SPARE_BYTES_MAX: usize = 256 * 1024;
+/// Bytes of the largest segment whose content is copied to a log's history once it is delivered; of larger ones, the memory
+/// itself becomes history.
+pub const LOG_SETTLED_BYTES_MAX: usize = 4 * 1024;
 /// Bytes to which segments grow, doubling: the most that one send lends to the kernel.
 pub const LOG_SEGMENT_BYTES_MAX: usize = 64 * 1024;
 

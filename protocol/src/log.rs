@@ -16,11 +16,14 @@
 //! ```text
 //!   start ──── history, up to the window ──── floor ──── owed to somebody ──── end
 //! ```
+//! What everybody has had is copied from small segments to large ones, behind one another, and the small ones are used again at
+//! once: producing and sending stay in memory that is in the cache, and only the copy goes where nothing was for a window's
+//! length.
 //!
 //! A segment is `Rc<[Cell<u8>]>`: its address is stable, whoever was lent a range keeps it alive, and appending behind a
 //! lent range needs no unsafe code. Filled bytes are never written again while somebody else holds the segment.
 
-use crate::limits::{LOG_SEGMENT_BYTES_MAX, LOG_SEGMENT_FIRST_BYTES};
+use crate::limits::{LOG_SEGMENT_BYTES_MAX, LOG_SEGMENT_FIRST_BYTES, LOG_SETTLED_BYTES_MAX};
 use crate::planted::{Bug, is_planted};
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -91,6 +94,14 @@ impl Segment {
 
     fn room(&self) -> usize {
         self.memory.len() - self.filled as usize
+    }
+
+    fn push_cells(&mut self, bytes: &[Cell<u8>]) {
+        let start = self.filled as usize;
+        for (cell, byte) in self.memory[start..start + bytes.len()].iter().zip(bytes) {
+            cell.set(byte.get());
+        }
+        self.filled += u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     }
 
     fn push(&mut self, bytes: &[u8]) {
@@ -174,26 +185,43 @@ pub enum Place {
 }
 
 /// The log of one stream.
+/// What each append, lend and release needs lies together; each line of memory more that they touch is one more that others have
+/// pushed out of the cache meanwhile.
 #[derive(Default)]
 pub struct Log {
-    /// The segment that is being filled; none when nothing is held.
-    last: Option<Segment>,
-    /// Those before it, of which something is still owed, oldest first.
-    older: VecDeque<Segment>,
     end: u64,
-    last_event_id: u64,
+    /// The segment that is being filled; none when nothing is held, or only history.
+    last: Option<Segment>,
     /// Memory of all segments, bytes.
     memory_bytes: usize,
-    /// Bytes of history that are held on to; 0: none, as long as nobody asks for it.
+    last_event_id: u64,
+    /// Of a log that is kept.
+    kept: Option<Box<Kept>>,
+    /// The segments before the last and the one of history, oldest first.
+    older: VecDeque<Segment>,
+}
+
+/// What a log knows that holds on to what was delivered.
+struct Kept {
+    /// Bytes of history that are held on to, > 0.
     window_bytes: u64,
-    /// Everything below was delivered to all who are owed it. Of a log that is kept, as the following.
+    /// Everything below was delivered to all who are owed it.
     floor: u64,
-    /// Where the events' own bytes begin, behind the head of the answer.
-    begin: u64,
     /// Offset of the oldest byte held.
-    kept_start: u64,
+    start: u64,
     /// With the floor there, the oldest segment lies outside of the window.
     forget_at: u64,
+    /// The segment before the last that what is delivered is copied to.
+    history: Option<Segment>,
+    /// Where the events' own bytes begin, behind the head of the answer.
+    begin: u64,
+}
+
+impl Kept {
+    /// The oldest segment that may be let go ends there.
+    fn follow_first(&mut self, end: Option<u64>) {
+        self.forget_at = end.map_or(u64::MAX, |end| end + self.window_bytes);
+    }
 }
 
 impl Log {
@@ -209,7 +237,20 @@ impl Log {
 
     /// Offset of the oldest byte still held; equals `end` when nothing is held.
     pub fn start(&self) -> u64 {
-        self.older.front().or(self.last.as_ref()).map_or(self.end, |segment| segment.base)
+        self.kept.as_ref().map_or_else(|| self.oldest(), |kept| kept.start)
+    }
+
+    fn oldest(&self) -> u64 {
+        self.segments().next().map_or(self.end, |segment| segment.base)
+    }
+
+    /// Oldest first.
+    fn segments(&self) -> impl DoubleEndedIterator<Item = &Segment> {
+        self.older.iter().chain(self.history()).chain(&self.last)
+    }
+
+    fn history(&self) -> Option<&Segment> {
+        self.kept.as_ref()?.history.as_ref()
     }
 
     /// Id of the newest event (0: none yet). Ids are dense from 1.
@@ -227,6 +268,15 @@ impl Log {
         self.last_event_id += 1;
     }
 
+    /// Reads a little of the memory that history of about `bytes` will be copied to, so that it comes into the cache beside
+    /// what else is on its way there: it was last used a window ago, or never. The result means nothing.
+    pub fn touch_history(&self, bytes: usize) -> u8 {
+        let Some(history) = self.history() else { return 0 };
+        let filled = history.filled as usize;
+        let ahead = &history.memory[filled..history.memory.len().min(filled + bytes)];
+        ahead.iter().step_by(64).fold(0, |all, cell| all ^ cell.get())
+    }
+
     /// Bytes of memory held in segments, filled or not.
     pub fn memory_bytes(&self) -> usize {
         self.memory_bytes
@@ -234,25 +284,30 @@ impl Log {
 
     /// Bytes held that nobody is owed: history.
     pub fn history_bytes(&self) -> u64 {
-        if self.is_kept() { self.floor - self.kept_start } else { 0 }
+        self.kept.as_ref().map_or(0, |kept| kept.floor - kept.start)
     }
 
     /// From here on, what is delivered is held on to, about the last `window_bytes` (> 0) of it. What was appended so far is
     /// the head of the answer; events follow.
     pub fn keep(&mut self, window_bytes: u64) {
-        (self.kept_start, self.begin) = (self.start(), self.end);
-        (self.floor, self.window_bytes, self.forget_at) = (self.kept_start, window_bytes.max(1), u64::MAX);
+        let start = self.oldest();
+        self.kept = Some(Box::new(Kept {
+            window_bytes: window_bytes.max(1),
+            floor: start,
+            start,
+            forget_at: u64::MAX,
+            history: None,
+            begin: self.end,
+        }));
         self.follow_window();
     }
 
-    fn is_kept(&self) -> bool {
-        self.window_bytes > 0
-    }
-
-    /// Notes where the floor must be for the oldest segment to be let go.
+    /// Notes what is the oldest byte held, and where the floor must be for the oldest segment to be let go.
     fn follow_window(&mut self) {
-        self.kept_start = self.start();
-        self.forget_at = self.older.front().map_or(u64::MAX, |first| first.end() + self.window_bytes);
+        let start = self.oldest();
+        let Some(kept) = &mut self.kept else { return };
+        kept.start = start;
+        kept.follow_first(self.older.front().or(kept.history.as_ref()).map(Segment::end));
     }
 
     /// Where a subscriber begins that has had the event with this id, and those before it (0: none). `chunked`: each append was
@@ -261,14 +316,11 @@ impl Log {
         if id > self.last_event_id {
             return Place::Ahead;
         }
-        if !self.is_kept() {
-            return Place::Gone(self.last_event_id);
+        let Some(kept) = &self.kept else { return Place::Gone(self.last_event_id) };
+        if id == 0 && kept.begin >= kept.start {
+            return Place::At(kept.begin);
         }
-        if id == 0 && self.begin >= self.kept_start {
-            return Place::At(self.begin);
-        }
-        let segments = || self.older.iter().chain(&self.last);
-        let Some(first) = segments().next() else {
+        let Some(first) = self.segments().next() else {
             // All of it was let go, and nothing followed.
             return if id == self.last_event_id {
                 Place::At(self.end)
@@ -283,11 +335,11 @@ impl Log {
                 false => Place::Gone(first.first_id - 1),
             };
         }
-        let Some(segment) = segments().rfind(|segment| segment.first_id <= id) else {
+        let Some(segment) = self.segments().rfind(|segment| segment.first_id <= id) else {
             return Place::Gone(first.first_id - 1);
         };
         let bytes: Vec<u8> = segment.memory[..segment.filled as usize].iter().map(Cell::get).collect();
-        let begin = self.begin.saturating_sub(segment.base) as usize;
+        let begin = kept.begin.saturating_sub(segment.base) as usize;
         match crate::sse::end_of_event(&bytes[begin.min(bytes.len())..], chunked, segment.first_id, id) {
             Some(end) => Place::At(segment.base + (begin + end) as u64),
             None => {
@@ -299,23 +351,70 @@ impl Log {
 
     /// Everything below is delivered; a log that is not kept holds nothing below it.
     pub fn floor(&self) -> u64 {
-        if self.is_kept() { self.floor } else { self.start() }
+        self.kept.as_ref().map_or_else(|| self.oldest(), |kept| kept.floor)
     }
 
     /// Lets history go until no more than `bytes` of it are held, in whole segments.
     pub fn forget(&mut self, bytes: u64) {
         let floor = self.floor();
-        while self.older.front().is_some_and(|first| first.end() <= floor && floor - first.end() >= bytes) {
+        let over = |first: &mut Segment| first.end() <= floor && floor - first.end() >= bytes;
+        while self.older.front_mut().is_some_and(&over) {
             self.drop_first();
+        }
+        if self.older.is_empty()
+            && let Some(history) = self.kept.as_mut().and_then(|kept| kept.history.take_if(over))
+        {
+            self.give(history);
         }
         self.follow_window();
     }
 
     fn drop_first(&mut self) {
         if let Some(segment) = self.older.pop_front() {
-            self.memory_bytes -= segment.memory.len();
-            spare::give(segment.memory);
+            self.give(segment);
         }
+    }
+
+    fn give(&mut self, segment: Segment) {
+        self.memory_bytes -= segment.memory.len();
+        spare::give(segment.memory);
+    }
+
+    /// What is delivered of a small segment becomes history, and the segment is free for the next append, of whatever log.
+    fn settle(&mut self) {
+        let Some(kept) = &mut self.kept else { return };
+        let settled = |last: &mut Segment| {
+            last.memory.len() <= LOG_SETTLED_BYTES_MAX && last.filled > 0 && last.end() <= kept.floor
+        };
+        let Some(last) = self.last.take_if(settled) else { return };
+        let bytes = last.filled as usize;
+        if kept.history.as_ref().is_none_or(|history| history.room() < bytes) {
+            let before = kept.history.take();
+            let size = before.as_ref().map_or(0, |before| before.memory.len());
+            let size = (size * 2).clamp(LOG_SETTLED_BYTES_MAX, LOG_SEGMENT_BYTES_MAX);
+            self.older.extend(before);
+            let history = Segment::with_capacity(last.base, last.first_id, size);
+            self.memory_bytes += history.memory.len();
+            kept.history = Some(history);
+        }
+        if let Some(history) = &mut kept.history {
+            history.push_cells(&last.memory[..bytes]);
+            if self.older.is_empty() {
+                let end = history.end();
+                kept.follow_first(Some(end));
+            }
+        }
+        self.give(last);
+    }
+
+    /// The segment becomes one of the older ones.
+    fn push_older(&mut self, segment: Segment) {
+        if let Some(kept) = &mut self.kept {
+            self.older.extend(kept.history.take());
+            let first = self.older.front().map_or(segment.end(), Segment::end);
+            kept.follow_first(Some(first));
+        }
+        self.older.push_back(segment);
     }
 
     /// Appends the concatenation of `parts` as one contiguous range; returns its offset.
@@ -354,16 +453,12 @@ impl Log {
         let last = match self.last.take() {
             // Never filled: of no more use.
             Some(segment) if segment.filled == 0 => {
-                self.memory_bytes -= segment.memory.len();
-                spare::give(segment.memory);
+                self.give(segment);
                 0
             }
             Some(segment) => {
-                let (size, end) = (segment.memory.len(), segment.end());
-                if self.older.is_empty() {
-                    self.forget_at = end + self.window_bytes;
-                }
-                self.older.push_back(segment);
+                let size = segment.memory.len();
+                self.push_older(segment);
                 size
             }
             None => 0,
@@ -382,8 +477,7 @@ impl Log {
         }
         assert!(from >= self.start(), "the range was released while a subscriber still owed it");
         // Subscribers are near the end, or at the start of a short list: search from the back.
-        let mut segments = self.last.iter().chain(self.older.iter().rev());
-        let segment = segments.find(|segment| segment.base <= from)?;
+        let segment = self.segments().rfind(|segment| segment.base <= from)?;
         let start = u32::try_from(from - segment.base).unwrap_or(u32::MAX);
         let end = segment.filled.min(start.saturating_add(bytes_max));
         debug_assert!(start < end, "an empty segment below the end");
@@ -394,7 +488,7 @@ impl Log {
     pub fn trim(&mut self, below: u64) {
         self.release(below);
         if below >= self.end
-            && !self.is_kept()
+            && self.kept.is_none()
             && let Some(last) = self.last.take()
         {
             self.memory_bytes -= last.memory.len();
@@ -403,10 +497,12 @@ impl Log {
 
     /// Releases what lies below `below` (the lowest cursor of all subscribers, or the start of the window), in whole segments.
     pub fn release(&mut self, below: u64) {
-        if self.is_kept() {
-            self.floor = self.floor.max(below);
-            if self.floor >= self.forget_at {
-                self.forget(self.window_bytes);
+        if let Some(kept) = &mut self.kept {
+            kept.floor = kept.floor.max(below);
+            let (forgets, window_bytes) = (kept.floor >= kept.forget_at, kept.window_bytes);
+            self.settle();
+            if forgets {
+                self.forget(window_bytes);
             }
             return;
         }
@@ -426,16 +522,18 @@ impl Log {
         if let Some(last) = self.last.take_if(|last| {
             last.memory.len() > 2 * LOG_SEGMENT_FIRST_BYTES || Rc::strong_count(&last.memory) == 1
         }) {
-            self.memory_bytes -= last.memory.len();
-            spare::give(last.memory);
+            self.give(last);
         }
-        self.older = VecDeque::new();
+        if self.older.capacity() > 0 {
+            self.older = VecDeque::new();
+        }
     }
 }
 
 impl Drop for Log {
     fn drop(&mut self) {
-        for segment in self.older.drain(..).chain(self.last.take()) {
+        let history = self.kept.as_mut().and_then(|kept| kept.history.take());
+        for segment in self.older.drain(..).chain(history).chain(self.last.take()) {
             spare::give(segment.memory);
         }
     }
@@ -671,7 +769,7 @@ mod tests {
                 assert_eq!(log.end(), bytes.len() as u64);
                 assert!(log.start() <= log.floor(), "what is owed is held");
                 assert_eq!(log.history_bytes(), log.floor() - log.start());
-                let held: usize = log.older.iter().chain(&log.last).map(|segment| segment.memory.len()).sum();
+                let held: usize = log.segments().map(|segment| segment.memory.len()).sum();
                 assert_eq!(log.memory_bytes(), held);
                 let id = below(ends.len() as u64 + 1);
                 match log.behind(id, chunked) {

@@ -12,7 +12,7 @@ use protocol::limits::{
 const SHARD_FIXED_BYTES: u64 = 12 << 20;
 /// Of the process: its code, the control thread, the log, the admin pages.
 const PROCESS_BYTES: u64 = 24 << 20;
-/// Boxes of one stream besides its logs: the decoder, the scanner of the request's facts, its description.
+/// Boxes of one stream besides its logs: the request's side, the decoder, the scanner of the request's facts, its description.
 const STREAM_BOXES_BYTES: u64 = 4 << 10;
 /// Operations in flight of one connection, an entry of 64 bytes and some each.
 const OPS_BYTES: u64 = 4 * 96;

@@ -140,8 +140,8 @@ impl<I: Io> Shard<I> {
             return Err(format!("it serves a stream that is over: {conn:?}"));
         };
         let (log, link) = match conn.role {
-            Role::Client(_) => (&stream.response, stream.client),
-            Role::Backend(_) => (&stream.request, stream.backend),
+            Role::Client(_) => (Some(&stream.response), stream.client),
+            Role::Backend(_) => (stream.request().map(|request| &request.log), stream.backend),
         };
         demand!(link == Some(key), "its stream knows another: {conn:?}");
         let cursor = conn.ledger.sent() + u64::from(conn.ledger.in_flight());
@@ -157,6 +157,7 @@ impl<I: Io> Shard<I> {
                 false => Ok(()),
             };
         }
+        let Some(log) = log else { return Err(format!("a backend has no request: {conn:?}")) };
         demand!(cursor <= log.end(), "more was sent than the log has: {conn:?} {log:?}");
         // A backend's send may have failed, and its receive is to tell why.
         let idle = conn.state == State::Open && conn.is_client() && conn.ops.send.is_none();
@@ -200,7 +201,7 @@ impl<I: Io> Shard<I> {
         } else if !stream.produced
             && stream.demo.is_none()
             && stream.durable.is_none()
-            && stream.waits_for.is_none()
+            && stream.request().is_none_or(|request| request.waits_for.is_none())
         {
             return Err(format!("nobody works for a stream: {}", who()));
         }

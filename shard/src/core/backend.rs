@@ -47,8 +47,8 @@ impl Stream {
     /// Whether the request is still whole in its log and may be sent again.
     pub(super) fn may_repeat(&self, retry_bytes_max: u64) -> bool {
         (self.answer == Answer::None || is_planted(Bug::RetryTooLate))
-            && self.request.start() == 0
-            && self.request.end() <= retry_bytes_max
+            && self.request_start() == 0
+            && self.request_end() <= retry_bytes_max
     }
 }
 
@@ -62,11 +62,11 @@ impl<I: Io> Shard<I> {
         };
         write_backend_head(&mut self.scratch, head, &self.upstreams.upstreams[upstream], identity);
         if let Some(stream) = self.streams.get_mut(key) {
-            stream.request.append(&[&self.scratch]);
-            stream.request_head_bytes = stream.request.end();
-            if self.settings.routes[stream.route].upstreams.len() > 1 {
-                stream.client_head = Some(raw.into());
-            }
+            let others = self.settings.routes[stream.route].upstreams.len() > 1;
+            let request = stream.request_mut();
+            request.log.append(&[&self.scratch]);
+            request.head_bytes = request.log.end();
+            request.client_head = others.then(|| raw.into());
         }
         self.engage(key, upstream);
     }
@@ -90,7 +90,7 @@ impl<I: Io> Shard<I> {
     /// Puts a stream on a connection of this backend: a pooled one, or a new one.
     fn engage(&mut self, key: Key, upstream: usize) {
         let Some(stream) = self.streams.get_mut(key) else { return };
-        stream.upstream = Some(upstream);
+        stream.request_mut().upstream = Some(upstream);
         if !stream.retried
             && let Some(conn_key) = self.take_idle(upstream)
         {
@@ -140,12 +140,13 @@ impl<I: Io> Shard<I> {
     fn connect(&mut self, key: Key, upstream: usize) {
         let now_ms = self.now_ms();
         let Some(stream) = self.streams.get_mut(key) else { return };
-        stream.attempts += 1;
         let connect_ms = self.settings.routes[stream.route].deadlines.connect_ms;
-        if stream.attempts == 1 && connect_ms > 0 {
-            stream.connect_due_ms = now_ms + u64::from(connect_ms);
+        let request = stream.request_mut();
+        request.attempts += 1;
+        if request.attempts == 1 {
+            request.connect_due_ms = if connect_ms > 0 { now_ms + u64::from(connect_ms) } else { u64::MAX };
         }
-        let due_ms = stream.connect_due_ms;
+        let due_ms = request.connect_due_ms;
         let addresses = &self.upstreams.upstreams[upstream].addresses;
         let address = self.pool.upstreams[upstream].address % addresses.len().max(1);
         let Some(&target) = addresses.get(address) else {
@@ -240,15 +241,17 @@ impl<I: Io> Shard<I> {
         if stream.end.is_some() {
             return;
         }
-        stream.tls_failed |= end == End::UpstreamTls;
-        let end = if stream.tls_failed { End::UpstreamTls } else { end };
+        let request = stream.request_mut();
+        request.tls_failed |= end == End::UpstreamTls;
+        let end = if request.tls_failed { End::UpstreamTls } else { end };
+        let (attempts, begun) = (request.attempts, request.log.start() > 0);
         let addresses: usize = self.settings.routes[stream.route]
             .upstreams
             .iter()
             .filter_map(|&upstream| self.upstreams.upstreams.get(upstream))
             .map(|upstream| upstream.addresses.len())
             .sum();
-        if stream.attempts >= CONNECT_ATTEMPTS_MAX.min(addresses as u32) || stream.request.start() > 0 {
+        if attempts >= CONNECT_ATTEMPTS_MAX.min(addresses as u32) || begun {
             return self.end_stream(key, end);
         }
         stream.step(Step::Retry);
@@ -270,20 +273,21 @@ impl<I: Io> Shard<I> {
     /// Writes the head anew for another backend's name and path, in front of the body bytes that are already here.
     fn rewrite_head(&mut self, key: Key, upstream: usize) -> bool {
         let Some(stream) = self.streams.get_mut(key) else { return false };
-        let Some(raw) = &stream.client_head else { return false };
+        let identity = stream.dialect.is_model_endpoint();
+        let request = stream.request_mut();
+        let Some(raw) = &request.client_head else { return false };
         let mut slots = header_slots();
         let Ok(Some(head)) = parse_request(raw, &mut slots, &self.settings.head) else { return false };
-        let identity = stream.dialect.is_model_endpoint();
         write_backend_head(&mut self.scratch, &head, &self.upstreams.upstreams[upstream], identity);
-        let mut request = Log::new();
-        request.append(&[&self.scratch]);
-        let mut from = stream.request_head_bytes;
-        stream.request_head_bytes = request.end();
-        while let Some(range) = stream.request.lend(from, u32::MAX) {
+        let mut log = Log::new();
+        log.append(&[&self.scratch]);
+        let mut from = request.head_bytes;
+        request.head_bytes = log.end();
+        while let Some(range) = request.log.lend(from, u32::MAX) {
             from += range.len() as u64;
-            request.append(&[&range.to_vec()]);
+            log.append(&[&range.to_vec()]);
         }
-        stream.request = request;
+        request.log = log;
         true
     }
 

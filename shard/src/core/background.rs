@@ -186,9 +186,9 @@ impl<I: Io> Shard<I> {
         };
         let mut waiter = Stream::new(client, stream.route, stream.dialect, stream.version, stream.started_us);
         waiter.phase = Phase::AwaitHead;
-        (waiter.close, waiter.asked_us, waiter.upstream) = (stream.close, stream.asked_us, stream.upstream);
-        (waiter.facts.model, waiter.cors) = (stream.facts.model.clone(), stream.cors.clone());
-        waiter.waits_for = Some(source_key);
+        (waiter.close, waiter.asked_us) = (stream.close, stream.asked_us);
+        waiter.cors = stream.cors.clone();
+        waiter.request_mut().waits_for = Some(source_key);
         let Ok(waiter_key) = self.streams.insert(waiter) else {
             self.end_stream(key, End::Overload);
             return false;
@@ -227,7 +227,7 @@ impl<I: Io> Shard<I> {
         let mut lines = ExtraLines::new("");
         push_id_line(&mut lines, &self.kept.id(number));
         if let Some(waiter) = self.streams.get_mut(waiter) {
-            waiter.waits_for = None;
+            waiter.request_mut().waits_for = None;
         }
         self.answer_json_with(waiter, 200, object.as_bytes(), lines.as_str());
     }
@@ -237,7 +237,7 @@ impl<I: Io> Shard<I> {
         let Some(source) = self.kept.sources.get_mut(source) else { return };
         let Some(waiter) = source.waiter.take() else { return };
         if let Some(waiter) = self.streams.get_mut(waiter) {
-            waiter.waits_for = None;
+            waiter.request_mut().waits_for = None;
         }
         let fault = if end == End::Done { NO_ID } else { end.fault() };
         self.answer_error(waiter, &fault, "");

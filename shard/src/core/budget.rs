@@ -109,7 +109,7 @@ impl<I: Io> Shard<I> {
         let Some(stream) = self.streams.get_mut(key) else { return };
         // What is kept for one more attempt is given up first.
         let sent = stream.backend.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
-        stream.request.release(sent);
+        stream.release_request(sent);
         self.draw(key);
         if self.overdraft_bytes <= self.settings.overdraft_bytes_max {
             return;
@@ -117,7 +117,8 @@ impl<I: Io> Shard<I> {
         self.stats.counters.overdrafts_refused += 1;
         self.end_stream(key, End::Overload);
         let Some(stream) = self.streams.get_mut(key) else { return };
-        (stream.events, stream.request) = (None, Log::new());
+        stream.events = None;
+        stream.request_mut().log = Log::new();
         self.draw(key);
         let Some(stream) = self.streams.get(key) else { return };
         if stream.drawn > 0
@@ -134,7 +135,7 @@ impl<I: Io> Shard<I> {
         let share_bytes = self.settings.share_bytes();
         let Some(stream) = self.streams.get_mut(key) else { return false };
         // History is accounted for where it is kept.
-        let held = stream.memory_bytes().saturating_sub(stream.response.history_bytes());
+        let held = stream.follow_memory_bytes().saturating_sub(stream.response.history_bytes());
         let drawn = held.saturating_sub(share_bytes);
         let before = std::mem::replace(&mut stream.drawn, drawn);
         self.overdraft_bytes = self.overdraft_bytes - before + drawn;

@@ -3,7 +3,7 @@
 use super::Shard;
 use super::conn::State;
 use super::relay::waits_for_line_end;
-use super::stream::{Answer, Description, Stream};
+use super::stream::{Answer, Stream};
 use crate::io::{Close, Io};
 use crate::settings::Route;
 use crate::tls::{HANDSHAKE_FAILURE, HELLO_BYTE};
@@ -12,7 +12,7 @@ use protocol::cors;
 use protocol::dialect::Dialect;
 use protocol::facts::{Background, Rewriter, Scanner};
 use protocol::http::{
-    self, BodyDecoder, Framing, LAST_CHUNK, Piece, Refusal, RequestHead, Version, header_slots, parse_request,
+    self, BodyDecoder, Framing, Piece, Refusal, RequestHead, Version, header_slots, parse_request,
 };
 use protocol::limits::{BODY_PROGRESS_BYTES, FACTS_PREFIX_BYTES_MAX, LINGER_BYTES_MAX};
 use protocol::phase::{End, Step};
@@ -240,9 +240,9 @@ impl<I: Io> Shard<I> {
         stream.request_chunked = head.framing == Framing::Chunked;
         if dialect.is_model_endpoint() && !stream.request_done {
             if dialect == Dialect::Responses && route.resume.is_some() {
-                stream.rewriter = Some(Box::new(Rewriter::new()));
+                stream.request_mut().rewriter = Some(Box::new(Rewriter::new()));
             } else {
-                stream.scanner = Some(Box::new(Scanner::new(FACTS_PREFIX_BYTES_MAX)));
+                stream.request_mut().scanner = Some(Box::new(Scanner::new(FACTS_PREFIX_BYTES_MAX)));
             }
         }
         let now_ms = self.now_ms();
@@ -322,7 +322,7 @@ impl<I: Io> Shard<I> {
             let mut request = format!("{} {}", head.method, head.path());
             // Targets are ASCII (RFC 9112 section 3.2), so any byte is a boundary.
             request.truncate(DESCRIPTION_BYTES_MAX);
-            **description = Description { request: request.into(), refusal: None };
+            description.request = request.into();
         }
     }
 
@@ -412,7 +412,7 @@ impl<I: Io> Shard<I> {
                         stream.request_done = true;
                     } else if wanted {
                         if stream.request_chunked {
-                            stream.request.append(&[LAST_CHUNK]);
+                            stream.append_last_request_chunk();
                         }
                         self.request_complete(stream_key);
                     } else {

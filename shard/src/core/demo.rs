@@ -41,7 +41,7 @@ impl<I: Io> Shard<I> {
         let seed = self.settings.seed ^ (self.index as u64) << 32 ^ self.begun;
         let Some(stream) = self.streams.get_mut(key) else { return false };
         // The facts of the body are not known yet; the model is made anew when they are.
-        let model = DemoModel::new(dialect, settings, &stream.facts, seed, unix_time_s);
+        let model = DemoModel::new(dialect, settings, &stream.request_mut().facts, seed, unix_time_s);
         stream.demo = Some(Box::new(Demo { model, next_us: u64::MAX, preamble_written: false }));
         true
     }
@@ -52,11 +52,12 @@ impl<I: Io> Shard<I> {
         let seed = self.settings.seed ^ (self.index as u64) << 32 ^ self.begun;
         let now_us = self.now_us;
         let Some(stream) = self.streams.get_mut(key) else { return };
+        let facts = stream.request().map(|request| request.facts.clone()).unwrap_or_default();
         let Some(demo) = &mut stream.demo else { return };
         let settings = demo.model.settings().clone();
         demo.next_us = now_us + u64::from(settings.first_token_ms) * 1000;
         let token_us = interval_us(&settings);
-        demo.model = DemoModel::new(stream.dialect, settings, &stream.facts, seed, unix_time_s);
+        demo.model = DemoModel::new(stream.dialect, settings, &facts, seed, unix_time_s);
         if stream.background == Background::Polls {
             stream.step(Step::EventStream);
             if !self.begin_polled(key) {
@@ -66,7 +67,7 @@ impl<I: Io> Shard<I> {
             stream.step(Step::EventStream);
             self.write_events_head(key, false);
         } else {
-            let tokens = demo.model.settings().tokens.min(stream.facts.max_tokens.unwrap_or(u32::MAX));
+            let tokens = demo.model.settings().tokens.min(facts.max_tokens.unwrap_or(u32::MAX));
             demo.next_us += u64::from(tokens) * token_us;
             stream.step(Step::PlainBody);
         }

@@ -64,7 +64,7 @@ impl<I: Io> Shard<I> {
             (Answer::Events { .. }, _) => {
                 if end != End::UpstreamError && !is_planted(Bug::SilentEnd) {
                     self.scratch.clear();
-                    let late = stream.late_error.take().unwrap_or_default();
+                    let late = stream.request_mut().late_error.take().unwrap_or_default();
                     let own_words = end == End::UpstreamStatus
                         && write_late_error(stream.dialect, &late, &mut self.scratch);
                     let next = stream.sequence_number.map(|last| last + 1);
@@ -84,7 +84,10 @@ impl<I: Io> Shard<I> {
             }
         }
         stream.produced = true;
-        (stream.scanner, stream.rewriter) = (None, None);
+        if stream.request().is_some() {
+            let request = stream.request_mut();
+            (request.scanner, request.rewriter) = (None, None);
+        }
         if stream.phase != Phase::Finishing {
             stream.step(Step::ProducerDone);
         }
@@ -220,7 +223,7 @@ impl<I: Io> Shard<I> {
             self.durable_settle(key, *durable);
         }
         let reader = stream.reader.take();
-        if let Some(source) = stream.waits_for {
+        if let Some(source) = stream.request().and_then(|request| request.waits_for) {
             self.waiter_left(source);
         }
         let duration_us = self.now_us - stream.started_us;
@@ -247,6 +250,7 @@ impl<I: Io> Shard<I> {
         if let Some(reader) = reader {
             self.reader_left(&reader);
         }
+        stream.forget_request();
         if let Some(description) = stream.description.take() {
             if self.reports.len() >= RECORDS_PER_TURN_MAX {
                 self.stats.counters.records_dropped += 1;
@@ -260,8 +264,8 @@ impl<I: Io> Shard<I> {
                 status: stream.status,
                 client_certificate,
                 request: description.request,
-                model: stream.facts.model.take(),
-                upstream: stream.upstream.map(|upstream| upstream as u16),
+                model: description.model,
+                upstream: description.upstream.map(|upstream| upstream as u16),
                 events: stream.events_sent,
                 sent_bytes,
                 first_token_us: stream.first_token_us,

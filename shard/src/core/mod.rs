@@ -277,6 +277,7 @@ impl<I: Io> Shard<I> {
         };
         for stream in streams() {
             black_box((stream.response.end(), stream.first_token_us, stream.phase, stream.client));
+            black_box(stream.response.touch_history(256));
         }
         // Whom it will be sent to.
         for conn in streams().filter_map(|stream| self.conns.get(stream.client?)) {
@@ -421,7 +422,8 @@ impl<I: Io> Shard<I> {
         for (_, stream) in self.streams.iter() {
             // A tail is nobody's stream.
             phases[stream.phase as usize] += u64::from(!self.is_tail(stream));
-            log_bytes += (stream.request.memory_bytes() + stream.response.memory_bytes()) as u64;
+            let request = stream.request().map_or(0, |request| request.log.memory_bytes());
+            log_bytes += (request + stream.response.memory_bytes()) as u64;
         }
         let (mut lagging, mut tls_bytes) = (Vec::new(), 0);
         for (key, conn) in self.conns.iter() {
@@ -441,7 +443,7 @@ impl<I: Io> Shard<I> {
             let lag = match &stream.reader {
                 Some(reader) => self.owed_to(reader, stream),
                 None if conn.is_client() => conn.ledger.lag(stream.response.end()),
-                None => conn.ledger.lag(stream.request.end()),
+                None => conn.ledger.lag(stream.request_end()),
             };
             pending_bytes += lag;
             if conn.is_client() && lag > 0 {

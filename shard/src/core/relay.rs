@@ -144,11 +144,12 @@ impl<I: Io> Shard<I> {
         backend.keep_alive_s = head.keep_alive_timeout_s;
         let Some(stream) = self.streams.get_mut(stream_key) else { return false };
         let events = head.event_stream && head.status == 200 && head.framing != Framing::None;
-        stream.client_head = None;
         // Nothing of the request will be sent again.
         let sent = self.conns.get(key).map_or(0, |conn| conn.ledger.sent());
+        let request = stream.request_mut();
+        request.client_head = None;
         if !is_planted(Bug::RetryTooLate) {
-            stream.request.trim(sent);
+            request.log.trim(sent);
         }
         if !events && matches!(stream.answer, Answer::Events { .. }) {
             // Committed early: what it says now can only be told in-band, in its own words if they are an error's.
@@ -156,7 +157,7 @@ impl<I: Io> Shard<I> {
                 self.end_stream(stream_key, End::UpstreamStatus);
                 return false;
             }
-            stream.late_error = Some(Vec::new());
+            stream.request_mut().late_error = Some(Vec::new());
             stream.step(Step::PlainBody);
             stream.last_token_us = now_us;
             stream.token_due_ms = u64::MAX;
@@ -245,7 +246,9 @@ impl<I: Io> Shard<I> {
                         {
                             break Flow::Broken(end);
                         }
-                    } else if let Some(error) = &mut stream.late_error {
+                    } else if stream.fails_late()
+                        && let Some(error) = &mut stream.request_mut().late_error
+                    {
                         let room = LATE_ERROR_BYTES_MAX.saturating_sub(error.len());
                         error.extend_from_slice(&piece[..piece.len().min(room)]);
                     } else {
@@ -288,13 +291,13 @@ impl<I: Io> Shard<I> {
         finish_events(stream, now_us, &self.settings, &mut self.stats);
         let complete = !stream.has_events_answer() || stream.end_mark || !stream.dialect.has_end_mark();
         let end = match (complete, stream.error_seen) {
-            _ if stream.late_error.is_some() => End::UpstreamStatus,
+            _ if stream.fails_late() => End::UpstreamStatus,
             (true, _) => End::Done,
             (false, true) => End::UpstreamError,
             (false, false) => End::UpstreamTruncated,
         };
         let request_sent = stream.request_done
-            && self.conns.get(key).is_some_and(|conn| conn.ledger.lag(stream.request.end()) == 0);
+            && self.conns.get(key).is_some_and(|conn| conn.ledger.lag(stream.request_end()) == 0);
         if request_sent && end != End::UpstreamTruncated {
             self.retire(key);
         }
@@ -332,7 +335,7 @@ impl<I: Io> Shard<I> {
         let now_us = self.now_us;
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
         finish_events(stream, now_us, &self.settings, &mut self.stats);
-        let end = if stream.late_error.is_some() {
+        let end = if stream.fails_late() {
             End::UpstreamStatus
         } else if stream.end_mark {
             self.stats.counters.unclean_ends += 1;

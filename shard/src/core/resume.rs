@@ -103,7 +103,7 @@ impl<I: Io> Shard<I> {
             write!(body, "{}{pending}", if nth > 0 { "," } else { "" }).ok();
         }
         body.push_str("],\"model\":");
-        match producer.and_then(|stream| stream.facts.model.as_deref()) {
+        match producer.and_then(|stream| stream.model()) {
             Some(model) => {
                 let mut text = Vec::new();
                 write_json_string(&mut text, model);
@@ -188,6 +188,7 @@ impl<I: Io> Shard<I> {
         stream.close |= !chunked;
         stream.status = 200;
         stream.answer = Answer::Events { early: false };
+        stream.forget_request();
         let mut lines = ExtraLines::new(EVENT_STREAM_HEADERS);
         lines.push(self.date.at(unix_time_s));
         push_id_line(&mut lines, &id);
@@ -259,9 +260,8 @@ impl<I: Io> Shard<I> {
         stream.answer = producer.answer;
         (stream.status, stream.close, stream.streaming) = (producer.status, producer.close, true);
         (stream.started_us, stream.asked_us) = (producer.started_us, producer.asked_us);
-        (stream.upstream, stream.first_token_us) = (producer.upstream, producer.first_token_us);
+        stream.first_token_us = producer.first_token_us;
         stream.description = producer.split_description();
-        stream.facts.model = producer.facts.model.clone();
         stream.reader = Some(Box::new(Reader {
             source: source_key,
             place: source.readers.len(),

@@ -393,7 +393,9 @@ impl<I: Io> Shard<I> {
         if !tls.has_unsent() && conn.state == State::Open && !tls.is_handshaking() {
             let Some(stream) = conn.stream.and_then(|key| self.streams.get_mut(key)) else { return true };
             let client = matches!(conn.role, Role::Client(_));
-            let log = if client { &stream.response } else { &stream.request };
+            let log =
+                if client { Some(&stream.response) } else { stream.request().map(|request| &request.log) };
+            let Some(log) = log else { return false };
             let (mut at, plain) = (conn.ledger.sent(), &mut self.tls_scratch.plain);
             let reads = stream.reader.is_some();
             if !reads {

@@ -31,6 +31,9 @@ pub(crate) enum Answer {
 pub(crate) struct Description {
     pub(crate) request: Box<str>,
     pub(crate) refusal: Option<&'static str>,
+    /// What the request's facts and its way to a backend were, once they are forgotten.
+    pub(crate) model: Option<Box<str>>,
+    pub(crate) upstream: Option<usize>,
 }
 
 /// The built-in model at work on a stream.
@@ -39,6 +42,47 @@ pub(crate) struct Demo {
     /// When the next token is due, µs.
     pub(crate) next_us: u64,
     pub(crate) preamble_written: bool,
+}
+
+/// What is known of a stream's request, and what it takes to have it answered: of no more use to most of what follows, so it lies
+/// apart.
+#[derive(Default)]
+pub(crate) struct Request {
+    /// Its bytes, for the backend.
+    pub(crate) log: Log,
+    /// Bytes of the log that are the head.
+    pub(crate) head_bytes: u64,
+    pub(crate) scanner: Option<Box<Scanner>>,
+    /// In the scanner's place, where what asks for a response in background is not for the backend.
+    pub(crate) rewriter: Option<Box<Rewriter>>,
+    pub(crate) facts: RequestFacts,
+    /// The client's own head, kept while another backend might need one written anew.
+    pub(crate) client_head: Option<Box<[u8]>>,
+    /// Backends tried.
+    pub(crate) attempts: u32,
+    /// One of them came as far as TLS and failed there, which says more than that another was refused.
+    pub(crate) tls_failed: bool,
+    pub(crate) upstream: Option<usize>,
+    /// For a standing backend connection, over all attempts, ms.
+    pub(crate) connect_due_ms: u64,
+    /// It waits to be told the id of the response in background that this source produces.
+    pub(crate) waits_for: Option<Key>,
+    /// The body of a backend's error that came after an early commit.
+    pub(crate) late_error: Option<Vec<u8>>,
+}
+
+impl Request {
+    fn memory_bytes(&self) -> usize {
+        self.log.memory_bytes() + self.rewriter.as_ref().map_or(0, |rewriter| rewriter.memory_bytes())
+    }
+
+    fn append(&mut self, piece: &[u8], chunked: bool) {
+        if chunked {
+            self.log.append(&[ChunkHead::new(piece.len()).as_bytes(), piece, CHUNK_END]);
+        } else {
+            self.log.append(&[piece]);
+        }
+    }
 }
 
 /// One request and its answer.
@@ -57,8 +101,6 @@ pub(crate) struct Stream {
     pub(crate) first_token_us: Option<u64>,
     /// Events appended.
     pub(crate) events_sent: u64,
-    /// When the first token is overdue, ms.
-    pub(crate) token_due_ms: u64,
     /// Memory beyond the stream's share, bytes.
     pub(crate) drawn: u64,
     /// Memory of what is kept of it, accounted for, bytes.
@@ -72,8 +114,6 @@ pub(crate) struct Stream {
     /// What is remembered of a response in background.
     pub(crate) notes: Option<Box<Notes>>,
     pub(crate) route: usize,
-    /// What pages of other origins are told in the head of the answer; none: nothing of ours.
-    pub(crate) cors: Option<Lines>,
     pub(crate) answer: Answer,
     pub(crate) client: Option<Key>,
     pub(crate) backend: Option<Key>,
@@ -83,6 +123,8 @@ pub(crate) struct Stream {
     /// The request's method was HEAD.
     pub(crate) head_only: bool,
     pub(crate) request_done: bool,
+    /// The request may hold memory of its own.
+    pub(crate) request_held: bool,
     /// The request asks for an event stream.
     pub(crate) streaming: bool,
     /// The dialect's end mark was seen.
@@ -107,45 +149,33 @@ pub(crate) struct Stream {
     pub(crate) end: Option<End>,
     pub(crate) status: u16,
     pub(crate) timer: Option<(TimerId, u64)>,
+    /// What pages of other origins are told in the head of the answer; none: nothing of ours.
+    pub(crate) cors: Option<Lines>,
+    /// When the first token is overdue, ms.
+    pub(crate) token_due_ms: u64,
     /// Where in the response log the end mark's event ends.
     pub(crate) end_mark_at: u64,
     /// When the end of the backend's body is overdue after its end mark, ms.
     pub(crate) finish_due_ms: u64,
     /// When the whole stream is overdue, ms.
     pub(crate) total_due_ms: u64,
-    /// The body of a backend's error that came after an early commit.
-    pub(crate) late_error: Option<Vec<u8>>,
     pub(crate) demo: Option<Box<Demo>>,
     /// A request of the Durable Streams protocol.
     pub(crate) durable: Option<Box<Durable>>,
     /// The `sequence_number` of the last event that had one (Responses).
     pub(crate) sequence_number: Option<u64>,
-    pub(crate) request: Log,
-
-    pub(crate) scanner: Option<Box<Scanner>>,
-    /// In the scanner's place, where what asks for a response in background is not for the backend.
-    pub(crate) rewriter: Option<Box<Rewriter>>,
-    /// It waits to be told the id of the response in background that this source produces.
-    pub(crate) waits_for: Option<Key>,
-    pub(crate) facts: RequestFacts,
-    /// The client's own head, kept while another backend might need one written anew.
-    pub(crate) client_head: Option<Box<[u8]>>,
-    /// Bytes of the request log that are the head.
-    pub(crate) request_head_bytes: u64,
-    /// Backends tried.
-    pub(crate) attempts: u32,
-    /// One of them came as far as TLS and failed there, which says more than that another was refused.
-    pub(crate) tls_failed: bool,
-    pub(crate) upstream: Option<usize>,
+    /// None where nothing of it is needed any more: a reader's.
+    request: Option<Box<Request>>,
+    pub(crate) description: Option<Box<Description>>,
     pub(crate) started_us: u64,
     /// When the request was complete; what waiting for the model is measured from.
     pub(crate) asked_us: u64,
     /// When the rest of the request (body) or the backend's head is overdue, ms; `u64::MAX` never, as below.
     pub(crate) phase_due_ms: u64,
-    /// For a standing backend connection, over all attempts, ms.
-    pub(crate) connect_due_ms: u64,
-    pub(crate) description: Option<Box<Description>>,
 }
+
+const _: () =
+    assert!(size_of::<Stream>() <= 480, "every reader has one, and what each event needs must lie together");
 
 impl Stream {
     pub(crate) fn new(client: Key, route: usize, dialect: Dialect, version: Version, now_us: u64) -> Self {
@@ -157,29 +187,21 @@ impl Stream {
             phase: Phase::Head,
             version,
             head_only: false,
-            request: Log::new(),
+            request: None,
+            description: None,
+            request_held: false,
             request_chunked: false,
             request_done: true,
-            scanner: None,
-            rewriter: None,
-            waits_for: None,
             notes: None,
             background: Background::No,
-            facts: RequestFacts::default(),
             streaming: false,
-            client_head: None,
-            request_head_bytes: 0,
-            attempts: 0,
-            tls_failed: false,
             retried: false,
-            upstream: None,
             response: Log::new(),
             answer: Answer::None,
             status: 0,
             events: None,
             demo: None,
             durable: None,
-            late_error: None,
             end_mark: false,
             end_mark_at: 0,
             error_seen: false,
@@ -208,10 +230,53 @@ impl Stream {
             token_due_ms: u64::MAX,
             finish_due_ms: u64::MAX,
             total_due_ms: u64::MAX,
-            connect_due_ms: u64::MAX,
             timer: None,
-            description: None,
         }
+    }
+
+    pub(crate) fn request(&self) -> Option<&Request> {
+        self.request.as_deref()
+    }
+
+    pub(crate) fn request_mut(&mut self) -> &mut Request {
+        self.request_held = true;
+        self.request.get_or_insert_default()
+    }
+
+    /// Nothing of the request is needed any more, but what the access log wants to know.
+    pub(crate) fn forget_request(&mut self) {
+        if let Some(request) = self.request.take()
+            && let Some(description) = &mut self.description
+        {
+            description.model = request.facts.model.or(description.model.take());
+            description.upstream = request.upstream.or(description.upstream);
+        }
+    }
+
+    /// Bytes of the request for the backend so far.
+    pub(crate) fn request_end(&self) -> u64 {
+        self.request().map_or(0, |request| request.log.end())
+    }
+
+    /// Where what is still held of them begins.
+    pub(crate) fn request_start(&self) -> u64 {
+        self.request().map_or(0, |request| request.log.start())
+    }
+
+    /// The backend has the request's bytes below `sent`.
+    pub(crate) fn release_request(&mut self, sent: u64) {
+        if let Some(request) = &mut self.request {
+            request.log.release(sent);
+        }
+    }
+
+    /// Whether a backend's error came after an early commit.
+    pub(crate) fn fails_late(&self) -> bool {
+        self.request().is_some_and(|request| request.late_error.is_some())
+    }
+
+    pub(crate) fn model(&self) -> Option<&str> {
+        self.request()?.facts.model.as_deref()
     }
 
     /// Moves on; a step the table does not know is a bug, and changes nothing in a release build.
@@ -226,8 +291,22 @@ impl Stream {
     pub(crate) fn memory_bytes(&self) -> u64 {
         let partial = self.events.as_ref().map_or(0, |events| events.memory_bytes());
         let body = self.durable.as_ref().map_or(0, |durable| durable.memory_bytes());
-        let held = self.rewriter.as_ref().map_or(0, |rewriter| rewriter.memory_bytes());
-        (self.request.memory_bytes() + self.response.memory_bytes() + partial + body + held) as u64
+        let request = self.request().map_or(0, Request::memory_bytes);
+        (request + self.response.memory_bytes() + partial + body) as u64
+    }
+
+    /// The same, without a look at a request that was seen to hold nothing.
+    pub(crate) fn follow_memory_bytes(&mut self) -> u64 {
+        let partial = self.events.as_ref().map_or(0, |events| events.memory_bytes());
+        let mut bytes = self.response.memory_bytes() + partial;
+        if self.request_held {
+            let request = self.request().map_or(0, Request::memory_bytes);
+            self.request_held = !self.request_done || request > 0;
+            bytes += request;
+        }
+        bytes += self.durable.as_ref().map_or(0, |durable| durable.memory_bytes());
+        debug_assert_eq!(bytes as u64, self.memory_bytes());
+        bytes as u64
     }
 
     /// Whether an event stream goes to the client in chunks (HTTP/1.1) or bare until close (HTTP/1.0).
@@ -334,51 +413,65 @@ impl Stream {
 
     /// Appends a piece of the request's body for the backend.
     pub(crate) fn append_request(&mut self, piece: &[u8]) {
-        let Some(mut rewriter) = self.rewriter.take() else { return self.append_request_as_it_is(piece) };
+        let rewriter = self.request.as_mut().and_then(|request| request.rewriter.take());
+        let Some(mut rewriter) = rewriter else { return self.append_request_as_it_is(piece) };
         rewriter.feed(piece, |bytes| self.append_request_as_it_is(bytes));
-        self.rewriter = Some(rewriter);
-        if self.rewriter.as_ref().is_some_and(|rewriter| rewriter.is_finished()) {
+        let finished = rewriter.is_finished();
+        self.request_mut().rewriter = Some(rewriter);
+        if finished {
             self.take_facts();
         }
     }
 
     fn append_request_as_it_is(&mut self, piece: &[u8]) {
+        let chunked = self.request_chunked;
         if self.demo.is_some() {
             // Nobody takes it out of the log again: the model wants to know the facts only.
         } else if let Some(durable) = &mut self.durable {
             durable.append_body(piece);
-        } else if self.request_chunked {
-            self.request.append(&[ChunkHead::new(piece.len()).as_bytes(), piece, CHUNK_END]);
         } else {
-            self.request.append(&[piece]);
+            self.request_mut().append(piece, chunked);
         }
-        if let Some(scanner) = &mut self.scanner
+        if let Some(scanner) = self.request.as_mut().and_then(|request| request.scanner.as_mut())
             && !scanner.feed(piece)
         {
             self.take_facts();
         }
     }
 
+    /// Ends a request body that goes out in chunks.
+    pub(crate) fn append_last_request_chunk(&mut self) {
+        self.request_mut().log.append(&[LAST_CHUNK]);
+    }
+
     /// The facts are as complete as they will be.
     pub(crate) fn take_facts(&mut self) {
-        if let Some(mut rewriter) = self.rewriter.take() {
+        let Some(request) = &mut self.request else { return };
+        let (rewriter, scanner) = (request.rewriter.take(), request.scanner.take());
+        if let Some(mut rewriter) = rewriter {
             self.background = rewriter.background();
             rewriter.finish(|bytes| self.append_request_as_it_is(bytes));
-            self.facts = rewriter.into_facts();
-            self.streaming |= self.facts.stream == Some(true);
+            self.take_facts_as(rewriter.into_facts());
         }
-        if let Some(scanner) = self.scanner.take() {
-            self.facts = scanner.into_facts();
-            self.streaming |= self.facts.stream == Some(true);
+        if let Some(scanner) = scanner {
+            self.take_facts_as(scanner.into_facts());
         }
     }
 
-    /// The description for a stream of its client's own; what is left tells one from the other in the access log.
+    fn take_facts_as(&mut self, facts: RequestFacts) {
+        self.streaming |= facts.stream == Some(true);
+        self.request_mut().facts = facts;
+    }
+
+    /// The description for a stream of its client's own; the one that stays tells one from the other in the access log.
     pub(crate) fn split_description(&mut self) -> Option<Box<Description>> {
         let description = self.description.as_mut()?;
         let of_stream = format!("stream of {}", description.request).into();
         let request = std::mem::replace(&mut description.request, of_stream);
-        Some(Box::new(Description { request, refusal: None }))
+        let facts = self.request.as_ref();
+        let (model, upstream) =
+            facts.map_or((None, None), |request| (request.facts.model.clone(), request.upstream));
+        Some(Box::new(Description { request, refusal: None, model, upstream }))
     }
 
     /// Notes what an event means; true when it is progress of the model.

@@ -143,6 +143,7 @@ impl<I: Io> Shard<I> {
         let at = reading.between();
         self.durable.store.leave(&mut reading, now);
         // What it was given so far is in its own log, and goes out first.
+        stream.forget_request();
         stream.reader = Some(Box::new(super::reader::Reader {
             source: source_key,
             place: source.readers.len(),

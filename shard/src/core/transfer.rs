@@ -212,7 +212,8 @@ impl<I: Io> Shard<I> {
             return self.pump_reader(key);
         }
         let client = matches!(conn.role, Role::Client(_));
-        let log = if client { &stream.response } else { &stream.request };
+        let log = if client { Some(&stream.response) } else { stream.request().map(|request| &request.log) };
+        let Some(log) = log else { return };
         let Some(range) = log.lend(conn.ledger.sent(), LOG_SEGMENT_BYTES_MAX as u32) else {
             if client && stream.produced {
                 self.delivered(key);
@@ -328,7 +329,7 @@ impl<I: Io> Shard<I> {
             }
         } else if !reused || !stream.may_repeat(self.settings.retry_bytes_max) {
             // Only a reused connection may have been closed by its backend before it saw the request.
-            stream.request.release(sent);
+            stream.release_request(sent);
         }
         self.follow_marks(stream_key);
         if is_planted(Bug::LostWakeUp) {
@@ -380,7 +381,7 @@ impl<I: Io> Shard<I> {
         let Some(stream) = self.streams.get_mut(key) else { return };
         let (Some(client), false) = (stream.client, stream.request_done) else { return };
         let sent = stream.backend.and_then(|key| self.conns.get(key)).map_or(0, |conn| conn.ledger.sent());
-        let upload_lag = stream.request.end() - sent.max(stream.request.start());
+        let upload_lag = stream.request_end() - sent.max(stream.request_start());
         if !stream.upload_paused && upload_lag > self.settings.lag_high_bytes {
             stream.upload_paused = true;
             self.stats.counters.upload_pauses += 1;
