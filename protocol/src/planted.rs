@@ -38,6 +38,14 @@ pub enum Bug {
     ReaderForgotten,
     /// What is cut off in a reader's range is sent from the stream's newest place.
     RestLost,
+    /// What a client that is moved has sent does not go with it.
+    MovedBytesLost,
+    /// What a client that is moved has sent is read twice.
+    MovedBytesTwice,
+    /// A client for whom there was no room on its way is not looked at again.
+    MoveForgotten,
+    /// A shard is not told of the clients that were handed to it.
+    BellForgotten,
 }
 
 impl Bug {
@@ -60,6 +68,10 @@ impl Bug {
     /// Those that only who reads a stream by its id can see.
     pub const OF_READERS: &'static [Bug] =
         &[Bug::ReplaySkips, Bug::ReplayRepeats, Bug::GapUntold, Bug::ReaderForgotten, Bug::RestLost];
+
+    /// Those that only show between shards.
+    pub const OF_MOVES: &'static [Bug] =
+        &[Bug::MovedBytesLost, Bug::MovedBytesTwice, Bug::MoveForgotten, Bug::BellForgotten];
 }
 
 #[cfg(feature = "planted-bugs")]

@@ -212,6 +212,11 @@ impl ShardPort {
         Arc::clone(&self.shard_bell)
     }
 
+    /// Whether the bell has rung since the last call; for a shard whose ring is simulated.
+    pub fn is_rung(&self) -> bool {
+        self.shard_bell.take_rings()
+    }
+
     /// The control thread's end is gone: nobody will ever say stop.
     pub fn is_abandoned(&self) -> bool {
         self.commands.is_abandoned()
@@ -282,8 +287,12 @@ fn on_its_way<T>(queue: &Producer<T>) -> usize {
 /// The mesh of the shards whose mailboxes these are, in their order. Each takes clients from its first
 /// [`Neighbours::publish`] on.
 pub fn neighbours<T>(ports: &[ShardPort]) -> Vec<Neighbours<T>> {
+    neighbours_with(ports, (HANDED_MAX / ports.len().saturating_sub(1).max(1)).max(1))
+}
+
+/// The same, with room for so many on their way from each shard to each other.
+pub fn neighbours_with<T>(ports: &[ShardPort], room: usize) -> Vec<Neighbours<T>> {
     let shards = ports.len();
-    let room = (HANDED_MAX / shards.saturating_sub(1).max(1)).max(1);
     let loads: Arc<[Load]> = (0..shards).map(|_| Load(AtomicU32::new(CLOSED))).collect();
     let mut all: Vec<_> = (0..shards)
         .map(|own| Neighbours {

@@ -11,14 +11,14 @@ use protocol::phase::End;
 use shard::settings::Settings;
 
 /// Requests as bytes, the last one closing its connection.
-struct Requests(Vec<u8>);
+pub(crate) struct Requests(Vec<u8>);
 
 impl Requests {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Requests(Vec::new())
     }
 
-    fn ask(mut self, line: &str, fields: &str, body: &str) -> Self {
+    pub(crate) fn ask(mut self, line: &str, fields: &str, body: &str) -> Self {
         let length =
             if body.is_empty() { String::new() } else { format!("Content-Length: {}\n", body.len()) };
         let head = format!("{line} HTTP/1.1\nHost: sim\n{fields}{length}\n").replace('\n', "\r\n");
@@ -27,21 +27,21 @@ impl Requests {
         self
     }
 
-    fn plan(self, start_us: u64) -> ClientPlan {
+    pub(crate) fn plan(self, start_us: u64) -> ClientPlan {
         ClientPlan { start_us, raw: Some(self.0), ..ClientPlan::new(&[]) }
     }
 }
 
-const JSON: &str = "Content-Type: application/json\n";
-const LAST: &str = "Connection: close\n";
+pub(crate) const JSON: &str = "Content-Type: application/json\n";
+pub(crate) const LAST: &str = "Connection: close\n";
 
 /// Message `number` of a stream.
-fn message(number: usize, pad: usize) -> String {
+pub(crate) fn message(number: usize, pad: usize) -> String {
     format!("{{\"n\":{number},\"pad\":\"{}\"}}", "x".repeat((number * 37) % (pad + 1)))
 }
 
 /// Creates a stream, appends so many messages, each by itself, and closes it with the last.
-fn publish(path: &str, messages: usize, pad: usize) -> Requests {
+pub(crate) fn publish(path: &str, messages: usize, pad: usize) -> Requests {
     let mut requests = Requests::new().ask(&format!("PUT {path}"), JSON, "");
     for number in 0..messages {
         let last = if number + 1 == messages { "Stream-Closed: true\nConnection: close\n" } else { "" };
@@ -51,12 +51,12 @@ fn publish(path: &str, messages: usize, pad: usize) -> Requests {
     requests
 }
 
-fn read(path: &str, query: &str) -> Requests {
+pub(crate) fn read(path: &str, query: &str) -> Requests {
     Requests::new().ask(&format!("GET {path}?{query}"), LAST, "")
 }
 
 /// Numbers of the messages in an answer, in their order, and whether it says that the stream is closed.
-fn numbers(answer: &Message) -> (Vec<u64>, bool) {
+pub(crate) fn numbers(answer: &Message) -> (Vec<u64>, bool) {
     let text = String::from_utf8_lossy(&answer.body);
     let number = |value: &serde_json::Value| value["n"].as_u64().unwrap();
     if answer.header("content-type") != Some("text/event-stream") {
@@ -86,7 +86,7 @@ fn numbers(answer: &Message) -> (Vec<u64>, bool) {
 }
 
 /// What every reader of a stream of so many messages must have seen; gives how many saw all of it.
-fn check(finished: &Finished, readers: &[usize], messages: usize) -> usize {
+pub(crate) fn check(finished: &Finished, readers: &[usize], messages: usize) -> usize {
     let world = finished.sim.world();
     let mut whole = 0;
     for &reader in readers {

@@ -52,8 +52,16 @@ impl std::fmt::Debug for SimBuffer {
     }
 }
 
+/// And which of its rings.
 #[derive(Clone)]
-pub(crate) struct SimIo(pub(crate) Rc<RefCell<World>>);
+pub(crate) struct SimIo(pub(crate) Rc<RefCell<World>>, pub(crate) usize);
+
+impl SimIo {
+    /// A listener of this shard, among those of all.
+    fn listener(&self, listener: usize) -> usize {
+        self.1 * self.listeners() + listener
+    }
+}
 
 impl Io for SimIo {
     type Socket = SimSocket;
@@ -65,58 +73,61 @@ impl Io for SimIo {
     }
 
     fn turn(&mut self, wait: Wait, completions: &mut Vec<Done>) -> Result<(), Errno> {
-        self.0.borrow_mut().turn(wait, completions);
+        self.0.borrow_mut().turn(self.1, wait, completions);
         Ok(())
     }
 
     fn listeners(&self) -> usize {
-        self.0.borrow().listeners.len()
+        self.0.borrow().listeners_each()
     }
 
     fn accept(&mut self, listener: usize, multishot: bool) -> OpId {
+        let listener = self.listener(listener);
         OpId::new(self.0.borrow_mut().accept(listener, multishot))
     }
 
     fn stop_listening(&mut self, listener: usize) {
+        let listener = self.listener(listener);
         self.0.borrow_mut().stop_listening(listener);
     }
 
     fn connect(&mut self, conn: Key, address: SocketAddr) -> Result<(SimSocket, OpId), Errno> {
-        let (socket, op) = self.0.borrow_mut().connect(conn, address)?;
+        let (socket, op) = self.0.borrow_mut().connect(self.1, conn, address)?;
         Ok((SimSocket(socket as u32), OpId::new(op)))
     }
 
     fn receive(&mut self, conn: Key, socket: SimSocket) -> OpId {
-        OpId::new(self.0.borrow_mut().receive(conn, socket.0 as usize))
+        OpId::new(self.0.borrow_mut().receive(self.1, conn, socket.0 as usize))
     }
 
     fn send(&mut self, conn: Key, socket: SimSocket, range: Lent, confirm: Confirm) -> OpId {
-        OpId::new(self.0.borrow_mut().send(conn, socket.0 as usize, range, confirm == Confirm::Deferred))
+        let deferred = confirm == Confirm::Deferred;
+        OpId::new(self.0.borrow_mut().send(self.1, conn, socket.0 as usize, range, deferred))
     }
 
     fn watch_hangup(&mut self, conn: Key, socket: SimSocket) -> OpId {
-        OpId::new(self.0.borrow_mut().watch_hangup(conn, socket.0 as usize))
+        OpId::new(self.0.borrow_mut().watch_hangup(self.1, conn, socket.0 as usize))
     }
 
     fn cancel(&mut self, op: OpId) {
-        self.0.borrow_mut().cancel(op.number());
+        self.0.borrow_mut().cancel(self.1, op.number());
     }
 
     fn shutdown(&mut self, socket: SimSocket, half: Half) {
-        self.0.borrow_mut().shutdown(socket.0 as usize, half);
+        self.0.borrow_mut().shutdown(self.1, socket.0 as usize, half);
     }
 
     fn close(&mut self, socket: SimSocket, how: Close) {
-        self.0.borrow_mut().close(socket.0 as usize, how);
+        self.0.borrow_mut().close(self.1, socket.0 as usize, how);
     }
 
     fn release(&mut self, socket: SimSocket) -> SimSocket {
-        self.0.borrow_mut().release(socket.0 as usize);
+        self.0.borrow_mut().release(self.1, socket.0 as usize);
         socket
     }
 
     fn adopt(&mut self, socket: SimSocket) -> SimSocket {
-        self.0.borrow_mut().adopt(socket.0 as usize);
+        self.0.borrow_mut().adopt(self.1, socket.0 as usize);
         socket
     }
 
@@ -133,6 +144,6 @@ impl Io for SimIo {
     }
 
     fn buffers_free(&self) -> usize {
-        self.0.borrow().buffers_free()
+        self.0.borrow().buffers_free(self.1)
     }
 }

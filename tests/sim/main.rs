@@ -18,5 +18,7 @@ mod resume;
 mod rng;
 mod run;
 mod script;
+mod shards;
 mod tls;
+mod together;
 mod world;

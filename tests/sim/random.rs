@@ -49,11 +49,12 @@ pub(crate) fn faults(rng: &mut Rng) -> Faults {
         overshoot_us: rng.pick(&[0, 0, 300, 20_000]),
         jump_us: if rng.chance(150) { rng.pick(&[300_000, 5_000_000, 600_000_000]) } else { 0 },
         work_us: rng.pick(&[0, 10, 500]),
+        stall_us: 0,
         turn_completions: rng.pick(&[0, 0, 0, 2, 20]),
     }
 }
 
-fn answer(rng: &mut Rng, request: &Request, faulty: u32) -> Answer {
+pub(crate) fn answer(rng: &mut Rng, request: &Request, faulty: u32) -> Answer {
     let mut answer = if request.streaming {
         Answer::events(rng.skewed(60) as u32)
     } else {
@@ -130,7 +131,7 @@ fn answer(rng: &mut Rng, request: &Request, faulty: u32) -> Answer {
     answer
 }
 
-fn request(rng: &mut Rng) -> Request {
+pub(crate) fn request(rng: &mut Rng) -> Request {
     let dialect = rng.pick(&Dialect::ALL);
     let mut request = Request::new(dialect, rng.chance(700));
     request.body_bytes = rng.pick(&[60, 60, 300, 3_000, 200_000]);
@@ -154,7 +155,7 @@ fn request(rng: &mut Rng) -> Request {
     request
 }
 
-fn client_plan(rng: &mut Rng, asks: &[Ask]) -> ClientPlan {
+pub(crate) fn client_plan(rng: &mut Rng, asks: &[Ask]) -> ClientPlan {
     let mut plan = ClientPlan::new(&[]);
     plan.start_us = rng.skewed(3_000_000);
     plan.pipelined = rng.chance(200);

@@ -16,14 +16,14 @@ use protocol::phase::End;
 use protocol::planted::Bug;
 use shard::settings::{OnLeave, Resume, Settings, SlowReader};
 
-const RESUME: Resume = Resume {
+pub(crate) const RESUME: Resume = Resume {
     window_bytes: 256 << 10,
     on_leave: OnLeave::Detach(30_000),
     keep_ms: 60_000,
     slow_reader: SlowReader::Auto,
 };
 
-fn sim_with(seed: u64, change: impl FnOnce(&mut Settings)) -> Sim {
+pub(crate) fn sim_with(seed: u64, change: impl FnOnce(&mut Settings)) -> Sim {
     let mut settings = settings();
     settings.routes.iter_mut().for_each(|route| route.resume = Some(RESUME));
     change(&mut settings);
@@ -33,16 +33,16 @@ fn sim_with(seed: u64, change: impl FnOnce(&mut Settings)) -> Sim {
 }
 
 /// A request that closes its connection.
-fn raw(line: &str, fields: &str) -> ClientPlan {
+pub(crate) fn raw(line: &str, fields: &str) -> ClientPlan {
     let head = format!("{line} HTTP/1.1\r\nHost: sim\r\nConnection: close\r\n{fields}\r\n");
     ClientPlan { raw: Some(head.into_bytes()), ..ClientPlan::new(&[]) }
 }
 
-fn resume(id: &str, after: u64) -> ClientPlan {
+pub(crate) fn resume(id: &str, after: u64) -> ClientPlan {
     raw(&format!("GET /v1/streams/{id}"), &format!("Last-Event-ID: {after}\r\n"))
 }
 
-fn answer(sim: &Sim, client: usize) -> Option<Seen> {
+pub(crate) fn answer(sim: &Sim, client: usize) -> Option<Seen> {
     let world = sim.world();
     let message = world.clients[client].reader.messages.first()?;
     Some(Seen::of(message))
@@ -50,9 +50,9 @@ fn answer(sim: &Sim, client: usize) -> Option<Seen> {
 
 /// What a client has of an answer.
 #[derive(Debug)]
-struct Seen {
-    status: u16,
-    id: Option<String>,
+pub(crate) struct Seen {
+    pub(crate) status: u16,
+    pub(crate) id: Option<String>,
     /// Cursor that the shard says it begins behind.
     after: Option<u64>,
     events: Vec<(u64, String)>,
@@ -96,7 +96,7 @@ impl Seen {
         seen
     }
 
-    fn last(&self) -> u64 {
+    pub(crate) fn last(&self) -> u64 {
         self.events.last().map(|&(id, _)| id).or(self.after).unwrap_or(0)
     }
 
@@ -114,25 +114,25 @@ impl Seen {
         )
     }
 
-    fn code(&self) -> &str {
+    pub(crate) fn code(&self) -> &str {
         let text = self.told.last().map_or(self.body.as_str(), |(_, data)| data.as_str());
         text.rsplit_once("\"code\":\"").and_then(|(_, rest)| rest.split('"').next()).unwrap_or("")
     }
 }
 
 /// A stream, the client that asked for it, and those who came by its id.
-struct Tale {
-    exchange: usize,
-    client: usize,
-    id: Option<String>,
+pub(crate) struct Tale {
+    pub(crate) exchange: usize,
+    pub(crate) client: usize,
+    pub(crate) id: Option<String>,
     /// Client, cursor.
-    readers: Vec<(usize, u64)>,
-    stopped: bool,
+    pub(crate) readers: Vec<(usize, u64)>,
+    pub(crate) stopped: bool,
 }
 
 impl Tale {
     /// Reads what there is; true when the stream's id is known.
-    fn learn(&mut self, sim: &Sim) -> bool {
+    pub(crate) fn learn(&mut self, sim: &Sim) -> bool {
         if self.id.is_none() {
             self.id = answer(sim, self.client).and_then(|seen| seen.id);
         }
@@ -141,7 +141,7 @@ impl Tale {
 }
 
 /// What a reader saw is what the backend meant, from its cursor on. Gives whether it was all of it.
-fn check_reader(finished: &Finished, tale: &Tale, client: usize, cursor: Option<u64>) -> bool {
+pub(crate) fn check_reader(finished: &Finished, tale: &Tale, client: usize, cursor: Option<u64>) -> bool {
     let Some(seen) = answer(&finished.sim, client) else { return false };
     let world = finished.sim.world();
     let (exchange, reader) = (&world.exchanges[tale.exchange], &world.clients[client]);
@@ -209,7 +209,7 @@ fn check_reader(finished: &Finished, tale: &Tale, client: usize, cursor: Option<
     let stays = reader.ended == Some(Ended::Fin);
     if stays && !broken && !seen.complete {
         let forced = finished.sim.forced.is_some_and(|forced| forced > 0);
-        let lagged = finished.sim.shard.stats().counters.readers_dropped > 0;
+        let lagged = finished.sim.total(|counters| counters.readers_dropped) > 0;
         assert!(
             forced || lagged || exchange.request.http10,
             "{who}: cut without a word: {:.300}",
@@ -219,7 +219,7 @@ fn check_reader(finished: &Finished, tale: &Tale, client: usize, cursor: Option<
     whole
 }
 
-fn check(finished: &Finished, tale: &Tale) -> usize {
+pub(crate) fn check(finished: &Finished, tale: &Tale) -> usize {
     let first = usize::from(check_reader(finished, tale, tale.client, None));
     first
         + tale
@@ -230,21 +230,26 @@ fn check(finished: &Finished, tale: &Tale) -> usize {
 }
 
 /// A chat of so many events, one every so often.
-fn chat(sim: &mut Sim, events: u32, gap_us: u64, plan: impl FnOnce(ClientPlan) -> ClientPlan) -> Tale {
+pub(crate) fn chat(
+    sim: &mut Sim,
+    events: u32,
+    gap_us: u64,
+    plan: impl FnOnce(ClientPlan) -> ClientPlan,
+) -> Tale {
     let answer = Answer { piece_bytes: 90, gap_us, ..Answer::events(events) };
     let exchange = sim.exchange(Request::new(Dialect::Chat, true), answer);
     let client = sim.client(plan(ClientPlan::new(&[exchange])));
     Tale { exchange, client, id: None, readers: Vec::new(), stopped: false }
 }
 
-fn come_back(sim: &mut Sim, tale: &mut Tale, after: u64) -> usize {
+pub(crate) fn come_back(sim: &mut Sim, tale: &mut Tale, after: u64) -> usize {
     assert!(tale.learn(sim), "the stream has an id");
     let client = sim.client(resume(tale.id.as_deref().unwrap(), after));
     tale.readers.push((client, after));
     client
 }
 
-fn leaves(at_us: u64, how: How) -> impl Fn(ClientPlan) -> ClientPlan {
+pub(crate) fn leaves(at_us: u64, how: How) -> impl Fn(ClientPlan) -> ClientPlan {
     move |plan| ClientPlan { leave: Some((When::AtUs(at_us), how)), ..plan }
 }
 
@@ -648,7 +653,7 @@ fn planted_bugs_are_found() {
     }
 }
 
-fn pace(rng: &mut Rng) -> Pace {
+pub(crate) fn pace(rng: &mut Rng) -> Pace {
     match rng.below(5) {
         0 => Pace::Slow { bytes: rng.range(500, 20_000) as usize, every_us: rng.skewed(20_000) + 1 },
         1 => Pace::Stuck { after_bytes: rng.skewed(20_000) as usize, for_us: rng.pick(&[10_000, 5_000_000]) },

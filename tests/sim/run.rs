@@ -14,7 +14,7 @@ use protocol::http::HeadLimits;
 use protocol::limits::INTERIM_RESPONSES_MAX;
 use protocol::phase::{Deadlines, End};
 use shard::core::{Shard, Sleepy};
-use shard::mesh::{Command, Neighbours, Report, mailbox, neighbours};
+use shard::mesh::{Command, Neighbours, Report, ShardPort, mailbox, neighbours};
 use shard::settings::{HalfClose, OnLeave, Resume, Route, Settings, Sleep, SlowReader, TlsSet};
 use shard::stats::StreamRecord;
 use std::cell::{RefCell, RefMut};
@@ -118,10 +118,16 @@ pub(crate) struct Lenience {
 
 pub(crate) struct Sim {
     pub(crate) world: Rc<RefCell<World>>,
+    /// The only one, or the first.
     pub(crate) shard: Shard<SimIo>,
+    pub(crate) others: Vec<Shard<SimIo>>,
+    /// Of several shards: where their bells are.
+    pub(crate) ports: Vec<ShardPort>,
+    pub(crate) tls: Option<Arc<TlsSet>>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) lenience: Lenience,
     pub(crate) records: Vec<StreamRecord>,
+    /// Streams that did not end in peace, once all have left.
     pub(crate) forced: Option<u64>,
     /// A shard that always has fewer clients, and hands on to this one whatever it is given.
     mirror: Option<Neighbours<SimSocket>>,
@@ -192,7 +198,9 @@ impl Sim {
             servers: vec![Arc::clone(&identity.server)],
             clients: vec![Arc::clone(&identity.client)],
         };
-        self.shard.command(Command::Tls(Arc::new(set)));
+        let set = Arc::new(set);
+        self.tls = Some(Arc::clone(&set));
+        self.shard.command(Command::Tls(set));
     }
 
     fn of_world(mut world: World, settings: Settings, hosts: Vec<BackendHost>) -> Self {
@@ -205,10 +213,13 @@ impl Sim {
         world.log = std::env::var_os("SIM_LOG").is_some();
         let world = Rc::new(RefCell::new(world));
         let settings = Arc::new(settings);
-        let shard = Shard::new(SimIo(Rc::clone(&world)), 0, Arc::clone(&settings), Arc::new(upstreams));
+        let shard = Shard::new(SimIo(Rc::clone(&world), 0), 0, Arc::clone(&settings), Arc::new(upstreams));
         Sim {
             world,
             shard,
+            others: Vec::new(),
+            ports: Vec::new(),
+            tls: None,
             settings,
             lenience: Lenience::default(),
             records: Vec::new(),
@@ -269,7 +280,7 @@ impl Sim {
             self.mirror = None;
         }
         if rings {
-            self.world().ring();
+            self.world().ring(0);
         }
     }
 
@@ -300,11 +311,14 @@ impl Sim {
         self.world.borrow().now
     }
 
-    fn turn(&mut self, sleepy: Sleepy) {
+    pub(crate) fn turn(&mut self, sleepy: Sleepy) {
         self.turns += 1;
         TURNS.set(TURNS.get() + 1);
         assert!(self.turns < TURNS_OF_A_RUN.get(), "longer than the run that failed");
         assert!(self.turns < TURNS_MAX, "the run does not end");
+        if !self.others.is_empty() {
+            return self.turn_of_one(sleepy);
+        }
         let mut sleepy = sleepy;
         let now_us = self.now_us();
         if let Some(disk) = &mut self.disk {
@@ -320,7 +334,7 @@ impl Sim {
         if let Some(disk) = &mut self.disk {
             disk.ask(&mut self.shard, now_us);
         }
-        self.check_step();
+        self.check_step(0);
         self.streams_max = self.streams_max.max(self.shard.population().2);
         if self.shard.take_woken() {
             loop {
@@ -330,25 +344,28 @@ impl Sim {
             }
         }
         while let Some(report) = self.shard.next_report() {
-            self.report(report);
+            self.report(0, report);
         }
         self.reflect();
         if self.turns.is_multiple_of(128) {
-            self.check_memory();
+            self.check_memory(0);
         }
     }
 
     /// As `host` does it: what finds no room is dropped and counted, except the news that the shard left.
-    fn report(&mut self, report: Report) {
+    pub(crate) fn report(&mut self, ring: usize, report: Report) {
         if let Report::Left { forced } = report {
-            assert!(self.forced.is_none(), "a shard leaves once");
-            self.forced = Some(forced);
-            self.world().shard_left();
+            let left = std::mem::replace(&mut self.world().rings[ring].left, true);
+            assert!(!left, "a shard leaves once");
+            self.forced = Some(self.forced.unwrap_or(0) + forced);
+            if self.have_left() {
+                self.world().shard_left();
+            }
             return;
         }
         let room = self.world().takes_report();
         if !room {
-            self.shard.report_dropped();
+            self.shard_mut(ring).report_dropped();
         }
         match report {
             Report::Ended(record) if room => self.records.push(*record),
@@ -364,9 +381,10 @@ impl Sim {
     }
 
     /// The oracle after every turn: what the shard keeps agrees with itself and with the machine.
-    fn check_step(&self) {
+    pub(crate) fn check_step(&self, ring: usize) {
         let world = self.world.borrow();
-        let counters = &self.shard.stats().counters;
+        let shard = self.shards().nth(ring).unwrap_or(&self.shard);
+        let counters = &shard.stats().counters;
         let secure = world.tongues.clients.is_some() || world.tongues.backends.is_some();
         let mut counts = Counts {
             accepts: counters.accepts,
@@ -381,22 +399,22 @@ impl Sim {
         if secure {
             // It counts what is said, and the machine what is sent.
             let Counts { accepts, sends, sends_short, connects, .. } = counts;
-            counts = Counts { accepts, sends, sends_short, connects, ..world.counts };
+            counts = Counts { accepts, sends, sends_short, connects, ..world.rings[ring].counts };
         }
-        assert_eq!(counts, world.counts, "what the shard has counted, and what happened");
+        assert_eq!(counts, world.rings[ring].counts, "what the shard has counted, and what happened");
         // It does not ask how a connect ended that it has given up.
         let errors = counters.upstream_connect_errors - counters.upstream_tls_handshake_failures;
         assert!(errors <= u64::from(world.connects_failed), "{errors} connects are said to have failed");
         // With thousands of connections not after every turn, or their number would be squared.
-        let (clients, backends, ..) = self.shard.population();
+        let (clients, backends, ..) = shard.population();
         if !self.turns.is_multiple_of(1 + (clients + backends) as u64 / 64) {
             return;
         }
-        if let Err(what) = self.shard.audit() {
+        if let Err(what) = shard.audit() {
             panic!("{what}");
         }
         let mut held = 0;
-        for (key, socket, holding) in self.shard.holdings() {
+        for (key, socket, holding) in shard.holdings() {
             held += 1;
             let real = world.holding(socket);
             assert!(
@@ -404,11 +422,11 @@ impl Sim {
                 "{key:?} on {socket:?}: the shard knows of {holding:?}, the kernel has {real:?}"
             );
         }
-        assert_eq!(held, world.sockets_held(), "sockets that the shard has");
+        assert_eq!(held, world.sockets_held(ring), "sockets that the shard has");
     }
 
-    fn check_memory(&mut self) {
-        let snapshot = self.shard.snapshot();
+    pub(crate) fn check_memory(&mut self, ring: usize) {
+        let snapshot = self.shard_mut(ring).snapshot();
         let lag = snapshot.slowest.iter().map(|slow| slow.pending_bytes).max().unwrap_or(0);
         self.lag_max = self.lag_max.max(lag);
         self.log_bytes_max = self.log_bytes_max.max(snapshot.log_bytes);
@@ -430,7 +448,7 @@ impl Sim {
 
     /// Until every client has what it came for, or has gone.
     pub(crate) fn run(&mut self) {
-        while self.clients_wait() && !self.shard.has_left() {
+        while self.clients_wait() && !self.have_left() {
             self.turn(Sleepy::Yes);
             let stuck = self.world.borrow().stuck && self.clients_wait();
             let state = if stuck { self.world.borrow().leftovers() } else { Vec::new() };
@@ -449,21 +467,21 @@ impl Sim {
     pub(crate) fn drain(&mut self, deadline_ms: u64) {
         let now = self.now_us();
         self.world().control.leaving_us.get_or_insert(now);
-        self.shard.command(Command::Drain { deadline_ms });
+        self.command(&Command::Drain { deadline_ms });
     }
 
     pub(crate) fn stop(&mut self) {
         let now = self.now_us();
         self.world().control.leaving_us.get_or_insert(now);
         self.world().control.stopped = true;
-        self.shard.command(Command::Stop);
+        self.command(&Command::Stop);
     }
 
     /// Until the shard has left, after a drain or stop.
     pub(crate) fn run_until_left(&mut self) {
-        while !self.shard.has_left() {
+        while !self.have_left() {
             self.turn(Sleepy::Yes);
-            assert!(!self.world.borrow().stuck || self.shard.has_left(), "a draining shard sleeps for ever");
+            assert!(!self.world.borrow().stuck || self.have_left(), "a draining shard sleeps for ever");
         }
         // Its last connections are joining; it does not sleep any more.
         for _ in 0..200 {
@@ -474,7 +492,10 @@ impl Sim {
     /// Lets time pass for a shard that has left.
     pub(crate) fn skip(&mut self, us: u64) {
         self.world().pass(us);
-        self.turn(Sleepy::No);
+        if self.others.is_empty() {
+            return self.turn(Sleepy::No);
+        }
+        (0..=self.others.len()).for_each(|ring| self.turn_of(ring, Sleepy::No));
     }
 
     /// Runs to the end, drains, and checks everything that can be known.
@@ -500,29 +521,16 @@ impl Sim {
 
     /// The oracle at rest.
     pub(crate) fn check(self) -> Finished {
-        let mut population = self.shard.population();
         let leftovers = self.world.borrow().leftovers();
         assert!(leftovers.is_empty(), "at rest there are left: {leftovers:#?}");
-        population.3 = 0;
-        assert_eq!(population, (0, 0, 0, 0), "clients, backends' connections and streams at rest");
-        let snapshot = self.shard.snapshot();
-        assert_eq!(
-            (snapshot.handshakes, snapshot.tls_bytes),
-            (0, 0),
-            "handshakes at rest, and what TLS holds"
-        );
-        assert_eq!(snapshot.kept, shard::KeptTotals::default(), "what is kept of streams at rest");
-        assert_eq!(snapshot.overdraft_bytes, 0, "what was drawn beyond all shares is back");
-        let ends: u64 = self.shard.stats().ends.iter().sum();
+        self.shards().for_each(check_rest);
+        let ends: u64 = self.shards().flat_map(|shard| shard.stats().ends).sum();
         let reported = self.records.len() as u64 + self.records_dropped;
         assert_eq!(ends, reported, "every stream ends once and is reported once");
-        let counters = &self.shard.stats().counters;
         let dropped = self.records_dropped + self.snapshots_dropped + self.failures_dropped;
-        assert_eq!(counters.records_dropped, dropped, "reports that found no room");
+        assert_eq!(self.total(|counters| counters.records_dropped), dropped, "reports that found no room");
         let tickets = self.world.borrow().control.tickets;
         assert_eq!(self.snapshots + self.snapshots_dropped, tickets, "every question is answered");
-        let taken = counters.accepts + counters.handed_in - counters.handed_away;
-        assert_eq!(taken, counters.closes, "every client that was taken was closed");
         let mut outcomes = Vec::new();
         for index in 0..self.world.borrow().clients.len() {
             outcomes.push(self.check_client(index));
@@ -844,6 +852,19 @@ impl Sim {
     }
 }
 
+/// What a shard has left when all its clients have gone.
+fn check_rest(shard: &Shard<SimIo>) {
+    let (clients, backends, streams, _) = shard.population();
+    assert_eq!((clients, backends, streams), (0, 0, 0), "clients, backends' connections and streams at rest");
+    let snapshot = shard.snapshot();
+    assert_eq!((snapshot.handshakes, snapshot.tls_bytes), (0, 0), "handshakes at rest, and what TLS holds");
+    assert_eq!(snapshot.kept, shard::KeptTotals::default(), "what is kept of streams at rest");
+    assert_eq!(snapshot.overdraft_bytes, 0, "what was drawn beyond all shares is back");
+    let counters = &shard.stats().counters;
+    let taken = counters.accepts + counters.handed_in - counters.handed_away;
+    assert_eq!(taken, counters.closes, "every client that was taken was closed");
+}
+
 /// Whether it reads nothing for so long.
 fn is_asleep(client: &Client, us: u64) -> bool {
     matches!(client.plan.pace, Pace::Stuck { for_us, .. } if for_us >= us)
@@ -885,6 +906,6 @@ pub(crate) struct Finished {
 
 impl Finished {
     pub(crate) fn ends(&self, end: End) -> u64 {
-        self.sim.shard.stats().ends[end as usize]
+        self.sim.shards().map(|shard| shard.stats().ends[end as usize]).sum()
     }
 }

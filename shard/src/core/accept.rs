@@ -227,7 +227,9 @@ impl<I: Io> Shard<I> {
 
     /// Neighbours hear once per turn of what was handed to them.
     pub(super) fn ring_neighbours(&mut self) {
-        if let Some(neighbours) = &mut self.neighbours {
+        if let Some(neighbours) = &mut self.neighbours
+            && !is_planted(Bug::BellForgotten)
+        {
             neighbours.ring();
         }
     }

@@ -2,6 +2,7 @@
 //! shard keeps agrees with itself. Nothing here runs in a serving process.
 
 use super::conn::{Conn, Handshake, Role, State};
+use super::stream::Stream;
 use super::{Leaving, Shard};
 use crate::io::{Completion, Io};
 use protocol::slots::Key;
@@ -125,6 +126,12 @@ impl<I: Io> Shard<I> {
         let moving = matches!(conn.state, State::Moving(_));
         let unwatched = conn.is_client() && !moving && !conn.peer_fin && conn.ops.receive.is_none();
         demand!(!unwatched || conn.ops.hangup.is_some(), "nobody would see it leave: {conn:?}");
+        let held =
+            !conn.ops.none() || conn.waiting > 0 || conn.tls.as_ref().is_some_and(|tls| tls.has_unsent());
+        demand!(
+            !moving || held || self.moves.timer_armed,
+            "it could be moved, and nobody looks again: {conn:?}"
+        );
         let due_ms = Self::conn_due_ms(conn);
         let armed = due_ms == u64::MAX || conn.timer.is_some_and(|(_, armed_ms)| armed_ms <= due_ms);
         demand!(armed, "due at {due_ms} without a timer: {conn:?}");
@@ -193,7 +200,7 @@ impl<I: Io> Shard<I> {
         });
         if stream.paused {
             demand!(lag >= self.settings.lag_low_bytes, "paused for nothing, lag {lag}: {}", who());
-        } else if !stream.produced {
+        } else if !stream.produced && !self.is_stirred(stream) {
             demand!(lag <= high, "not paused, lag {lag}: {}", who());
         }
         if let Some(backend) = stream.backend.and_then(|key| self.conns.get(key)) {
@@ -206,6 +213,11 @@ impl<I: Io> Shard<I> {
             return Err(format!("nobody works for a stream: {}", who()));
         }
         Ok(())
+    }
+
+    /// Whether its readers are served in the next turn, which comes at once.
+    fn is_stirred(&self, stream: &Stream) -> bool {
+        stream.source.and_then(|source| self.kept.sources.get(source)).is_some_and(|source| source.stirred)
     }
 
     /// Whether it has begun to leave.

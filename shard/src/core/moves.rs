@@ -16,6 +16,7 @@ use crate::mesh::{Handed, Moved};
 use crate::tls::Tls;
 use protocol::http::RequestHead;
 use protocol::limits::{HANDED_ON_MAX, MOVE_RETRY_MS};
+use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
 
 /// The shard that has all durable streams (docs/decisions/011-home-of-durable-streams.md).
@@ -109,7 +110,7 @@ impl<I: Io> Shard<I> {
                 self.hand_over(key, to);
             }
         }
-        if blocked && !self.moves.timer_armed {
+        if blocked && !self.moves.timer_armed && !is_planted(Bug::MoveForgotten) {
             self.wheel.insert(self.now_us / 1000 + MOVE_RETRY_MS, TimerOf::Moves);
             self.moves.timer_armed = true;
         }
@@ -135,7 +136,12 @@ impl<I: Io> Shard<I> {
 
     fn hand_over(&mut self, key: Key, to: usize) {
         let Some(mut conn) = self.conns.remove(key) else { return };
-        let held = conn.take_held();
+        let mut held = conn.take_held();
+        if is_planted(Bug::MovedBytesLost) {
+            held.clear();
+        } else if is_planted(Bug::MovedBytesTwice) {
+            held.extend_from_within(..);
+        }
         self.overdraft_bytes -= conn.drawn;
         if let Some((timer, _)) = conn.timer.take() {
             self.wheel.remove(timer);

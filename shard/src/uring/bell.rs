@@ -5,7 +5,7 @@
 //! cleared), so that a shard asleep in glommio would not be woken. A socket pair has no such trouble.
 
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 /// Rings from any thread; ringing twice before it is heard may be heard once.
@@ -34,6 +34,20 @@ impl Bell {
             // A full buffer rings already; the other end is open as long as this one.
             debug_assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted), "{error}");
         }
+    }
+
+    /// Whether it was rung since the last call, where no ring listens.
+    pub(crate) fn take_rings(&self) -> bool {
+        let mut rings = [0_u8; 64];
+        let mut heard = false;
+        // SAFETY: the pointer and the length name `rings`, which outlives the call.
+        while unsafe {
+            libc::recv(self.ear.as_raw_fd(), rings.as_mut_ptr().cast(), rings.len(), libc::MSG_DONTWAIT)
+        } > 0
+        {
+            heard = true;
+        }
+        heard
     }
 
     /// Where to receive its rings.

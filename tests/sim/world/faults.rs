@@ -52,6 +52,8 @@ pub(crate) struct Faults {
     /// The clock jumps by up to so much, in one turn of about two hundred; 0: never.
     pub(crate) jump_us: u64,
     pub(crate) work_us: u64,
+    /// Of several shards now and then one is held up by so long; 0: never.
+    pub(crate) stall_us: u64,
     /// Completions of one turn; 0: the limit of the trait.
     pub(crate) turn_completions: usize,
 }

@@ -3,6 +3,7 @@
 
 mod faults;
 mod operations;
+mod rings;
 mod secure;
 mod sockets;
 
@@ -16,13 +17,12 @@ use crate::control::Control;
 use crate::io::{SimBuffer, SimSocket};
 use crate::plan::Exchange;
 use crate::rng::Rng;
-use operations::{Op, Submission};
+use operations::Op;
+use rings::Ring;
 use shard::core::Holding;
 use shard::io::{Completion, Wait};
-use sockets::{Ending, Listener, Socket};
-use std::cell::Cell;
+use sockets::{Listener, Socket};
 use std::collections::{BTreeMap, VecDeque};
-use std::rc::Rc;
 
 /// How long a client may hear nothing.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +66,8 @@ pub(crate) enum Event {
     Break,
     /// The control thread's next order.
     Order(usize),
+    /// A shard hears its bell.
+    Bell(usize),
 }
 
 /// Completions keep their order within a lane.
@@ -82,15 +84,10 @@ pub(crate) struct World {
     event_seq: u64,
     pub(crate) sockets: Vec<Socket>,
     ops: BTreeMap<u64, Op>,
-    /// The socket of every connection there ever was: a key names one, for ever.
-    owners: BTreeMap<(u32, u32), usize>,
-    pub(crate) counts: Counts,
+    /// One for each shard.
+    pub(crate) rings: Vec<Ring>,
     next_op: u64,
-    submissions: Vec<Submission>,
-    endings: Vec<Ending>,
-    ready: VecDeque<(Lane, Done)>,
-    /// Sends that have ended, and whose end is told by the next turn that returns for another reason.
-    deferred: Vec<u64>,
+    /// Those of the first shard, then those of the next, as many of each.
     pub(crate) listeners: Vec<Listener>,
     pub(crate) clients: Vec<Client>,
     pub(crate) hosts: Vec<BackendHost>,
@@ -98,7 +95,6 @@ pub(crate) struct World {
     pub(crate) exchanges: Vec<Exchange>,
     pub(crate) buffers: usize,
     pub(crate) buffer_bytes: usize,
-    pub(crate) buffers_used: Rc<Cell<usize>>,
     pub(crate) pipe_bytes: usize,
     pub(crate) backlog_max: usize,
     /// FNV of everything asked and answered, with its time: two runs of a seed agree.
@@ -111,7 +107,6 @@ pub(crate) struct World {
     pub(crate) connects_failed: u32,
     /// Some backend sends more than it said.
     pub(crate) surplus_sent: bool,
-    turns_idle: u32,
     /// By how much the clock has jumped, all together.
     pub(crate) jumped_us: u64,
     /// The same without the jump that is under way.
@@ -139,13 +134,8 @@ impl World {
             event_seq: 0,
             sockets: Vec::new(),
             ops: BTreeMap::new(),
-            owners: BTreeMap::new(),
-            counts: Counts::default(),
+            rings: vec![Ring::default()],
             next_op: 1,
-            submissions: Vec::new(),
-            endings: Vec::new(),
-            ready: VecDeque::new(),
-            deferred: Vec::new(),
             listeners: (0..listeners).map(|_| Listener::default()).collect(),
             clients: Vec::new(),
             hosts: Vec::new(),
@@ -153,7 +143,6 @@ impl World {
             exchanges: Vec::new(),
             buffers: 64,
             buffer_bytes: 4096,
-            buffers_used: Rc::new(Cell::new(0)),
             pipe_bytes: 64 * 1024,
             backlog_max: 128,
             trace: 0,
@@ -161,7 +150,6 @@ impl World {
             backlog_lost: 0,
             connects_failed: 0,
             surplus_sent: false,
-            turns_idle: 0,
             jumped_us: 0,
             jumped_before_us: 0,
             control: Control::default(),
@@ -206,38 +194,72 @@ impl World {
         self.planted_passed == if planted == Planted::LostCancel { 1 } else { 20 }
     }
 
-    pub(crate) fn buffers_free(&self) -> usize {
-        self.buffers - self.buffers_used.get()
+    pub(crate) fn buffers_free(&self, ring: usize) -> usize {
+        self.buffers - self.rings[ring].buffers_used.get()
     }
 
     // ---- the turn
 
-    pub(crate) fn turn(&mut self, wait: Wait, completions: &mut Vec<Done>) {
-        self.note(6, self.ready.len() as u64);
+    /// A turn of the shard with this ring.
+    pub(crate) fn turn(&mut self, ring: usize, wait: Wait, completions: &mut Vec<Done>) {
+        self.note(6, self.rings[ring].ready.len() as u64);
         self.stuck = false;
         self.now += 1 + self.rng.below(self.faults.work_us + 1);
         self.jump();
-        self.send_last_words();
-        for ending in std::mem::take(&mut self.endings) {
+        self.send_last_words(ring);
+        for ending in std::mem::take(&mut self.rings[ring].endings) {
             self.end(ending);
         }
-        for submission in std::mem::take(&mut self.submissions) {
+        for submission in std::mem::take(&mut self.rings[ring].submissions) {
             self.submit(submission);
         }
         self.happen_until(self.now);
-        if std::mem::take(&mut self.control.rung) {
-            self.ready.push_back(((usize::MAX, true), Completion::Woken));
-        }
+        self.hear_control();
         // Accepts happen when the ring is entered: no more at once than the queue holds.
-        if self.ready.len() < 64 {
+        if self.rings[ring].ready.len() < 64 {
             self.match_accepts();
         }
+        let awake = if self.rings.len() == 1 { self.sleep(wait) } else { self.lie_down(ring, wait) };
+        if !awake {
+            return;
+        }
+        // They had ended before anything came that answers them.
+        let behind = std::mem::take(&mut self.rings[ring].ready);
+        for op in std::mem::take(&mut self.rings[ring].deferred) {
+            self.send_done(op);
+        }
+        let ring_of = &mut self.rings[ring];
+        ring_of.ready.extend(behind);
+        ring_of.turns_idle = if ring_of.ready.is_empty() { ring_of.turns_idle + 1 } else { 0 };
+        assert!(
+            ring_of.turns_idle < 20_000,
+            "the shard spins: turn after turn without a completion ({wait:?})"
+        );
+        let limit = match self.faults.turn_completions {
+            0 => protocol::limits::COMPLETIONS_PER_TURN_MAX,
+            limit => limit,
+        };
+        if self.rng.chance(self.faults.reorder) {
+            self.reorder(ring);
+        }
+        for _ in 0..limit.min(self.rings[ring].ready.len()) {
+            if let Some(((socket, receives), completion)) = self.rings[ring].ready.pop_front() {
+                self.note(7, (socket as u64) << 1 | u64::from(receives));
+                self.say(|| format!("  => s{} {completion:?}", socket as isize));
+                self.tell(ring, socket, &completion);
+                completions.push(completion);
+            }
+        }
+    }
+
+    /// The only shard sleeps, and the world goes on. False: for ever.
+    fn sleep(&mut self, wait: Wait) -> bool {
         let hour_later = self.now + 3_600_000_000;
-        while self.ready.is_empty() {
+        while self.rings[0].ready.is_empty() {
             if wait == Wait::Forever && self.now > hour_later {
                 // Connections go on breaking for a client that waits for ever.
                 self.stuck = true;
-                return;
+                return false;
             }
             let next = self.events.keys().next().map(|&(time, _)| time);
             let until = match (wait, next) {
@@ -254,44 +276,26 @@ impl World {
                 (Wait::Forever, Some(next)) => next,
                 (Wait::Forever, None) => {
                     self.stuck = true;
-                    return;
+                    return false;
                 }
             };
             self.now = self.now.max(until);
             self.happen_until(self.now);
-            if std::mem::take(&mut self.control.rung) {
-                self.ready.push_back(((usize::MAX, true), Completion::Woken));
-            }
+            self.hear_control();
             self.match_accepts();
         }
-        // They had ended before anything came that answers them.
-        let behind = std::mem::take(&mut self.ready);
-        for op in std::mem::take(&mut self.deferred) {
-            self.send_done(op);
-        }
-        self.ready.extend(behind);
-        self.turns_idle = if self.ready.is_empty() { self.turns_idle + 1 } else { 0 };
-        assert!(self.turns_idle < 20_000, "the shard spins: turn after turn without a completion ({wait:?})");
-        let limit = match self.faults.turn_completions {
-            0 => protocol::limits::COMPLETIONS_PER_TURN_MAX,
-            limit => limit,
-        };
-        if self.rng.chance(self.faults.reorder) {
-            self.reorder();
-        }
-        for _ in 0..limit.min(self.ready.len()) {
-            if let Some(((socket, receives), completion)) = self.ready.pop_front() {
-                self.note(7, (socket as u64) << 1 | u64::from(receives));
-                self.say(|| format!("  => s{} {completion:?}", socket as isize));
-                self.tell(socket, &completion);
-                completions.push(completion);
-            }
+        true
+    }
+
+    fn hear_control(&mut self) {
+        if std::mem::take(&mut self.control.rung) {
+            self.ring(0);
         }
     }
 
     /// Notes what the shard is told.
-    fn tell(&mut self, socket: usize, completion: &Done) {
-        let counts = &mut self.counts;
+    fn tell(&mut self, ring: usize, socket: usize, completion: &Done) {
+        let counts = &mut self.rings[ring].counts;
         let Some(told) = self.sockets.get_mut(socket) else {
             counts.accepts += u64::from(matches!(completion, Completion::Accepted { .. }));
             return;
@@ -327,9 +331,10 @@ impl World {
         self.sockets.iter().any(|socket| socket.broken && !matches!(socket.peer, Peer::Client(_)))
     }
 
-    /// Sockets that the shard has not closed and of which it knows.
-    pub(crate) fn sockets_held(&self) -> usize {
-        self.sockets.iter().filter(|socket| !socket.closed && socket.conn.is_some()).count()
+    /// Sockets that a shard has not closed and of which it knows.
+    pub(crate) fn sockets_held(&self, ring: usize) -> usize {
+        let held = |socket: &&Socket| !socket.closed && socket.conn.is_some() && socket.ring == ring;
+        self.sockets.iter().filter(held).count()
     }
 
     /// The clock jumps: the shard slept on while the world went on, or everything stood still.
@@ -356,9 +361,9 @@ impl World {
         }
     }
 
-    /// Somebody rings the shard's bell.
-    pub(crate) fn ring(&mut self) {
-        self.ready.push_back(((usize::MAX, true), Completion::Woken));
+    /// A shard hears its bell.
+    pub(crate) fn ring(&mut self, ring: usize) {
+        self.rings[ring].ready.push_back(((usize::MAX, true), Completion::Woken));
     }
 
     /// Time passes while the shard looks elsewhere.
@@ -371,13 +376,13 @@ impl World {
             self.happen_until(self.now);
         }
         self.now = self.now.max(until);
-        self.turns_idle = 0;
+        self.rings.iter_mut().for_each(|ring| ring.turns_idle = 0);
     }
 
     /// Mixes the lanes, and keeps the order within each.
-    fn reorder(&mut self) {
+    fn reorder(&mut self, ring: usize) {
         let mut lanes: BTreeMap<Lane, VecDeque<Done>> = BTreeMap::new();
-        for (lane, completion) in std::mem::take(&mut self.ready) {
+        for (lane, completion) in std::mem::take(&mut self.rings[ring].ready) {
             lanes.entry(lane).or_default().push_back(completion);
         }
         // Each lane has as many places as completions, anywhere.
@@ -388,7 +393,7 @@ impl World {
         }
         for lane in places {
             let next = lanes.get_mut(&lane).and_then(VecDeque::pop_front);
-            self.ready.extend(next.map(|completion| (lane, completion)));
+            self.rings[ring].ready.extend(next.map(|completion| (lane, completion)));
         }
     }
 
@@ -419,6 +424,7 @@ impl World {
                 self.break_later();
             }
             Event::Order(order) => self.gives_order(order),
+            Event::Bell(ring) => self.ring(ring),
         }
     }
 
@@ -441,8 +447,10 @@ impl World {
                 ));
             }
         }
-        if self.buffers_used.get() > 0 {
-            left.push(format!("{} receive buffers are out", self.buffers_used.get()));
+        for ring in &self.rings {
+            if ring.buffers_used.get() > 0 {
+                left.push(format!("{} receive buffers are out", ring.buffers_used.get()));
+            }
         }
         left
     }

@@ -24,6 +24,8 @@ pub(super) struct Op {
     pub(super) kind: Kind,
     pub(super) socket: usize,
     pub(super) conn: Key,
+    /// Of the shard that asked for it.
+    pub(super) ring: usize,
 }
 
 #[derive(Debug)]
@@ -33,13 +35,13 @@ pub(super) enum Submission {
 }
 
 impl World {
-    pub(super) fn op(&mut self, kind: Kind, socket: usize, conn: Key) -> u64 {
+    pub(super) fn op(&mut self, ring: usize, kind: Kind, socket: usize, conn: Key) -> u64 {
         let op = self.next_op;
         self.next_op += 1;
         if let Some(named) = self.sockets.get_mut(socket) {
             assert!(named.conn.is_none_or(|known| known == conn), "s{socket} changes its connection");
             named.conn = Some(conn);
-            let owner = *self.owners.entry((conn.slot, conn.generation)).or_insert(socket);
+            let owner = *self.rings[ring].owners.entry((conn.slot, conn.generation)).or_insert(socket);
             assert!(owner == socket, "{conn:?} names s{socket}, and was s{owner}");
             let holding = &mut named.holding;
             match &kind {
@@ -52,8 +54,8 @@ impl World {
             named.hangup_told &= !matches!(kind, Kind::Hangup);
         }
         self.note(1, op ^ (socket as u64) << 32);
-        self.ops.insert(op, Op { kind, socket, conn });
-        self.submissions.push(Submission::Op(op));
+        self.ops.insert(op, Op { kind, socket, conn, ring });
+        self.rings[ring].submissions.push(Submission::Op(op));
         op
     }
 
@@ -63,29 +65,35 @@ impl World {
         let alone = self.listeners[listener].accepts.is_empty();
         assert!(alone || !with_multishot, "a multishot accept is alone on its listener");
         let conn = Key { slot: u32::MAX, generation: 0 };
-        let op = self.op(Kind::Accept { listener, multishot }, usize::MAX, conn);
+        let ring = self.listeners[listener].ring;
+        let op = self.op(ring, Kind::Accept { listener, multishot }, usize::MAX, conn);
         self.listeners[listener].accepts.push_back(op);
         self.listeners[listener].multishot = multishot;
         op
     }
 
-    pub(crate) fn connect(&mut self, conn: Key, target: SocketAddr) -> Result<(usize, u64), Errno> {
-        self.counts.connects += 1;
+    pub(crate) fn connect(
+        &mut self,
+        ring: usize,
+        conn: Key,
+        target: SocketAddr,
+    ) -> Result<(usize, u64), Errno> {
+        self.rings[ring].counts.connects += 1;
         if self.rng.chance(self.faults.socket_error) {
             self.connects_failed += 1;
             return Err(EMFILE);
         }
-        let socket = self.new_socket(Peer::Nobody);
-        let op = self.op(Kind::Connect { target }, socket, conn);
+        let socket = self.new_socket(Peer::Nobody, ring);
+        let op = self.op(ring, Kind::Connect { target }, socket, conn);
         self.sockets[socket].connect = Some(op);
         Ok((socket, op))
     }
 
-    pub(crate) fn receive(&mut self, conn: Key, socket: usize) -> u64 {
-        let open = self.open_socket(socket);
+    pub(crate) fn receive(&mut self, ring: usize, conn: Key, socket: usize) -> u64 {
+        let open = self.open_socket(ring, socket);
         assert!(open.receive.is_none(), "two receives on s{socket}");
         assert!(open.connect.is_none(), "a receive on a socket that is being connected");
-        let op = self.op(Kind::Receive, socket, conn);
+        let op = self.op(ring, Kind::Receive, socket, conn);
         let now = self.now;
         let open = &mut self.sockets[socket];
         open.receive = Some(op);
@@ -95,29 +103,30 @@ impl World {
         op
     }
 
-    pub(crate) fn send(&mut self, conn: Key, socket: usize, lent: Lent, deferred: bool) -> u64 {
-        let open = self.open_socket(socket);
+    pub(crate) fn send(&mut self, ring: usize, conn: Key, socket: usize, lent: Lent, deferred: bool) -> u64 {
+        let open = self.open_socket(ring, socket);
         assert!(open.send.is_none(), "two sends on s{socket}");
         assert!(open.connect.is_none(), "a send on a socket that is being connected");
         let hash = hash(lent.cells().iter().map(Cell::get));
-        let op = self.op(Kind::Send { lent, hash, accepted: 0, done: false, deferred }, socket, conn);
+        let op = self.op(ring, Kind::Send { lent, hash, accepted: 0, done: false, deferred }, socket, conn);
         self.note(2, hash);
         self.sockets[socket].send = Some(op);
         op
     }
 
-    pub(crate) fn watch_hangup(&mut self, conn: Key, socket: usize) -> u64 {
-        let open = self.open_socket(socket);
+    pub(crate) fn watch_hangup(&mut self, ring: usize, conn: Key, socket: usize) -> u64 {
+        let open = self.open_socket(ring, socket);
         assert!(open.hangup.is_none(), "two watches on s{socket}");
-        let op = self.op(Kind::Hangup, socket, conn);
+        let op = self.op(ring, Kind::Hangup, socket, conn);
         self.sockets[socket].hangup = Some(op);
         op
     }
 
-    pub(crate) fn cancel(&mut self, op: u64) {
+    pub(crate) fn cancel(&mut self, ring: usize, op: u64) {
         self.note(3, op);
-        if self.ops.contains_key(&op) {
-            self.submissions.push(Submission::Cancel(op));
+        if let Some(known) = self.ops.get(&op) {
+            assert!(known.ring == ring, "op {op} is another shard's");
+            self.rings[ring].submissions.push(Submission::Cancel(op));
         }
     }
 
@@ -158,7 +167,7 @@ impl World {
     }
 
     pub(super) fn complete(&mut self, op: u64, completion: Done) {
-        let Some(Op { socket, kind, .. }) = self.ops.remove(&op) else {
+        let Some(Op { socket, kind, ring, .. }) = self.ops.remove(&op) else {
             panic!("op {op} completes twice");
         };
         let receives = matches!(kind, Kind::Receive);
@@ -191,7 +200,7 @@ impl World {
             if let Completion::Sent { conn, result } = completion
                 && self.strike(Planted::DoubleSent)
             {
-                self.ready.push_back(((socket, false), Completion::Sent { conn, result }));
+                self.rings[ring].ready.push_back(((socket, false), Completion::Sent { conn, result }));
             }
         }
         if matches!(completion, Completion::ReceiveEnded { why: ReceiveEnd::Fin, .. })
@@ -199,13 +208,14 @@ impl World {
         {
             return;
         }
-        self.ready.push_back(((socket, receives), completion));
+        self.rings[ring].ready.push_back(((socket, receives), completion));
     }
 
     pub(super) fn match_accepts(&mut self) {
         for index in 0..self.listeners.len() {
+            let (ring, listener) = (self.listeners[index].ring, index % self.listeners_each());
             while let Some(&op) = self.listeners[index].accepts.front()
-                && !self
+                && !self.rings[ring]
                     .submissions
                     .iter()
                     .any(|waiting| matches!(waiting, Submission::Op(new) if *new == op))
@@ -215,26 +225,24 @@ impl World {
                     matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { multishot: true, .. }, .. }));
                 if self.rng.chance(self.faults.accept_error) {
                     let error = Some(self.rng.pick(&ACCEPT_ERRORS));
-                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId::new(op), error });
+                    self.complete(op, Completion::AcceptEnded { listener, op: OpId::new(op), error });
                     continue;
                 }
                 if self.rng.chance(self.faults.accept_aborts) {
                     self.listeners[index].backlog.pop_front();
                     self.abort(socket);
                     let error = Some(ECONNABORTED);
-                    self.complete(op, Completion::AcceptEnded { listener: index, op: OpId::new(op), error });
+                    self.complete(op, Completion::AcceptEnded { listener, op: OpId::new(op), error });
                     continue;
                 }
                 self.listeners[index].backlog.pop_front();
                 self.say(|| format!("s{socket} accepted"));
                 let lane = (usize::MAX, false);
                 let accepted = SimSocket(socket as u32);
-                self.ready.push_back((lane, Completion::Accepted { listener: index, socket: accepted }));
+                let accepted = Completion::Accepted { listener, socket: accepted };
+                self.rings[ring].ready.push_back((lane, accepted));
                 if !multishot || self.rng.chance(self.faults.accept_ends) {
-                    self.complete(
-                        op,
-                        Completion::AcceptEnded { listener: index, op: OpId::new(op), error: None },
-                    );
+                    self.complete(op, Completion::AcceptEnded { listener, op: OpId::new(op), error: None });
                 }
             }
         }
@@ -268,10 +276,10 @@ impl World {
     pub(super) fn receive_progress(&mut self, index: usize) {
         self.sockets[index].receive_due = false;
         let Some(op) = self.sockets[index].receive else { return };
-        let Some(conn) = self.ops.get(&op).map(|op| op.conn) else { return };
+        let Some((conn, ring)) = self.ops.get(&op).map(|op| (op.conn, op.ring)) else { return };
         let socket = &self.sockets[index];
         let why = if !socket.inward.is_empty() {
-            if self.buffers_free() == 0 || self.rng.chance(self.faults.receive_no_buffer) {
+            if self.buffers_free(ring) == 0 || self.rng.chance(self.faults.receive_no_buffer) {
                 ReceiveEnd::Error(Errno::NO_BUFFERS)
             } else {
                 let limit = match self.faults.receive_bytes {
@@ -285,8 +293,8 @@ impl World {
                 let inward = &mut self.sockets[from].inward;
                 let bytes: Vec<u8> = inward.drain(..limit.min(inward.len())).collect();
                 self.note(8, hash(bytes.iter().copied()));
-                let buffer = SimBuffer::new(bytes, &self.buffers_used);
-                self.ready.push_back(((index, true), Completion::Received { conn, buffer }));
+                let buffer = SimBuffer::new(bytes, &self.rings[ring].buffers_used);
+                self.rings[ring].ready.push_back(((index, true), Completion::Received { conn, buffer }));
                 self.peer_writable(index);
                 if !self.rng.chance(self.faults.receive_rearm) {
                     return self.receive_soon(index);
@@ -317,7 +325,7 @@ impl World {
         let nothing = self.rng.chance(self.faults.send_nothing);
         let fails = self.rng.chance(self.faults.send_fails);
         let part = self.rng.next();
-        let Some(Op { kind: Kind::Send { lent, accepted, done, deferred, .. }, conn, .. }) =
+        let Some(Op { kind: Kind::Send { lent, accepted, done, deferred, .. }, conn, ring, .. }) =
             self.ops.get_mut(&op)
         else {
             return;
@@ -325,7 +333,7 @@ impl World {
         if *done {
             return;
         }
-        let conn = *conn;
+        let (conn, ring) = (*conn, *ring);
         if nothing && *accepted == 0 {
             return self.complete(op, Completion::Sent { conn, result: Ok(0) });
         }
@@ -362,7 +370,7 @@ impl World {
         let all = *accepted == lent.len();
         if all && from == 0 && late == 0 && *deferred {
             *done = true;
-            self.deferred.push(op);
+            self.rings[ring].deferred.push(op);
         } else if all || short {
             *done = true;
             self.after(late, Event::SendDone(op));
@@ -390,7 +398,7 @@ impl World {
         let conn = *conn;
         let completion = match kind {
             Kind::Accept { listener, .. } => Completion::AcceptEnded {
-                listener: *listener,
+                listener: *listener % self.listeners_each(),
                 op: OpId::new(op),
                 error: Some(Errno::CANCELED),
             },
@@ -405,7 +413,7 @@ impl World {
     }
 
     pub(super) fn connect_happens(&mut self, op: u64) {
-        let Some(Op { kind: Kind::Connect { target }, socket, conn }) = self.ops.get(&op) else { return };
+        let Some(Op { kind: Kind::Connect { target }, socket, conn, .. }) = self.ops.get(&op) else { return };
         let (target, socket, conn) = (*target, *socket, *conn);
         if self.rng.chance(self.faults.connect_hangs) {
             self.connects_failed += 1;
@@ -430,7 +438,7 @@ impl World {
     pub(super) fn hang_happens(&mut self, index: usize) {
         let socket = &self.sockets[index];
         let Some(op) = socket.hangup else { return };
-        let Some(conn) = self.ops.get(&op).map(|op| op.conn) else { return };
+        let Some((conn, ring)) = self.ops.get(&op).map(|op| (op.conn, op.ring)) else { return };
         let result = if socket.inward_error.is_some() || (socket.shut_read && socket.inward_fin) {
             Hangup::Reset
         } else if (socket.inward_fin || socket.shut_read) && !socket.hangup_told {
@@ -441,7 +449,7 @@ impl World {
         if result == Hangup::Fin && !self.rng.chance(self.faults.hangup_ends) {
             self.sockets[index].hangup_told = true;
             let told = Completion::Hangup { conn, result: Ok(result), armed: true };
-            return self.ready.push_back(((index, false), told));
+            return self.rings[ring].ready.push_back(((index, false), told));
         }
         self.complete(op, Completion::Hangup { conn, result: Ok(result), armed: false });
     }

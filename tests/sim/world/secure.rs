@@ -212,8 +212,8 @@ impl World {
     }
 
     /// What was submitted before a shutdown is tried before it, as by the ring: a `close_notify` above all.
-    pub(super) fn send_last_words(&mut self) {
-        let shut: Vec<usize> = self
+    pub(super) fn send_last_words(&mut self, ring: usize) {
+        let shut: Vec<usize> = self.rings[ring]
             .endings
             .iter()
             .filter_map(|ending| match ending {

@@ -18,6 +18,8 @@ pub(crate) enum Peer {
 #[derive(Debug)]
 pub(crate) struct Socket {
     pub(crate) peer: Peer,
+    /// Of the shard whose it is.
+    pub(super) ring: usize,
     /// Peer to shard.
     pub(crate) inward: VecDeque<u8>,
     pub(crate) inward_max: usize,
@@ -68,6 +70,7 @@ pub(super) enum Ending {
 
 #[derive(Debug, Default)]
 pub(crate) struct Listener {
+    pub(super) ring: usize,
     pub(super) accepts: VecDeque<u64>,
     pub(super) multishot: bool,
     pub(super) backlog: VecDeque<usize>,
@@ -90,9 +93,10 @@ pub(crate) enum PeerRead {
 }
 
 impl World {
-    pub(super) fn new_socket(&mut self, peer: Peer) -> usize {
+    pub(super) fn new_socket(&mut self, peer: Peer, ring: usize) -> usize {
         self.sockets.push(Socket {
             peer,
+            ring,
             inward: VecDeque::new(),
             inward_max: self.rng.range(self.pipe_bytes as u64 / 2, self.pipe_bytes as u64) as usize,
             inward_fin: false,
@@ -125,42 +129,45 @@ impl World {
         self.sockets.len() - 1
     }
 
-    pub(super) fn open_socket(&mut self, socket: usize) -> &mut Socket {
+    pub(super) fn open_socket(&mut self, ring: usize, socket: usize) -> &mut Socket {
         let open = &mut self.sockets[socket];
+        assert!(open.ring == ring, "an operation on s{socket}, which is another shard's");
         assert!(!open.closed && !open.away, "an operation on the closed socket s{socket}");
         open
     }
 
-    pub(crate) fn shutdown(&mut self, socket: usize, half: Half) {
+    pub(crate) fn shutdown(&mut self, ring: usize, socket: usize, half: Half) {
         self.note(4, socket as u64);
-        self.open_socket(socket);
-        self.endings.push(Ending::Shutdown(socket, half));
+        self.open_socket(ring, socket);
+        self.rings[ring].endings.push(Ending::Shutdown(socket, half));
     }
 
-    pub(crate) fn close(&mut self, socket: usize, how: Close) {
+    pub(crate) fn close(&mut self, ring: usize, socket: usize, how: Close) {
         self.note(5, socket as u64);
-        let open = self.open_socket(socket);
+        let open = self.open_socket(ring, socket);
         let in_flight = [open.receive, open.send, open.connect, open.hangup];
         assert!(in_flight == [None; 4], "s{socket} is closed with operations in flight: {in_flight:?}");
         open.closed = true;
-        self.endings.push(Ending::Close(socket, how));
+        self.rings[ring].endings.push(Ending::Close(socket, how));
     }
 
-    pub(crate) fn release(&mut self, socket: usize) {
+    pub(crate) fn release(&mut self, ring: usize, socket: usize) {
         self.note(9, socket as u64);
-        let open = self.open_socket(socket);
+        let open = self.open_socket(ring, socket);
         let in_flight = [open.receive, open.send, open.connect, open.hangup];
         assert!(in_flight == [None; 4], "s{socket} is given away with operations in flight: {in_flight:?}");
         open.away = true;
         open.conn = None;
+        let ends = |ending: &Ending| matches!(ending, Ending::Shutdown(of, _) | Ending::Close(of, _) if *of == socket);
+        assert!(!self.rings[ring].endings.iter().any(ends), "s{socket} is given away while it is shut down");
     }
 
-    pub(crate) fn adopt(&mut self, socket: usize) {
+    pub(crate) fn adopt(&mut self, ring: usize, socket: usize) {
         self.note(10, socket as u64);
-        assert!(
-            std::mem::take(&mut self.sockets[socket].away),
-            "s{socket} is adopted and was not given away"
-        );
+        self.say(|| format!("s{socket} is adopted by shard {ring}"));
+        let adopted = &mut self.sockets[socket];
+        assert!(std::mem::take(&mut adopted.away), "s{socket} is adopted and was not given away");
+        adopted.ring = ring;
     }
 
     pub(crate) fn stop_listening(&mut self, listener: usize) {
@@ -219,7 +226,7 @@ impl World {
         if self.listeners[listener].backlog.len() >= self.backlog_max {
             return Err(Unconnected::Full);
         }
-        let socket = self.new_socket(peer);
+        let socket = self.new_socket(peer, self.listeners[listener].ring);
         self.listeners[listener].backlog.push_back(socket);
         if let (Some(config), Peer::Client(client)) = (&self.tongues.clients, peer)
             && !self.clients[client].plan.bare

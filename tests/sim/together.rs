@@ -1,0 +1,122 @@
+//! Several shards in one world, with the real mesh between them. Which of them runs next is drawn from the seed; time goes on
+//! while all sleep.
+
+use crate::io::SimIo;
+use crate::run::Sim;
+use shard::core::{Shard, Sleepy};
+use shard::mesh::{Command, mailbox, neighbours_with};
+use shard::stats::Counters;
+use std::rc::Rc;
+use std::sync::Arc;
+
+impl Sim {
+    /// With so many shards of the same settings, and room for so many clients on their way from each to each other.
+    pub(crate) fn of_shards(mut self, shards: usize, room: usize) -> Self {
+        let upstreams = {
+            let world = self.world();
+            Arc::new(world.upstream_set(1, &(0..world.hosts.len()).collect::<Vec<_>>()))
+        };
+        for ring in 1..shards {
+            self.world().add_ring();
+            let io = SimIo(Rc::clone(&self.world), ring);
+            let mut shard = Shard::new(io, ring, Arc::clone(&self.settings), Arc::clone(&upstreams));
+            if let Some(tls) = &self.tls {
+                shard.command(Command::Tls(Arc::clone(tls)));
+            }
+            self.others.push(shard);
+        }
+        self.ports = (0..shards).map(|_| mailbox().expect("there are descriptors").1).collect();
+        for (ring, end) in neighbours_with(&self.ports, room).into_iter().enumerate() {
+            self.shard_mut(ring).meet(end);
+        }
+        self
+    }
+
+    pub(crate) fn shards(&self) -> impl Iterator<Item = &Shard<SimIo>> {
+        std::iter::once(&self.shard).chain(&self.others)
+    }
+
+    pub(crate) fn shard_mut(&mut self, ring: usize) -> &mut Shard<SimIo> {
+        match ring {
+            0 => &mut self.shard,
+            _ => &mut self.others[ring - 1],
+        }
+    }
+
+    /// Something that all shards count, together.
+    pub(crate) fn total(&self, of: impl Fn(&Counters) -> u64) -> u64 {
+        self.shards().map(|shard| of(&shard.stats().counters)).sum()
+    }
+
+    pub(crate) fn have_left(&self) -> bool {
+        self.shards().all(Shard::has_left)
+    }
+
+    /// To all shards.
+    pub(crate) fn command(&mut self, command: &Command) {
+        for ring in 0..=self.others.len() {
+            self.command_one(ring, command.clone());
+        }
+    }
+
+    /// It hears of it when it is woken.
+    pub(crate) fn command_one(&mut self, ring: usize, command: Command) {
+        if self.others.is_empty() {
+            return self.shard.command(command);
+        }
+        let mut world = self.world();
+        world.rings[ring].commands.push(command);
+        world.rung(ring);
+    }
+
+    /// One shard leaves, as soon as the others begin to as well.
+    pub(crate) fn drain_one(&mut self, ring: usize, deadline_ms: u64) {
+        let now = self.now_us();
+        self.world().control.leaving_us.get_or_insert(now);
+        self.command_one(ring, Command::Drain { deadline_ms });
+    }
+
+    /// A turn of the shard whose it is, or none by the time of `sleepy`.
+    pub(crate) fn turn_of_one(&mut self, sleepy: Sleepy) {
+        let limit_us = match sleepy {
+            Sleepy::Yes => u64::MAX,
+            Sleepy::No => self.now_us(),
+            Sleepy::UntilUs(until_us) => until_us,
+        };
+        let next = self.world().next_awake(limit_us);
+        if let Some(ring) = next {
+            let sleepy = if self.world().rings[ring].left { Sleepy::No } else { Sleepy::Yes };
+            self.turn_of(ring, sleepy);
+        }
+    }
+
+    pub(crate) fn turn_of(&mut self, ring: usize, sleepy: Sleepy) {
+        self.world().say(|| format!("-- shard {ring}"));
+        let shard = self.shard_mut(ring);
+        assert!(shard.turn(sleepy).is_ok(), "a simulated ring does not fail");
+        self.check_step(ring);
+        if self.shard_mut(ring).take_woken() {
+            let commands = std::mem::take(&mut self.world().rings[ring].commands);
+            for command in commands {
+                self.shard_mut(ring).command(command);
+            }
+        }
+        self.hear_bells();
+        let streams = self.shards().map(|shard| shard.population().2).sum();
+        self.streams_max = self.streams_max.max(streams);
+        while let Some(report) = self.shard_mut(ring).next_report() {
+            self.report(ring, report);
+        }
+        if self.turns.is_multiple_of(128) {
+            self.check_memory(ring);
+        }
+    }
+
+    fn hear_bells(&mut self) {
+        for ring in 0..self.ports.len() {
+            if self.ports[ring].is_rung() {
+                self.world().rung(ring);
+            }
+        }
+    }
+}
