@@ -156,6 +156,30 @@ fn a_client_that_asks_here_and_there_is_answered_in_order() {
     }
 }
 
+/// Its answer's last byte was confirmed and its next request looked at when its receive had just ended: nothing else would
+/// wake the shard for it.
+#[test]
+fn a_client_whose_next_request_belongs_elsewhere_goes_there_at_once() {
+    for seed in 0..100 {
+        let mut sim = shards_with(seed, 2, ROOM, |_| {});
+        sim.client(durable::publish("/v1/durable/a", 5, 10).plan(0));
+        let mut tales: Vec<Tale> = (0..4).map(|_| chat(&mut sim, 3, 0, |plan| plan)).collect();
+        sim.run_ms(1_000);
+        sim.world().faults.receive_no_buffer = 500;
+        sim.world().faults.work_us = 500;
+        sim.world().faults.receive_bytes = 60;
+        sim.world().faults.send_late = 500;
+        tales.iter_mut().for_each(|tale| assert!(tale.learn(&sim), "it has begun"));
+        let ids = tales.iter().filter_map(|tale| tale.id.clone());
+        let asks: Vec<Wish> = ids.flat_map(|id| [Wish::Status(id), Wish::Durable("a".to_owned())]).collect();
+        let client = sim.client(ClientPlan { write_bytes: 50, ..Wanderer::plan(&asks) });
+        sim.run_ms(500);
+        let answers = sim.world().clients[client].reader.complete();
+        assert_eq!(answers, asks.len(), "seed {seed}: it waits, and nobody looks");
+        Wanderer { client, asks }.check(&sim.finish());
+    }
+}
+
 // ---- drawn from a seed
 
 #[derive(Clone, Debug)]

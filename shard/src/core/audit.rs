@@ -129,7 +129,7 @@ impl<I: Io> Shard<I> {
         let held =
             !conn.ops.none() || conn.waiting > 0 || conn.tls.as_ref().is_some_and(|tls| tls.has_unsent());
         demand!(
-            !moving || held || self.moves.timer_armed,
+            !moving || held || self.moves.timer_armed || self.hurried,
             "it could be moved, and nobody looks again: {conn:?}"
         );
         let due_ms = Self::conn_due_ms(conn);

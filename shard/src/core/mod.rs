@@ -141,7 +141,7 @@ pub struct Shard<I: Io> {
     forced: u64,
     left: bool,
     woken: bool,
-    /// Something waits for a send whose confirmation is deferred: the next turn does not sleep, and is told.
+    /// Something waits for a send whose confirmation is deferred, or for nothing but the next turn, which does not sleep.
     hurried: bool,
     /// The clock at the end of the last turn: what was sent in it was handed to the kernel then.
     handed_us: u64,

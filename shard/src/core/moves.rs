@@ -86,6 +86,8 @@ impl<I: Io> Shard<I> {
             self.io.cancel(op);
         }
         self.moves.clients.push(key);
+        // No end of an operation will wake the shard for it.
+        self.hurried |= conn.ops.none();
         self.follow_receive(key);
     }
 
