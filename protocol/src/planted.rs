@@ -46,6 +46,12 @@ pub enum Bug {
     MoveForgotten,
     /// A shard is not told of the clients that were handed to it.
     BellForgotten,
+    /// A response is read on from one event too late.
+    SequenceShifted,
+    /// The end of a response that was cancelled is told as its backend told it, or not at all.
+    CancelForgotten,
+    /// The id of a response that is not kept any more leads nowhere.
+    ResponseLeft,
 }
 
 impl Bug {
@@ -72,6 +78,10 @@ impl Bug {
     /// Those that only show between shards.
     pub const OF_MOVES: &'static [Bug] =
         &[Bug::MovedBytesLost, Bug::MovedBytesTwice, Bug::MoveForgotten, Bug::BellForgotten];
+
+    /// Those that only responses in background can show.
+    pub const OF_RESPONSES: &'static [Bug] =
+        &[Bug::SequenceShifted, Bug::CancelForgotten, Bug::ResponseLeft];
 }
 
 #[cfg(feature = "planted-bugs")]

@@ -347,6 +347,8 @@ impl World {
                 self.client_readable(index);
             }
             PeerRead::Fin => {
+                // Before what it ends counts as heard.
+                self.client_hears(index);
                 self.clients[index].reader.fin();
                 self.peer_close(socket);
                 self.client_ends(index, Ended::Fin);

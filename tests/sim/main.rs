@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod backend;
+mod background;
 mod canary;
 mod client;
 mod control;

@@ -59,6 +59,8 @@ pub(crate) struct Request {
     pub(crate) close: bool,
     /// Goes to the demo model instead of a backend.
     pub(crate) demo: bool,
+    /// A response in background: one that is not `streaming` is polled.
+    pub(crate) background: bool,
 }
 
 impl Default for Request {
@@ -79,6 +81,7 @@ impl Request {
             http10: false,
             close: false,
             demo: false,
+            background: false,
         }
     }
 
@@ -102,7 +105,14 @@ impl Request {
     }
 
     pub(crate) fn body(&self, id: usize) -> Vec<u8> {
-        let front = if self.dialect.is_model_endpoint() {
+        let front = if self.background {
+            let said = match (self.streaming, id.is_multiple_of(2)) {
+                (true, _) => "\"background\":true,\"stream\":true",
+                (false, true) => "\"background\":true,\"stream\":false",
+                (false, false) => "\"background\":true",
+            };
+            format!("{{\"model\":\"sim-{id}\",{said},\"pad\":\"")
+        } else if self.dialect.is_model_endpoint() {
             format!("{{\"model\":\"sim-{id}\",\"stream\":{},\"pad\":\"", self.streaming)
         } else {
             String::new()
@@ -114,6 +124,26 @@ impl Request {
         }
         body.extend_from_slice(back.as_bytes());
         body
+    }
+
+    /// The body as a backend is to get it: one that knows nothing of background, and streams.
+    fn body_passed_on(&self, id: usize) -> Vec<u8> {
+        let body = self.body(id);
+        if !self.background {
+            return body;
+        }
+        let mut body = String::from_utf8(body).unwrap_or_default();
+        for (from, to) in [
+            ("\"background\":true,\"stream\":true", "\"background\":null,\"stream\":true"),
+            ("\"background\":true,\"stream\":false", "\"background\":null,\"stream\":true "),
+            ("\"background\":true,", "\"stream\"    :true,"),
+        ] {
+            if body.contains(from) {
+                body = body.replace(from, to);
+                break;
+            }
+        }
+        body.into_bytes()
     }
 
     /// Head and body; and where the head ends.
@@ -219,6 +249,10 @@ pub(crate) struct Answer {
     pub(crate) early_after: Option<usize>,
     pub(crate) crlf: bool,
     pub(crate) comments: bool,
+    /// In background: by how much `sequence_number` grows from event to event; 0: it has none.
+    pub(crate) number_by: u64,
+    /// In background: its last event tells of a failure.
+    pub(crate) fails: bool,
 }
 
 impl Default for Answer {
@@ -244,6 +278,8 @@ impl Answer {
             early_after: None,
             crlf: false,
             comments: false,
+            number_by: 1,
+            fails: false,
         }
     }
 
@@ -365,10 +401,46 @@ fn error_event(dialect: Dialect) -> (String, String) {
     }
 }
 
+/// A backend's own name of a response.
+pub(crate) fn response_id(id: usize) -> String {
+    format!("resp_{id}")
+}
+
+fn background_data(nth: u32, answer: &Answer, name: &str, rest: &str) -> (String, String) {
+    let number = match answer.number_by {
+        0 => String::new(),
+        by => format!("\"sequence_number\":{},", u64::from(nth) * by),
+    };
+    (name.to_owned(), format!("{{\"type\":\"{name}\",{number}{rest}}}"))
+}
+
+/// The response object in an event of the backend's, or in what its clients are told.
+fn background_object(id: usize, status: &str) -> String {
+    let output = if status == "in_progress" { "[]".to_owned() } else { format!("[\"of {id}\"]") };
+    let name = response_id(id);
+    format!("\"response\":{{\"id\":\"{name}\",\"status\":\"{status}\",\"output\":{output}}}")
+}
+
+fn background_event(id: usize, nth: u32, answer: &Answer) -> (String, String) {
+    match nth {
+        0 => background_data(nth, answer, "response.created", &background_object(id, "in_progress")),
+        1 => background_data(nth, answer, "response.in_progress", &background_object(id, "in_progress")),
+        _ => {
+            let delta = format!("\"delta\":\"{}\"", text(id, nth, answer.bytes));
+            background_data(nth, answer, "response.output_text.delta", &delta)
+        }
+    }
+}
+
+fn last_background_event(id: usize, nth: u32, answer: &Answer) -> (String, String) {
+    let status = if answer.fails { "failed" } else { "completed" };
+    background_data(nth, answer, &format!("response.{status}"), &background_object(id, status))
+}
+
 impl Exchange {
     pub(crate) fn new(id: usize, request: Request, answer: Answer, rng: &mut Rng) -> Self {
         let wire = render(id, &request, &answer, rng);
-        let body = if request.has_body() { request.body(id) } else { Vec::new() };
+        let body = if request.has_body() { request.body_passed_on(id) } else { Vec::new() };
         Exchange {
             request,
             body,
@@ -421,6 +493,11 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
             // The CR of a blank line ends it, if nothing else comes.
             events.push(Owed { name, data, wire_end: body.len() - usize::from(answer.crlf) });
         };
+        if request.background {
+            for nth in 0..2 {
+                put(&mut body, background_event(id, nth, answer));
+            }
+        }
         for nth in 0..count.min(endless) {
             if answer.comments && rng.chance(100) {
                 body.extend_from_slice(format!(": backend comment{line}{line}").as_bytes());
@@ -429,12 +506,19 @@ fn render(id: usize, request: &Request, answer: &Answer, rng: &mut Rng) -> Wire 
                     format!("\u{1}nonsense: \\x{line}:{line}again{line}{line}").as_bytes(),
                 );
             }
-            put(&mut body, event(request.dialect, id, nth, answer.bytes));
+            put(
+                &mut body,
+                match request.background {
+                    true => background_event(id, nth + 2, answer),
+                    false => event(request.dialect, id, nth, answer.bytes),
+                },
+            );
         }
         match (answer.fault, end_mark(request.dialect)) {
             (Fault::InBandError, _) => put(&mut body, error_event(request.dialect)),
             (Fault::NoEndMark, _) | (_, None) => {}
             (Fault::EndlessEvent(_), _) => {}
+            _ if request.background => put(&mut body, last_background_event(id, count + 2, answer)),
             (_, Some(mark)) => put(&mut body, mark),
         }
         if endless < u32::MAX {

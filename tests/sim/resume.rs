@@ -55,7 +55,7 @@ pub(crate) struct Seen {
     pub(crate) id: Option<String>,
     /// Cursor that the shard says it begins behind.
     after: Option<u64>,
-    events: Vec<(u64, String)>,
+    pub(crate) events: Vec<(u64, String)>,
     /// Events without an id that are no heartbeats: errors, gaps; and behind which event.
     told: Vec<(u64, String)>,
     /// Behind which event, to which.
@@ -268,6 +268,26 @@ fn a_client_that_leaves_comes_back_to_any_place() {
         let finished = sim.finish();
         assert_eq!(check(&finished, &tale), seen as usize + 1);
         assert_eq!(finished.sim.shard.stats().counters.detaches, 1);
+    }
+}
+
+/// Its socket takes a part of the first send only, so that not a byte is confirmed; but it has read its head.
+#[test]
+fn a_client_that_leaves_within_the_first_send_comes_back() {
+    for how in [How::Close, How::Reset] {
+        let mut sim = sim_with(12, |_| {});
+        sim.world().pipe_bytes = 4_000;
+        let plan = Answer { bytes: 1_000, ..Answer::events(30) };
+        let exchange = sim.exchange(Request::new(Dialect::Chat, true), plan);
+        let pace = Pace::Slow { bytes: 500, every_us: 10_000 };
+        let leave = Some((When::Bytes(1_500), how));
+        let client = sim.client(ClientPlan { pace, leave, ..ClientPlan::new(&[exchange]) });
+        let mut tale = Tale { exchange, client, id: None, readers: Vec::new(), stopped: false };
+        sim.run_ms(500);
+        come_back(&mut sim, &mut tale, 1);
+        let finished = sim.finish();
+        assert_eq!(finished.ends(End::ClientLeft), 0, "{how:?}");
+        assert_eq!(check(&finished, &tale), 1);
     }
 }
 

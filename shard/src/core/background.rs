@@ -18,6 +18,7 @@ use protocol::fault::Fault;
 use protocol::http::{Refusal, RequestHead};
 use protocol::log::{Log, Place};
 use protocol::phase::{End, Phase};
+use protocol::planted::{Bug, is_planted};
 use protocol::resume::{AHEAD, NOT_FOUND};
 use protocol::slots::Key;
 use protocol::sse::Block;
@@ -130,7 +131,10 @@ impl<I: Io> Shard<I> {
         let last_id = source.and_then(|source| self.source_log(source)).map_or(0, Log::last_event_id);
         let id = match (after, self.notes_of(source_key)) {
             (None, _) => Some(0),
-            (Some(number), Some((notes, _))) => notes.id_of(number, last_id),
+            (Some(number), Some((notes, _))) => {
+                let number = number + u64::from(is_planted(Bug::SequenceShifted));
+                notes.id_of(number, last_id)
+            }
             (Some(_), None) => None,
         };
         match id {
@@ -156,7 +160,7 @@ impl<I: Io> Shard<I> {
         let log = self.source_log(source)?;
         let how = match (how, end) {
             (Some(how), _) => how,
-            (None, Some(End::StreamStopped)) => How::Cancelled,
+            (None, Some(End::StreamStopped)) if !is_planted(Bug::CancelForgotten) => How::Cancelled,
             (None, _) if notes.last().is_some() => How::Told,
             (None, None) => How::UnderWay,
             (None, Some(end)) => How::Failed(end.fault()),
@@ -256,6 +260,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn forget_response(&mut self, key: Key, notes: Option<&Notes>) {
         if let Some(id) = notes.and_then(Notes::id)
             && self.kept.by_response.get(id) == Some(&key)
+            && !is_planted(Bug::ResponseLeft)
         {
             self.kept.by_response.remove(id);
         }

@@ -289,9 +289,9 @@ impl<I: Io> Shard<I> {
         let Some(source) = stream.source.and_then(|source| self.kept.sources.get(source)) else {
             return false;
         };
-        // One that was not even sent the head does not know the id.
-        let knows =
-            stream.client.and_then(|key| self.conns.get(key)).is_some_and(|conn| conn.ledger.sent() > 0);
+        // One that was not even sent the head does not know the id; of what is in flight it may have read all.
+        let client = stream.client.and_then(|key| self.conns.get(key));
+        let knows = client.is_some_and(|conn| conn.ledger.sent() > 0 || conn.ledger.in_flight() > 0);
         let wanted = match self.resume_of_source(source).map(|resume| resume.on_leave) {
             None => false,
             Some(OnLeave::Cancel) => !source.readers.is_empty(),

@@ -6,6 +6,7 @@ use super::stream::Stream;
 use super::{Shard, TimerOf};
 use crate::io::Io;
 use crate::settings::SlowReader;
+use protocol::background::Notes;
 use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::log::{Lent, Log, Place};
 use protocol::phase::{End, Phase, Step};
@@ -455,6 +456,16 @@ impl<I: Io> Shard<I> {
             }
             if source.tail.is_none() && self.kept.by_number.get(&source.number) != Some(&key) {
                 return Err("a stream cannot be found by its id".to_owned());
+            }
+        }
+        for (id, &key) in &self.kept.by_response {
+            let source = self.kept.sources.get(key);
+            let notes = source.and_then(|source| match source.producer {
+                Some(producer) => self.streams.get(producer)?.notes.as_deref(),
+                None => source.notes.as_deref(),
+            });
+            if notes.and_then(Notes::id) != Some(id) {
+                return Err(format!("the response {id} is not where it is looked for"));
             }
         }
         if detached != self.kept.detached || bytes != self.kept.bytes {
