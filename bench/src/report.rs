@@ -163,6 +163,8 @@ pub struct Report {
     pub faults: Faults,
     /// From the time a request was to be sent to the first event.
     pub first: Latency,
+    /// From the time a reader was to come back to the event that was the newest then.
+    pub caught_up: Latency,
     /// From the time an event was to be sent, within the window.
     pub added: Latency,
     /// From the time the backend really wrote an event, within the window.
@@ -201,7 +203,7 @@ impl Report {
                 "events": self.events, "events_other": self.events_other, "events_with_id": self.events_with_id,
                 "comments": self.comments, "bytes": self.bytes, "statuses": statuses, "faults": faults,
                 "first_event": self.first.summary(), "added": self.added.summary(), "hop": self.hop.summary(),
-                "answered": self.answered.summary(),
+                "answered": self.answered.summary(), "caught_up": self.caught_up.summary(),
                 "handshakes": self.handshakes.summary(), "window": self.window,
             }});
             return print_line(&result.to_string());

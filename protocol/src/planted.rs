@@ -80,8 +80,7 @@ impl Bug {
         &[Bug::MovedBytesLost, Bug::MovedBytesTwice, Bug::MoveForgotten, Bug::BellForgotten];
 
     /// Those that only responses in background can show.
-    pub const OF_RESPONSES: &'static [Bug] =
-        &[Bug::SequenceShifted, Bug::CancelForgotten, Bug::ResponseLeft];
+    pub const OF_RESPONSES: &'static [Bug] = &[Bug::SequenceShifted, Bug::CancelForgotten, Bug::ResponseLeft];
 }
 
 #[cfg(feature = "planted-bugs")]

@@ -226,7 +226,10 @@ impl World {
                 };
                 let upstream = self.hosts[backend.host].upstream;
                 let target = format!("{}{}", base_path(upstream), self.exchanges[id].request.path());
-                assert!(passed_on || asked == target, "b{index} was asked for {asked}, which is {target} there");
+                assert!(
+                    passed_on || asked == target,
+                    "b{index} was asked for {asked}, which is {target} there"
+                );
                 assert_eq!(message.header("host"), Some(authority(upstream).as_str()), "b{index} has a name");
                 let attempts = &mut self.exchanges[id].attempts;
                 attempts.push(Attempt {

@@ -5,6 +5,7 @@
 //! time at which an event was *to be* published, whatever held the publisher up (no coordinated omission).
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
@@ -18,8 +19,12 @@ use bench::report::{Report, Window};
 use bench::sequence::Sequence;
 use clap::Parser;
 
-/// Token of the publisher; readers have their index.
+/// Token of the publisher; readers have their index, and those who return are counted on behind them.
 const PUBLISHER: u64 = u64::MAX;
+/// Those who return that may be on their way at once; the next one waits, and its time counts.
+const RETURNING_MAX: usize = 1024;
+/// Events whose ids are remembered for those who return.
+const IDS_MAX: usize = 4096;
 /// Bytes read at once.
 const PIECE_BYTES: usize = 64 << 10;
 /// Readers that may have been opened and not yet answered.
@@ -52,6 +57,16 @@ struct Options {
     /// How many readers.
     #[arg(long, default_value_t = 100)]
     readers: usize,
+    /// Readers that come back, per second, each on a connection of its own with the id of an event that it has had, read until
+    /// they have caught up, and leave.
+    #[arg(long, default_value_t = 0.0)]
+    returns: f64,
+    /// So many come back at one instant, in the middle of the window.
+    #[arg(long, default_value_t = 0, conflicts_with = "returns")]
+    storm: usize,
+    /// Events that one who comes back has missed.
+    #[arg(long, default_value_t = 40)]
+    behind: u64,
     /// Events per second.
     #[arg(long, default_value_t = 20.0)]
     rate: f64,
@@ -100,6 +115,7 @@ struct Run {
     /// Readers that are still to get something.
     owed: usize,
     publisher: Publisher,
+    returns: Returns,
     /// Events that every reader is owed. Of a relayed stream, which goes on: those that any has seen in the window.
     events: u64,
     /// The last that any reader has seen.
@@ -122,6 +138,137 @@ struct Received {
     sequence: Sequence,
     /// A head, or a mark, of which the rest has not arrived.
     partial: Vec<u8>,
+    /// Of the last events: the sequence number, and the id that the server gave it.
+    ids: VecDeque<(u64, String)>,
+}
+
+/// Readers that come back, and when.
+#[derive(Default)]
+struct Returns {
+    start_ns: u64,
+    every_ns: u64,
+    /// How many are to come, and how many have come and gone.
+    all: u64,
+    begun: u64,
+    ended: u64,
+    slots: Vec<Option<Returned>>,
+}
+
+/// One who has come back.
+struct Returned {
+    socket: TcpStream,
+    /// Until it is sent.
+    request: String,
+    due_ns: u64,
+    /// Sequence number of the next event that it is owed, and of the last one that live readers had when it came back.
+    next: u64,
+    goal: u64,
+    has_head: bool,
+    has_first: bool,
+    partial: Vec<u8>,
+}
+
+impl Returns {
+    fn plan(&mut self, options: &Options, begin_ns: u64, end_ns: u64) {
+        if options.storm > 0 {
+            (self.start_ns, self.all) = (begin_ns + (end_ns - begin_ns) / 2, options.storm as u64);
+        } else if options.returns > 0.0 {
+            (self.start_ns, self.every_ns) = (begin_ns, (1e9 / options.returns) as u64);
+            self.all = (end_ns - begin_ns) / self.every_ns.max(1);
+        }
+    }
+
+    /// When the next one is to come back, if there is room for one.
+    fn next_due_ns(&self) -> Option<u64> {
+        let room = self.begun - self.ended < RETURNING_MAX as u64;
+        (self.begun < self.all && room).then(|| self.start_ns + self.begun * self.every_ns)
+    }
+
+    fn wake_ns(&self) -> u64 {
+        self.next_due_ns().unwrap_or(u64::MAX)
+    }
+
+    fn are_over(&self) -> bool {
+        self.ended == self.all
+    }
+
+    fn unfinished(&self) -> u64 {
+        self.all - self.ended
+    }
+
+    fn free_slot(&mut self) -> usize {
+        self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        })
+    }
+
+    fn begin(&mut self, slot: usize, returned: Returned) {
+        self.slots[slot] = Some(returned);
+        self.begun += 1;
+    }
+
+    fn end(&mut self, slot: usize) -> io::Result<()> {
+        self.ended += 1;
+        match self.slots[slot].take() {
+            Some(returned) => net::reset_on_close(&returned.socket),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Returned {
+    /// Takes bytes; true when it has caught up, or cannot.
+    fn take(&mut self, bytes: &[u8], report: &mut Report) -> bool {
+        let now = now_ns();
+        self.partial.extend_from_slice(bytes);
+        if !self.has_head {
+            let Some(end) = head_end(&self.partial) else { return false };
+            if !self.partial.starts_with(b"HTTP/1.1 200 ") {
+                report.faults.status += 1;
+                return true;
+            }
+            self.has_head = true;
+            self.partial.drain(..end);
+        }
+        let mut from = 0;
+        while let Some(start) = memchr::memchr(b'~', &self.partial[from..]).map(|at| from + at)
+            && let Some(end) = memchr::memchr(b'~', &self.partial[start + 1..]).map(|at| start + 1 + at)
+        {
+            from = end + 1;
+            let Some(mark) = Mark::decode(&self.partial[start..from]) else {
+                report.faults.malformed += 1;
+                return true;
+            };
+            if mark.sequence != self.next {
+                let early = mark.sequence < self.next;
+                *(if early {
+                    &mut report.faults.sequence.doubled
+                } else {
+                    &mut report.faults.sequence.lost
+                }) += 1;
+                return true;
+            }
+            self.next += 1;
+            if !std::mem::replace(&mut self.has_first, true) {
+                report.first.record(now.saturating_sub(self.due_ns));
+            }
+            if mark.sequence >= self.goal {
+                report.caught_up.record(now.saturating_sub(self.due_ns));
+                return true;
+            }
+        }
+        self.partial.drain(..from);
+        false
+    }
+}
+
+/// What the last `id` line says.
+fn last_id(bytes: &[u8]) -> Option<String> {
+    let at = memchr::memmem::rfind(bytes, b"id: ")?;
+    let line = &bytes[at + 4..];
+    let end = memchr::memchr2(b'\r', b'\n', line)?;
+    String::from_utf8(line[..end].to_vec()).ok()
 }
 
 struct Publisher {
@@ -170,6 +317,7 @@ impl Run {
             answered: 0,
             owed: options.readers,
             publisher,
+            returns: Returns::default(),
             events: if options.relayed {
                 u64::MAX
             } else {
@@ -198,6 +346,7 @@ impl Run {
                 deadline_ns = end_ns + grace_ns;
                 self.publisher.start_ns = start_ns;
                 self.measured = begin_ns..end_ns;
+                self.returns.plan(&self.options, begin_ns, end_ns);
             }
             if now >= begin_ns {
                 begin_ns = u64::MAX;
@@ -215,15 +364,18 @@ impl Run {
                 }
             }
             self.publish(now)?;
-            if (self.owed == 0 && self.window.is_over()) || now > deadline_ns {
+            self.bring_back(now)?;
+            if (self.owed == 0 && self.returns.are_over() && self.window.is_over()) || now > deadline_ns {
                 break;
             }
-            let wake = begin_ns.min(end_ns).min(deadline_ns).min(self.due_ns());
+            let wake = begin_ns.min(end_ns).min(deadline_ns).min(self.due_ns()).min(self.returns.wake_ns());
             let timeout = wake.saturating_sub(now).min(SECOND_NS);
             for index in 0..self.poller.wait(Some(timeout))? {
                 let event = self.poller.ready(index);
                 if event.token == PUBLISHER {
                     self.answer(&mut piece)?;
+                } else if event.token >= self.readers.len() as u64 {
+                    self.serve_returned(event.token as usize - self.readers.len(), &mut piece)?;
                 } else {
                     self.serve(event.token as usize, event.hangup, &mut piece);
                 }
@@ -239,6 +391,7 @@ impl Run {
             self.report.faults.unfinished += self.events - published;
         }
         self.report.faults.unfinished += (self.readers.len() - self.answered) as u64;
+        self.report.faults.unfinished += self.returns.unfinished();
         for reader in &mut self.readers {
             let faults = reader.received.sequence.finish(Some(published));
             self.report.complete += u64::from(faults == Default::default());
@@ -265,6 +418,70 @@ impl Run {
                 Err(_) => self.report.faults.connect += 1,
             }
             self.opened += 1;
+        }
+    }
+
+    /// Connects those whose time has come to come back.
+    fn bring_back(&mut self, now: u64) -> io::Result<()> {
+        while let Some(due_ns) = self.returns.next_due_ns().filter(|&due_ns| due_ns <= now) {
+            let ids = &self.readers[0].received.ids;
+            let newest = ids.back().map_or(0, |(sequence, _)| *sequence);
+            let missed = ids.iter().rev().find(|(sequence, _)| sequence + self.options.behind <= newest);
+            let Some((cursor, id)) = missed else {
+                return Err(io::Error::other(
+                    "nobody has had as many events as those who return are to miss",
+                ));
+            };
+            let slot = self.returns.free_slot();
+            let socket = net::connect(self.options.target)?;
+            self.poller.add_connection(&socket, (self.readers.len() + slot) as u64)?;
+            let request = format!(
+                "GET {} HTTP/1.1\r\nHost: {}\r\nAccept: text/event-stream\r\nLast-Event-ID: {id}\r\n\r\n",
+                self.options.read, self.options.target
+            );
+            self.returns.begin(
+                slot,
+                Returned {
+                    socket,
+                    request,
+                    due_ns,
+                    next: cursor + 1,
+                    goal: newest,
+                    has_head: false,
+                    has_first: false,
+                    partial: Vec::new(),
+                },
+            );
+        }
+        Ok(())
+    }
+
+    fn serve_returned(&mut self, slot: usize, piece: &mut [u8]) -> io::Result<()> {
+        let Some(returned) = self.returns.slots.get_mut(slot).and_then(Option::as_mut) else { return Ok(()) };
+        if !returned.request.is_empty() {
+            match (&returned.socket).write(returned.request.as_bytes()) {
+                Ok(_) => returned.request.clear(),
+                Err(error) if error.kind() == io::ErrorKind::NotConnected => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        loop {
+            match (&returned.socket).read(piece) {
+                Ok(0) => {
+                    self.report.faults.truncated += 1;
+                    return self.returns.end(slot);
+                }
+                Ok(count) => {
+                    if returned.take(&piece[..count], &mut self.report) {
+                        return self.returns.end(slot);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(_) => {
+                    self.report.faults.reset += 1;
+                    return self.returns.end(slot);
+                }
+            }
         }
     }
 
@@ -347,6 +564,7 @@ impl Run {
     }
 
     fn serve(&mut self, index: usize, hangup: bool, piece: &mut [u8]) {
+        let returning = self.options.returns > 0.0 || self.options.storm > 0;
         let reader = &mut self.readers[index];
         let Some(mut socket) = reader.socket.as_ref() else { return };
         if !reader.asked {
@@ -367,7 +585,8 @@ impl Run {
                     let received = &mut reader.received;
                     let had_head = received.has_head;
                     let last = received.sequence.last();
-                    received.take(&piece[..count], &mut self.report, &self.measured);
+                    // The first one remembers the ids of events for those who return.
+                    received.take(&piece[..count], &mut self.report, &self.measured, index == 0 && returning);
                     self.answered += usize::from(received.has_head && !had_head);
                     let done = last < self.events && received.sequence.last() >= self.events;
                     self.newest = self.newest.max(received.sequence.last());
@@ -395,14 +614,19 @@ impl Run {
 
 impl Reader {
     fn new() -> Self {
-        let received = Received { has_head: false, sequence: Sequence::new(0), partial: Vec::new() };
+        let received = Received {
+            has_head: false,
+            sequence: Sequence::new(0),
+            partial: Vec::new(),
+            ids: VecDeque::new(),
+        };
         Self { socket: None, asked: false, received }
     }
 }
 
 impl Received {
     /// Takes bytes: a head first, then whatever stands between marks.
-    fn take(&mut self, bytes: &[u8], report: &mut Report, measured: &std::ops::Range<u64>) {
+    fn take(&mut self, bytes: &[u8], report: &mut Report, measured: &std::ops::Range<u64>, remembers: bool) {
         report.bytes += bytes.len() as u64;
         let joined;
         let mut rest = bytes;
@@ -420,6 +644,7 @@ impl Received {
         }
         let now = now_ns();
         while let Some(start) = memchr::memchr(b'~', rest) {
+            let id = remembers.then(|| last_id(&rest[..start])).flatten();
             rest = &rest[start..];
             let Some(length) = memchr::memchr(b'~', &rest[1..]) else {
                 if rest.len() < MARK_BYTES_MAX {
@@ -436,6 +661,12 @@ impl Received {
                 continue;
             };
             report.events += 1;
+            if let Some(id) = id {
+                self.ids.push_back((mark.sequence, id));
+                if self.ids.len() > IDS_MAX {
+                    self.ids.pop_front();
+                }
+            }
             self.sequence.see(mark.stream, mark.sequence);
             if measured.contains(&mark.due_ns) {
                 report.added.record(now.saturating_sub(mark.due_ns));
