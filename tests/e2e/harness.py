@@ -40,7 +40,7 @@ FLAGS = {
 }
 
 # Exit codes as the operator's documentation has them.
-EXIT_OK, EXIT_USAGE, EXIT_CANNOT_BIND, EXIT_CONFIG = 0, 64, 69, 78
+EXIT_OK, EXIT_USAGE, EXIT_CANNOT_BIND, EXIT_INTERNAL, EXIT_CONFIG = 0, 64, 69, 70, 78
 
 
 def find_binary():
@@ -96,7 +96,7 @@ class Process:
 
     started = []
 
-    def __init__(self, name, arguments, log_folder, environment=None):
+    def __init__(self, name, arguments, log_folder, environment=None, confine=None):
         self.name, self.arguments = name, [str(argument) for argument in arguments]
         self.log_path = Path(log_folder) / f"{len(Process.started):03}-{name}.log"
         with open(self.log_path, "wb") as log:
@@ -106,6 +106,7 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
+                preexec_fn=confine,
             )
         Process.started.append(self)
 
@@ -168,7 +169,7 @@ class Process:
 class Tokenring(Process):
     """`tokenring serve` on free ports. Settings are keyword arguments by the names in FLAGS."""
 
-    def __init__(self, log_folder, upstreams=(), query="", environment=None, more=(), **settings):
+    def __init__(self, log_folder, upstreams=(), query="", environment=None, more=(), confine=None, **settings):
         self.port, self.admin_port = free_port(), free_port()
         settings = {
             "listen": f"127.0.0.1:{self.port}",
@@ -183,7 +184,7 @@ class Tokenring(Process):
         for upstream in upstreams:
             arguments += [FLAGS["upstream"], upstream]
         arguments += more
-        super().__init__("tokenring", arguments, log_folder, environment)
+        super().__init__("tokenring", arguments, log_folder, environment, confine)
         self.url, self.admin_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
 
     def ready(self, seconds=10):

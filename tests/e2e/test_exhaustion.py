@@ -10,8 +10,8 @@ import time
 
 import httpx
 import pytest
-from confine import all_of, errno, limit, only_cpu, refuse, unprivileged
-from harness import EXIT_CANNOT_BIND, EXIT_CONFIG, EXIT_OK, EXIT_USAGE, find_binary, wait_until
+from confine import Supervised, all_of, errno, limit, only_cpu, refuse, unprivileged
+from harness import EXIT_CANNOT_BIND, EXIT_CONFIG, EXIT_INTERNAL, EXIT_OK, EXIT_USAGE, find_binary, wait_until
 
 pytestmark = pytest.mark.relay
 
@@ -243,6 +243,63 @@ def test_few_receive_buffers(start_tokenring, uvicorn, logs):
     assert count(admin, "tokenring_buffer_shortages_total") >= 1
     wait_until(lambda: count(admin, "tokenring_connections") == 0, 10, "all to be gone")
     assert count(admin, "tokenring_receive_buffers_free") == 16
+
+
+def streaming(tokenring, tokens):
+    """A client in the middle of an answer of the demo model."""
+    client = socket.create_connection(("127.0.0.1", tokenring.port))
+    client.settimeout(20)
+    client.sendall(
+        b"POST /v1/chat/completions?tokens=%d&first_token_ms=0&tokens_per_s=100 HTTP/1.1\r\nHost: a\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (tokens, len(CHAT), CHAT)
+    )
+    return client, client.recv(65536)
+
+
+def rest_of(client):
+    answer = b""
+    while piece := client.recv(65536):
+        answer += piece
+    return answer
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EBUSY, errno.EINTR], ids=errno.errorcode.get)
+def test_the_ring_takes_nothing_for_a_while(start_tokenring, number):
+    """What the kernel may say when memory or room for completions is short: streams wait, and go on whole."""
+    with Supervised("io_uring_enter") as kernel:
+        tokenring = start_tokenring(shards=1, confine=kernel.confine)
+        client, begin = streaming(tokenring, 200)
+        kernel.refuse(number)
+        time.sleep(0.5)
+        assert kernel.refused > 0 and tokenring.alive()
+        kernel.refuse(0)
+        answer = begin + rest_of(client)
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), answer[-200:]
+        ids = [int(line[4:]) for line in answer.split(b"\n") if line.startswith(b"id: ")]
+        assert ids == list(range(1, len(ids) + 1)) and len(ids) > 200
+        tokenring.drain()
+        assert tokenring.wait(15) == EXIT_OK
+        assert "panicked" not in tokenring.log()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOMEM, errno.EBADF], ids=errno.errorcode.get)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_ring_fails_while_streams_run(start_tokenring, number, shards):
+    """Nothing can be served without it: the process says so and ends, so that whoever watches over it starts another."""
+    with Supervised("io_uring_enter") as kernel:
+        tokenring = start_tokenring(shards=shards, confine=kernel.confine)
+        clients = [streaming(tokenring, 10_000)[0] for _ in range(4)]
+        kernel.refuse(number)
+        assert tokenring.wait(20) == EXIT_INTERNAL
+        said = tokenring.log()
+        assert "panicked" not in said, said
+        assert f"shard 0 failed: the shard's ring failed: {os.strerror(number)}" in said, said
+        for client in clients:
+            # Cut, and not as if it were whole.
+            try:
+                assert not rest_of(client).endswith(b"0\r\n\r\n")
+            except ConnectionResetError:
+                pass
 
 
 @pytest.mark.parametrize("shards", [1, 2])
