@@ -190,6 +190,16 @@ impl Notes {
         self.id.as_deref()
     }
 
+    /// That id, and the response object as the backend first told it.
+    pub fn first(&self) -> Option<(&str, &str)> {
+        Some((self.id.as_deref()?, self.first.as_deref()?))
+    }
+
+    /// Takes note of that, where the event that told it is not kept any more.
+    pub fn begun_as(&mut self, id: Box<str>, first: Box<str>) {
+        (self.id, self.first) = (Some(id), Some(first));
+    }
+
     /// Where in the log the event lies that ended it.
     pub fn last(&self) -> Option<(u64, u64)> {
         self.last.map(|(from, to, _)| (from, to))

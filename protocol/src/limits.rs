@@ -181,6 +181,11 @@ pub const DURABLE_RETRY_MS_MAX: u64 = 4_000;
 pub const DURABLE_REWRITE_BYTES_PER_TURN: u64 = 128 * 1024;
 /// Bytes of records that wait for the disk above which nothing is written anew.
 pub const DURABLE_REWRITE_BACKLOG_BYTES_MAX: u64 = 1024 * 1024;
+/// Milliseconds that events of relayed streams wait for the disk, where nothing is delivered before it is synced; then streams go
+/// on without.
+pub const STORED_WAIT_MS_MAX: u64 = 3_000;
+/// Numbers of relayed streams that are reserved on disk at a time, so that none is given twice whatever happens.
+pub const RELAYED_NUMBERS_RESERVED: u64 = 1 << 24;
 /// Bytes that a reader of a durable stream is given at a time.
 pub const DURABLE_PIECE_BYTES: usize = 16 * 1024;
 

@@ -230,6 +230,26 @@ impl Log {
         Self::default()
     }
 
+    /// A log that is kept, as if all below `at` had been appended and let go, its events up to this id among it. The events
+    /// themselves began at `begin`.
+    pub fn restored(at: u64, begin: u64, last_event_id: u64, window_bytes: u64) -> Self {
+        let mut log = Log::new();
+        (log.end, log.floor, log.kept_start, log.begin) = (at, at, at, begin);
+        (log.last_event_id, log.window_bytes, log.forget_at) = (last_event_id, window_bytes.max(1), u64::MAX);
+        log
+    }
+
+    /// The id of the newest event below the segment that begins at `at`; `None`: none does.
+    pub fn id_before_segment(&self, at: u64) -> Option<u64> {
+        let mut segments = self.older.iter().chain(&self.last);
+        segments.find(|segment| segment.base == at).map(|segment| segment.first_id - 1)
+    }
+
+    /// Where the events' own bytes begin, of a log that is kept.
+    pub fn begin(&self) -> u64 {
+        self.begin
+    }
+
     /// Offset of the next byte to be appended = bytes ever appended.
     pub fn end(&self) -> u64 {
         self.end

@@ -172,6 +172,8 @@ closed_enum! {
         StreamStopped = "stream_stopped",
         /// Its last client had left, and none came back in time.
         Abandoned = "abandoned",
+        /// The server ended before the stream did, and what was stored of it is all there is.
+        Interrupted = "interrupted",
         /// Slots or descriptors ran out.
         Overload = "overload",
         /// The drain deadline passed.
@@ -220,6 +222,9 @@ impl End {
             }
             End::StreamStopped => (410, Client, false, "The stream was stopped."),
             End::Abandoned => (410, Client, false, "The last client left, and none came back in time."),
+            End::Interrupted => {
+                (503, Operator, true, "The server was restarted before the stream was complete.")
+            }
             End::Overload => (503, Gateway, true, "The server is at capacity."),
             End::Drain => (503, Operator, true, "The server is shutting down."),
             End::Stopped => (503, Operator, true, "The server was stopped."),

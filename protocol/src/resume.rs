@@ -20,7 +20,7 @@ pub const TAG_BYTES: usize = 16;
 /// Bytes of an id: node, shard, number, tag.
 const ID_BYTES: usize = 2 + 2 + 6 + TAG_BYTES;
 /// Numbers have 48 bits: at a million streams a second they last for nine years.
-const NUMBER_MAX: u64 = (1 << 48) - 1;
+pub const NUMBER_MAX: u64 = (1 << 48) - 1;
 
 /// Names a stream. The tag authenticates the rest, so that who holds the key knows of any id whether it was ever given.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -202,6 +202,12 @@ pub const BEFORE_WINDOW: Fault = fault(
 );
 /// What the cursor names has not happened.
 pub const AHEAD: Fault = fault(400, "cursor_ahead", "This stream has no event with this id yet.");
+/// What the cursor names was not on the disk when the server ended.
+pub const LOST: Fault = fault(
+    410,
+    "events_lost",
+    "The server was restarted, and this event and those before it were not stored.",
+);
 /// The cursor is none.
 pub const BAD_CURSOR: Fault =
     fault(400, "bad_cursor", "An event id is a number: the last one that was seen.");

@@ -1,18 +1,31 @@
 //! The data directory: one process at a time, and what it holds read at the start (shards write it later, see `shard::disk`).
+//!
+//! ```text
+//!   lock                   held by the process
+//!   ids                    the key of streams' ids, and the first number that the next process may give
+//!   *.segment              the journal of durable streams
+//!   relayed-N/*.segment    the journal of shard N's relayed streams
+//! ```
 
 use crate::exit::{Exit, Fatal};
-use protocol::durable::journal::{Finding, Recovered, Recovery, segment_name, segment_number};
+use protocol::durable::journal::{Finding, Job, Recovered, Recovery, segment_name, segment_number};
+use protocol::durable::relayed::{RelayJournal, Restored};
+use protocol::limits::{DURABLE_SEGMENT_BYTES, RELAYED_NUMBERS_RESERVED};
 use rustix::fs::{Access, FlockOperation, access, flock};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Held by the process that writes the directory; says its id.
 const LOCK: &str = "lock";
+/// The key of ids and the numbers given: who has it can make up ids, and read by them.
+const IDS: &str = "ids";
+const RELAYED: &str = "relayed-";
 /// Only the server's user: what is in there was said by its clients.
 const MODE: u32 = 0o700;
-const LOCK_MODE: u32 = 0o600;
+const FILE_MODE: u32 = 0o600;
 /// Of a directory that is read while a server writes it, segments may go meanwhile; then it is read again.
 const ATTEMPTS: usize = 5;
 /// Findings logged one by one.
@@ -55,7 +68,7 @@ impl DataDir {
             .write(true)
             .create(true)
             .truncate(false)
-            .mode(LOCK_MODE)
+            .mode(FILE_MODE)
             .open(path.join(LOCK))
             .map_err(|error| fatal(path, format_args!("cannot be written: {error}")))?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
@@ -79,29 +92,258 @@ impl DataDir {
         &self.path
     }
 
-    /// What it holds; damage is logged.
+    /// The durable streams that it holds; damage is logged.
     pub(crate) fn recover(&self) -> Result<Recovered, Fatal> {
         let recovered = read(&self.path)?;
-        for finding in recovered.findings.iter().take(FINDINGS_LOGGED) {
-            let text = describe(&self.path, finding);
-            if finding.lost { log::error!("{text}") } else { log::warn!("{text}") }
-        }
-        if recovered.findings.len() > FINDINGS_LOGGED {
-            log::error!(
-                "{} findings more: `tokenring streams verify` shows all",
-                recovered.findings.len() - FINDINGS_LOGGED
-            );
-        }
-        log::info!(
-            "{} durable streams in {} ({} records, {} segments, {} bytes)",
-            recovered.streams().count(),
-            self.path.display(),
-            recovered.records,
-            recovered.segments(),
-            recovered.bytes(),
-        );
+        tell(&self.path, &recovered, "durable", recovered.streams().count());
         Ok(recovered)
     }
+
+    /// What it holds of relayed streams, for each of so many shards, with the directory of that; and the number below which any
+    /// may have been given. Streams of shards that there are no more go to others.
+    pub(crate) fn recover_relayed(&self, shards: usize) -> Result<(Vec<(PathBuf, Recovered)>, u64), Fatal> {
+        let mut found: BTreeMap<usize, Recovered> = BTreeMap::new();
+        for shard in relayed_shards(&self.path)? {
+            let path = relayed_path(&self.path, shard);
+            let recovered = read(&path)?;
+            tell(&path, &recovered, "relayed", recovered.relayed().count());
+            found.insert(shard, recovered);
+        }
+        for shard in 0..shards {
+            self.make(&relayed_path(&self.path, shard))?;
+        }
+        let given = found.values().map(Recovered::numbers_given).max().unwrap_or(0);
+        self.bring_home(&mut found, shards)?;
+        let all = (0..shards)
+            .map(|shard| (relayed_path(&self.path, shard), found.remove(&shard).unwrap_or_default()))
+            .collect();
+        Ok((all, given))
+    }
+
+    fn make(&self, path: &Path) -> Result<(), Fatal> {
+        match DirBuilder::new().mode(MODE).create(path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            made => made
+                .and_then(|()| sync_directory(&self.path))
+                .map_err(|error| fatal(path, format_args!("cannot be made: {error}"))),
+        }
+    }
+
+    /// Streams whose shard is another one now are written there, and then removed where they were.
+    fn bring_home(&self, found: &mut BTreeMap<usize, Recovered>, shards: usize) -> Result<(), Fatal> {
+        let home = |stream: u64| (stream >> 48) as usize % shards;
+        let is_lost = |shard: usize, recovered: &Recovered| {
+            let away = |stream: (u16, u64)| usize::from(stream.0) % shards != shard;
+            shard >= shards || recovered.relayed().any(|stream| away(stream.stream()))
+        };
+        if !found.iter().any(|(shard, recovered)| is_lost(*shard, recovered)) {
+            return Ok(());
+        }
+        let mut journals = BTreeMap::new();
+        let mut logs: HashMap<u64, Restored> = HashMap::new();
+        let mut moves: Vec<(usize, usize, u64)> = Vec::new();
+        for (shard, recovered) in std::mem::take(found) {
+            let (journal, restored) = relay_journal(recovered)?;
+            journals.insert(shard, journal);
+            for restored in restored {
+                if home(restored.stream) != shard || shard >= shards {
+                    moves.push((shard, home(restored.stream), restored.stream));
+                }
+                // Where one is in both, it was brought home before, and not yet removed.
+                logs.entry(restored.stream).or_insert(restored);
+            }
+        }
+        for &(_, to, stream) in &moves {
+            let at_home = match journals.entry(to) {
+                std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),
+                std::collections::btree_map::Entry::Vacant(none) => {
+                    none.insert(relay_journal(Recovered::default())?.0)
+                }
+            };
+            if let Some(restored) = logs.get(&stream).filter(|_| !at_home.holds(stream)) {
+                at_home.adopt(restored);
+            }
+        }
+        for (&shard, journal) in journals.iter_mut().filter(|(shard, _)| **shard < shards) {
+            self.write_out(shard, journal, &logs)?;
+        }
+        for &(from, _, stream) in moves.iter().filter(|(from, ..)| *from < shards) {
+            if let Some(journal) = journals.get_mut(&from) {
+                journal.forget(stream);
+            }
+        }
+        for (&shard, journal) in &mut journals {
+            let path = relayed_path(&self.path, shard);
+            if shard < shards {
+                self.write_out(shard, journal, &logs)?;
+                found.insert(shard, read(&path)?);
+            } else {
+                std::fs::remove_dir_all(&path)
+                    .and_then(|()| sync_directory(&self.path))
+                    .map_err(|error| fatal(&path, format_args!("cannot be removed: {error}")))?;
+            }
+        }
+        log::info!("{} relayed streams of other shards were brought home", moves.len());
+        Ok(())
+    }
+
+    /// Writes what is recorded, to the last byte.
+    fn write_out(
+        &self,
+        shard: usize,
+        journal: &mut RelayJournal,
+        logs: &HashMap<u64, Restored>,
+    ) -> Result<(), Fatal> {
+        let path = relayed_path(&self.path, shard);
+        while let Some(job) = journal.next_job(|stream| logs.get(&stream).map(|restored| &restored.log), 0) {
+            work(&path, &job).map_err(|error| fatal(&path, format_args!("cannot be written: {error}")))?;
+            journal.job_done(Ok(()), 0);
+        }
+        Ok(())
+    }
+
+    /// The key of streams' ids, and the first number that this process may give; `given` may have been given already.
+    pub(crate) fn ids(&self, given: u64) -> Result<Ids, Fatal> {
+        let path = self.path.join(IDS);
+        let refuse = |why: &str| {
+            fatal(&path, format_args!("{why}; without it (remove it) no stream is found by its old id"))
+        };
+        let (key, first) = match std::fs::read_to_string(&path) {
+            Ok(text) => read_ids(&text).ok_or_else(|| refuse("is damaged"))?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let mut key = [0; 32];
+                rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())
+                    .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
+                (key, 1)
+            }
+            Err(error) => return Err(refuse(&format!("cannot be read ({error})"))),
+        };
+        let first = first.max(given);
+        let ids = Ids { key, first, reserved: first + RELAYED_NUMBERS_RESERVED };
+        let part = self.path.join(format!("{IDS}.new"));
+        let written = (|| {
+            let mut options = OpenOptions::new();
+            let mut file = options.write(true).create(true).truncate(true).mode(FILE_MODE).open(&part)?;
+            file.write_all(write_ids(&ids.key, ids.reserved).as_bytes())?;
+            file.sync_all()?;
+            std::fs::rename(&part, &path)?;
+            sync_directory(&self.path)
+        })();
+        written.map_err(|error| fatal(&path, format_args!("cannot be written: {error}")))?;
+        Ok(ids)
+    }
+}
+
+/// What the ids of streams are made from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Ids {
+    pub(crate) key: [u8; 32],
+    /// The first number that this process may give.
+    pub(crate) first: u64,
+    /// The first that it may not.
+    pub(crate) reserved: u64,
+}
+
+fn write_ids(key: &[u8; 32], next: u64) -> String {
+    let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+    let text = format!("tokenring ids 1\nkey {hex}\nnext {next}\n");
+    let sum = crc32fast::hash(text.as_bytes());
+    format!("{text}sum {sum:08x}\n")
+}
+
+fn read_ids(text: &str) -> Option<([u8; 32], u64)> {
+    let mut lines = text.lines();
+    (lines.next()? == "tokenring ids 1").then_some(())?;
+    let hex = lines.next()?.strip_prefix("key ")?;
+    let mut key = [0; 32];
+    for (nth, byte) in key.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(hex.get(2 * nth..2 * nth + 2)?, 16).ok()?;
+    }
+    let next = lines.next()?.strip_prefix("next ")?.parse().ok()?;
+    (write_ids(&key, next) == text).then_some((key, next))
+}
+
+/// The key of the ids of a directory's streams, if it can be read.
+pub(crate) fn key_of_ids(path: &Path) -> Option<[u8; 32]> {
+    read_ids(&std::fs::read_to_string(path.join(IDS)).ok()?).map(|(key, _)| key)
+}
+
+fn relayed_path(path: &Path, shard: usize) -> PathBuf {
+    path.join(format!("{RELAYED}{shard}"))
+}
+
+/// The shards of which there are journals.
+fn relayed_shards(path: &Path) -> Result<Vec<usize>, Fatal> {
+    let refuse = |error: std::io::Error| fatal(path, format_args!("cannot be read: {error}"));
+    let mut shards = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(refuse)? {
+        let name = entry.map_err(refuse)?.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix(RELAYED));
+        shards.extend(number.and_then(|number| number.parse::<usize>().ok()));
+    }
+    shards.sort_unstable();
+    Ok(shards)
+}
+
+/// The relayed streams that a directory holds, whoever writes it, with the directories of their journals.
+pub(crate) fn read_relayed(path: &Path) -> Result<Vec<(PathBuf, Recovered)>, Fatal> {
+    let paths = relayed_shards(path)?.into_iter().map(|shard| relayed_path(path, shard));
+    paths.map(|path| Ok((path.clone(), read(&path)?))).collect()
+}
+
+/// A journal to be written here and now.
+fn relay_journal(recovered: Recovered) -> Result<(RelayJournal, Vec<Restored>), Fatal> {
+    /// Longer than any log, and its end plus this still a number.
+    const ALL_BYTES: u64 = 1 << 60;
+    let salt = crate::serve::random_salt()?;
+    Ok(RelayJournal::new(recovered, DURABLE_SEGMENT_BYTES, 0, salt, 0, |_| ALL_BYTES))
+}
+
+fn sync_directory(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Carries out a job of a journal, as a shard's disk would.
+fn work(directory: &Path, job: &Job) -> std::io::Result<()> {
+    match job {
+        Job::Write { segment, at, bytes, sync } => {
+            let path = directory.join(segment_name(*segment));
+            let anew = *at == 0;
+            let mut options = OpenOptions::new();
+            let file = options.write(true).create(anew).truncate(anew).mode(FILE_MODE).open(path)?;
+            file.write_all_at(bytes, *at)?;
+            if *sync {
+                file.sync_all()?;
+                sync_directory(directory)?;
+            }
+            Ok(())
+        }
+        Job::Remove { segment } => {
+            std::fs::remove_file(directory.join(segment_name(*segment)))?;
+            sync_directory(directory)
+        }
+    }
+}
+
+/// Logs what was found.
+fn tell(path: &Path, recovered: &Recovered, what: &str, streams: usize) {
+    for finding in recovered.findings.iter().take(FINDINGS_LOGGED) {
+        let text = describe(path, finding);
+        if finding.lost { log::error!("{text}") } else { log::warn!("{text}") }
+    }
+    if recovered.findings.len() > FINDINGS_LOGGED {
+        log::error!(
+            "{} findings more: `tokenring streams verify` shows all",
+            recovered.findings.len() - FINDINGS_LOGGED
+        );
+    }
+    log::info!(
+        "{streams} {what} streams in {} ({} records, {} segments, {} bytes)",
+        path.display(),
+        recovered.records,
+        recovered.segments(),
+        recovered.bytes(),
+    );
 }
 
 /// Where something was found, and what.

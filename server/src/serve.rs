@@ -16,7 +16,7 @@ use crate::settings::plan::Plan;
 use crate::settings::table;
 use crate::settings::{Machine, descriptors_elsewhere, descriptors_per_client};
 use crate::tls::Store;
-use shard::host::{self, JournalPlan, ShardPlan, ShardThread};
+use shard::host::{self, JournalPlan, ShardPlan, ShardThread, StreamJournalPlan};
 use shard::mesh;
 use shard::settings::{Settings, UpstreamSet};
 use shard::uring;
@@ -66,7 +66,7 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
     let mut plan = Plan::new(effective, machine, clock::since_1970().as_secs(), u64::from_ne_bytes(seed));
-    // Ids of streams are good for the life of the process, as the streams are.
+    // Without a data directory, ids of streams are good for the life of the process, as the streams are.
     rustix::rand::getrandom(&mut plan.settings.stream_key, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
     let worst = plan.worst_case().total();
@@ -96,6 +96,9 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     let (listening, listeners) = bind(&plan.listen, plan.cpus.len(), &plan.settings)?;
     let admin = admin::bind(&plan.admin)?;
     let mut journal = data_dir.as_ref().map(journal_plan).transpose()?;
+    let stream_journals =
+        data_dir.as_ref().map(|data_dir| stream_journals(data_dir, &mut plan)).transpose()?;
+    let mut stream_journals = stream_journals.into_iter().flatten();
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -140,6 +143,7 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
                 neighbours: neighbours.next().filter(|_| several),
                 // Shard 0 is the home of all durable streams.
                 journal: journal.take(),
+                stream_journal: stream_journals.next(),
             };
             threads.push(host::spawn(plan).map_err(|error| refused(&format!("shard {index}: {error}")))?);
         }
@@ -168,11 +172,27 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
 
 /// What a data directory holds, for the shard that goes on writing it.
 fn journal_plan(data_dir: &DataDir) -> Result<JournalPlan, Fatal> {
+    let recovered = data_dir.recover()?;
+    Ok(JournalPlan { directory: data_dir.path().to_owned(), recovered, salt: random_salt()? })
+}
+
+/// The same of relayed streams, for each shard; their ids go on.
+fn stream_journals(data_dir: &DataDir, plan: &mut Plan) -> Result<Vec<StreamJournalPlan>, Fatal> {
+    let (recovered, given) = data_dir.recover_relayed(plan.cpus.len())?;
+    let ids = data_dir.ids(given)?;
+    (plan.settings.stream_key, plan.settings.stream_number_first) = (ids.key, ids.first);
+    let of_shard = |(directory, recovered)| {
+        let journal = JournalPlan { directory, recovered, salt: random_salt()? };
+        Ok(StreamJournalPlan { journal, reserved: ids.reserved })
+    };
+    recovered.into_iter().map(of_shard).collect()
+}
+
+pub(crate) fn random_salt() -> Result<u32, Fatal> {
     let mut salt = [0; 4];
     rustix::rand::getrandom(&mut salt, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Fatal::internal(format!("getrandom: {error}")))?;
-    let recovered = data_dir.recover()?;
-    Ok(JournalPlan { directory: data_dir.path().to_owned(), recovered, salt: u32::from_ne_bytes(salt) })
+    Ok(u32::from_ne_bytes(salt))
 }
 
 /// Every address once per shard. Without a port of its own, an address takes the one its first listener got.

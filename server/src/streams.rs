@@ -3,6 +3,9 @@
 use crate::data_dir;
 use crate::exit::{Exit, Fatal};
 use protocol::durable::journal::{Recovered, StreamFacts};
+use protocol::durable::relayed::RelayedFacts;
+use protocol::resume::StreamId;
+use shard::core::stream_id;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +30,7 @@ pub(crate) enum What {
 pub(crate) fn answer(question: &Question) -> Result<(Vec<u8>, Exit), Fatal> {
     let directory = &question.directory;
     let recovered = data_dir::read(directory)?;
+    let relayed = Relayed::read(directory)?;
     let found = |path: &str| {
         let stream = recovered.streams().find(|stream| stream.path() == path && !stream.is_deleted());
         stream.ok_or_else(|| {
@@ -43,7 +47,18 @@ pub(crate) fn answer(question: &Question) -> Result<(Vec<u8>, Exit), Fatal> {
     Ok(match &question.what {
         What::List => {
             list(&recovered, &mut text);
+            relayed.list(&mut text);
             (text.into_bytes(), Exit::Success)
+        }
+        What::Show(id) | What::Export(id) if relayed.find(id).is_some() => {
+            let Some(stream) = relayed.find(id) else { return Ok((Vec::new(), Exit::Success)) };
+            match question.what {
+                What::Export(_) => (stream.content(), Exit::Success),
+                _ => {
+                    relayed.show(stream, &mut text);
+                    (text.into_bytes(), Exit::Success)
+                }
+            }
         }
         What::Show(path) => {
             show(found(path)?, &mut text);
@@ -54,8 +69,9 @@ pub(crate) fn answer(question: &Question) -> Result<(Vec<u8>, Exit), Fatal> {
             (recovered.content(path).unwrap_or_default(), Exit::Success)
         }
         What::Verify => {
-            let exit = verify(directory, &recovered, &mut text);
-            (text.into_bytes(), exit)
+            let exits = [verify(directory, &recovered, &mut text), relayed.verify(&mut text)];
+            let damaged = exits.contains(&Exit::Damaged);
+            (text.into_bytes(), if damaged { Exit::Damaged } else { Exit::Success })
         }
     })
 }
@@ -136,4 +152,99 @@ fn verify(directory: &Path, recovered: &Recovered, out: &mut String) -> Exit {
     )
     .ok();
     if lost == 0 { Exit::Success } else { Exit::Damaged }
+}
+
+/// Streams relayed from models: the journals of all shards, and the key of their ids.
+struct Relayed {
+    journals: Vec<(PathBuf, Recovered)>,
+    key: Option<[u8; 32]>,
+}
+
+impl Relayed {
+    fn read(directory: &Path) -> Result<Self, Fatal> {
+        Ok(Relayed { journals: data_dir::read_relayed(directory)?, key: data_dir::key_of_ids(directory) })
+    }
+
+    fn streams(&self) -> impl Iterator<Item = RelayedFacts<'_>> {
+        self.journals.iter().flat_map(|(_, recovered)| recovered.relayed())
+    }
+
+    fn id(&self, stream: RelayedFacts<'_>) -> Option<StreamId> {
+        let (shard, number) = stream.stream();
+        self.key.map(|key| stream_id(&key, shard, number))
+    }
+
+    fn find(&self, id: &str) -> Option<RelayedFacts<'_>> {
+        let id: StreamId = id.parse().ok()?;
+        self.streams().find(|stream| self.id(*stream) == Some(id))
+    }
+
+    fn list(&self, out: &mut String) {
+        if self.streams().next().is_none() {
+            return;
+        }
+        writeln!(out, "\n{:<35}  {:>10}  {:>12}  {:<22}  ROUTE", "ID", "LAST EVENT", "BYTES", "STATE").ok();
+        for stream in self.streams() {
+            let id = self.id(stream).map_or_else(|| format!("{:?}", stream.stream()), |id| id.to_string());
+            let (last, state, route) = (stream.ids().1, relayed_state(stream), &stream.facts().route);
+            writeln!(out, "{id:<35}  {last:>10}  {:>12}  {state:<22}  {route}", stream.bytes()).ok();
+        }
+    }
+
+    fn show(&self, stream: RelayedFacts<'_>, out: &mut String) {
+        let (facts, ids) = (stream.facts(), stream.ids());
+        let mut line = |name: &str, value: &dyn std::fmt::Display| _ = writeln!(out, "{name:<13} {value}");
+        if let Some(id) = self.id(stream) {
+            line("id", &id);
+        }
+        line("shard", &stream.stream().0);
+        line("state", &relayed_state(stream));
+        line("route", &facts.route);
+        line("dialect", &facts.dialect);
+        line("began", &crate::tls::certificate::date(facts.began_unix_ms / 1000));
+        if let Some((_, unix_ms)) = stream.end() {
+            line("ended", &crate::tls::certificate::date(unix_ms / 1000));
+        }
+        if ids.0 <= ids.1 {
+            line("events", &format_args!("{} to {}", ids.0, ids.1));
+        }
+        line("bytes", &stream.bytes());
+        line("segment", &stream.segment());
+    }
+
+    fn verify(&self, out: &mut String) -> Exit {
+        let mut exit = Exit::Success;
+        for (path, recovered) in &self.journals {
+            for finding in &recovered.findings {
+                writeln!(out, "{}", data_dir::describe(path, finding)).ok();
+            }
+            let lost = recovered.findings.iter().filter(|finding| finding.lost).count();
+            if lost > 0 {
+                exit = Exit::Damaged;
+            }
+            let streams = recovered.relayed().count();
+            writeln!(
+                out,
+                "{}: streams {streams}, records {}, segments {}, bytes {}: {}",
+                path.file_name().unwrap_or_default().display(),
+                recovered.records,
+                recovered.segments(),
+                recovered.bytes(),
+                match lost {
+                    0 => "nothing that was promised is lost".to_owned(),
+                    lost => format!("{lost} damages"),
+                }
+            )
+            .ok();
+        }
+        exit
+    }
+}
+
+fn relayed_state(stream: RelayedFacts<'_>) -> &str {
+    match stream.end() {
+        _ if stream.is_damaged() => "damaged",
+        Some((end, _)) => end,
+        None => "under way",
+    }
 }

@@ -15,7 +15,7 @@ use std::task::{Poll, Waker};
 /// Readable by the server's own user only: what clients write is nobody else's business.
 const FILE_MODE: u32 = 0o600;
 
-/// Where a shard keeps its journal, and what it held at the start.
+/// Where a shard keeps a journal, and what it held at the start.
 #[derive(Debug)]
 pub struct JournalPlan {
     /// Of the segment files. Nobody else writes there.
@@ -24,6 +24,15 @@ pub struct JournalPlan {
     pub recovered: Recovered,
     /// Random, and secret.
     pub salt: u32,
+}
+
+/// The same of the journal of its relayed streams.
+#[derive(Debug)]
+pub struct StreamJournalPlan {
+    /// Its files.
+    pub journal: JournalPlan,
+    /// Numbers of streams below this one may be given.
+    pub reserved: u64,
 }
 
 /// The files of a journal.

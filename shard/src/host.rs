@@ -10,9 +10,9 @@
 //! A sleep in the ring is one syscall and does not poll glommio at all; one in glommio is eight or so, and runs whatever
 //! glommio has. So glommio is slept in exactly while a [`Background`] task is outstanding there.
 
-use crate::core::{Shard, Sleepy};
+use crate::core::{JournalOf, Shard, Sleepy};
 use crate::disk::Disk;
-pub use crate::disk::JournalPlan;
+pub use crate::disk::{JournalPlan, StreamJournalPlan};
 use crate::io::{Errno, Io, Wait};
 use crate::mesh::{Command, Neighbours, Report, ShardPort};
 use crate::settings::{Settings, Sleep, TlsSet, UpstreamSet};
@@ -67,6 +67,8 @@ pub struct ShardPlan {
     pub neighbours: Option<Neighbours<Parcel>>,
     /// Where its durable streams are written; `None`: they are held in memory only.
     pub journal: Option<JournalPlan>,
+    /// Where its relayed streams are; `None`: they are held in memory only.
+    pub stream_journal: Option<StreamJournalPlan>,
 }
 
 /// A shard could not be started, or is lost.
@@ -211,12 +213,17 @@ fn host(plan: &mut ShardPlan, beside: impl FnOnce(&Background)) -> Result<(), Ho
         if let Some(neighbours) = plan.neighbours.take() {
             shard.meet(neighbours);
         }
-        let disk = plan.journal.take().map(|journal| {
+        let mut disks = Vec::new();
+        if let Some(journal) = plan.journal.take() {
             shard.open_journal(journal.recovered, journal.salt);
-            Disk::new(journal.directory)
-        });
+            disks.push((JournalOf::Durable, Disk::new(journal.directory)));
+        }
+        if let Some(StreamJournalPlan { journal, reserved }) = plan.stream_journal.take() {
+            shard.open_stream_journal(journal.recovered, journal.salt, reserved);
+            disks.push((JournalOf::Relayed, Disk::new(journal.directory)));
+        }
         beside(&background);
-        serve(shard, &mut plan.port, plan.settings.sleep, &background, disk).await
+        serve(shard, &mut plan.port, plan.settings.sleep, &background, disks).await
     })
 }
 
@@ -225,7 +232,7 @@ async fn serve(
     port: &mut ShardPort,
     sleep: Sleep,
     background: &Background,
-    disk: Option<Disk>,
+    disks: Vec<(JournalOf, Disk)>,
 ) -> Result<(), HostError> {
     let mut reactor: Option<Reactor> = None;
     let mut orphaned = false;
@@ -239,8 +246,10 @@ async fn serve(
         }
         shard.io_mut().sleep_elsewhere(elsewhere);
 
-        if let Some(result) = disk.as_ref().and_then(Disk::take_result) {
-            shard.job_done(result);
+        for (of, disk) in &disks {
+            if let Some(result) = disk.take_result() {
+                shard.job_done(*of, result);
+            }
         }
         shard.turn(Sleepy::Yes).map_err(HostError::Turn)?;
         if shard.take_woken() {
@@ -257,21 +266,21 @@ async fn serve(
         if shard.has_left() {
             break;
         }
-        if let Some(disk) = disk.as_ref().filter(|disk| !disk.is_busy())
-            && let Some(job) = shard.next_job()
-        {
-            disk.start(job, background);
-            // It begins at the next look at glommio, which is to come at once.
-            looked_us = 0;
+        for (of, disk) in disks.iter().filter(|(_, disk)| !disk.is_busy()) {
+            if let Some(job) = shard.next_job(*of) {
+                disk.start(job, background);
+                // It begins at the next look at glommio, which is to come at once.
+                looked_us = 0;
+            }
         }
 
         if let Some(reactor) = reactor.as_mut().filter(|_| elsewhere) {
             let now_us = shard.io_mut().now_us();
-            let journal = disk.as_ref().is_some_and(Disk::is_busy);
+            let journal = disks.iter().any(|(_, disk)| disk.is_busy());
             let look_us = if journal { GLOMMIO_LOOK_JOURNAL_US } else { GLOMMIO_LOOK_US };
             match shard.io_mut().sleep_owed() {
                 Some(wait) => {
-                    reactor.sleep(wait, now_us, disk.as_ref()).await?;
+                    reactor.sleep(wait, now_us, &disks).await?;
                     looked_us = now_us;
                 }
                 None if busy_elsewhere && now_us >= looked_us + look_us => {
@@ -282,8 +291,8 @@ async fn serve(
             }
         }
     }
-    if let Some(disk) = disk {
-        finish_journal(&mut shard, disk, background).await;
+    for (of, disk) in disks {
+        finish_journal(&mut shard, of, disk, background).await;
     }
     // Its sockets are closed and its memory is given back before the tasks beside it are waited for.
     drop(shard);
@@ -300,15 +309,15 @@ async fn serve(
 }
 
 /// Whatever is recorded and not yet on the disk goes there now, unless the disk does not take it.
-async fn finish_journal(shard: &mut Shard<UringIo>, disk: Disk, background: &Background) {
+async fn finish_journal(shard: &mut Shard<UringIo>, of: JournalOf, disk: Disk, background: &Background) {
     for _ in 0..LAST_JOBS_MAX {
         if !disk.is_busy() {
-            let Some(job) = shard.last_job() else { break };
+            let Some(job) = shard.last_job(of) else { break };
             disk.start(job, background);
         }
         disk.done().await;
         if let Some(result) = disk.take_result() {
-            shard.last_job_done(result);
+            shard.last_job_done(of, result);
         }
     }
     disk.close().await;
@@ -355,7 +364,7 @@ impl Reactor {
 
     /// Until the bell, the time, or the end of a job of the disk's, whichever is first. A bell that has rung before ends it at
     /// once.
-    async fn sleep(&mut self, wait: Wait, now_us: u64, disk: Option<&Disk>) -> Result<(), HostError> {
+    async fn sleep(&mut self, wait: Wait, now_us: u64, disks: &[(JournalOf, Disk)]) -> Result<(), HostError> {
         let event = &self.event;
         let read = self.read.get_or_insert_with(|| {
             let event = Rc::clone(event);
@@ -366,9 +375,11 @@ impl Reactor {
         });
         let heard = async { Some(read.await) };
         let done = async {
-            match disk.filter(|disk| disk.is_busy()) {
-                Some(disk) => disk.done().await,
-                None => pending().await,
+            let mut busy = disks.iter().map(|(_, disk)| disk).filter(|disk| disk.is_busy());
+            match (busy.next(), busy.next()) {
+                (Some(one), Some(other)) => or(one.done(), other.done()).await,
+                (Some(one), None) => one.done().await,
+                (None, _) => pending().await,
             }
             None
         };
@@ -440,6 +451,7 @@ mod tests {
                 port,
                 neighbours: Some(neighbours),
                 journal: None,
+                stream_journal: None,
             };
             spawn(plan).unwrap()
         });
@@ -569,6 +581,7 @@ mod tests {
                 port,
                 neighbours: None,
                 journal: None,
+                stream_journal: None,
             };
             let mut hosted = Hosted { thread: spawn_with(plan, beside).unwrap(), control, address };
             assert!(matches!(hosted.report(), Report::Started));
@@ -688,6 +701,7 @@ mod tests {
             port,
             neighbours: None,
             journal: None,
+            stream_journal: None,
         };
         let thread = spawn(plan).unwrap();
         assert!(control.wait(5_000));
@@ -721,6 +735,7 @@ mod tests {
                 port,
                 neighbours: None,
                 journal: None,
+                stream_journal: None,
             };
             let thread = spawn(plan).unwrap();
             assert!(control.wait(5_000));

@@ -140,6 +140,7 @@ mod tests {
             on_leave: crate::settings::OnLeave::Cancel,
             keep_ms: 0,
             slow_reader: crate::settings::SlowReader::Auto,
+            durable: false,
         };
         assert!(
             more(&|settings| settings.routes[0].resume = Some(resume)) >= settings().resume_bytes_max,

@@ -71,6 +71,8 @@ pub struct Settings {
     pub background_window_bytes: u64,
     /// Authenticates the ids of streams; the same in all shards.
     pub stream_key: [u8; 32],
+    /// Number of the first stream that a shard names, > 0: no earlier process with this key has given it, or one beyond.
+    pub stream_number_first: u64,
     /// Durable streams: where they are, and their limits.
     pub durable: durable::Settings,
     /// What the demo model does when a request does not say otherwise.
@@ -149,6 +151,8 @@ pub struct Resume {
     pub keep_ms: u32,
     /// What becomes of a reader that is too slow.
     pub slow_reader: SlowReader,
+    /// Whether they are written to disk, where there is one.
+    pub durable: bool,
 }
 
 /// What becomes of a stream when its last client has left.

@@ -182,6 +182,24 @@ counters! {
     durable_recovered => "tokenring_durable_recovered_total",
     /// Damages of durable streams found on disk at the start; the log says what each costs.
     durable_damages => "tokenring_durable_damages_total",
+    /// Records of relayed streams made for the journals on disk.
+    stored_records => "tokenring_stored_records_total",
+    /// Bytes written to them.
+    stored_bytes => "tokenring_stored_bytes_total",
+    /// Syncs of them; each serves all that waits for one.
+    stored_syncs => "tokenring_stored_syncs_total",
+    /// Writes, syncs and removals of their segments that failed.
+    stored_failures => "tokenring_stored_failures_total",
+    /// Their segment files removed because no stream needed them any more.
+    stored_segments_removed => "tokenring_stored_segments_removed_total",
+    /// Bytes of relayed streams written anew, so that old segments can go or because the disk had not taken them before.
+    stored_rewritten_bytes => "tokenring_stored_rewritten_bytes_total",
+    /// Relayed streams found on disk at the start.
+    stored_recovered => "tokenring_stored_recovered_total",
+    /// Damages of relayed streams found on disk at the start; the log says what each costs.
+    stored_damages => "tokenring_stored_damages_total",
+    /// Times that a relayed stream went on without the disk, which did not take it.
+    stored_left_off => "tokenring_stored_left_off_total",
     /// Records for the control thread dropped because it did not keep up.
     records_dropped => "tokenring_records_dropped_total",
 }
@@ -282,6 +300,8 @@ pub struct Snapshot {
     pub durable: protocol::durable::Totals,
     /// How their journal stands; none without a data directory, and on other shards.
     pub journal: Option<protocol::durable::journal::JournalState>,
+    /// How that of its relayed streams stands; none without a data directory.
+    pub stream_journal: Option<protocol::durable::journal::JournalState>,
     /// Receive buffers free, of [`crate::settings::Settings::buffers`].
     pub buffers_free: usize,
     /// Timers armed.

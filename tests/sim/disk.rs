@@ -4,7 +4,7 @@
 use crate::io::SimIo;
 use crate::rng::Rng;
 use protocol::durable::journal::{Failure, Job, Recovered, Recovery, Stage};
-use shard::core::Shard;
+use shard::core::{JournalOf, Shard};
 use std::collections::BTreeMap;
 
 /// Pieces that a power cut may lose each by itself, bytes.
@@ -49,6 +49,7 @@ fn overlay(content: &mut Vec<u8>, at: usize, bytes: &[u8]) {
 }
 
 pub(crate) struct SimDisk {
+    pub(crate) of: JournalOf,
     files: BTreeMap<u64, File>,
     rng: Rng,
     /// A job takes up to so long, µs.
@@ -60,8 +61,9 @@ pub(crate) struct SimDisk {
 }
 
 impl SimDisk {
-    pub(crate) fn new(seed: u64) -> Self {
+    pub(crate) fn new(of: JournalOf, seed: u64) -> Self {
         SimDisk {
+            of,
             files: BTreeMap::new(),
             rng: Rng::new(seed),
             latency_us: 0,
@@ -81,14 +83,14 @@ impl SimDisk {
         if let Some((job, _)) = self.job.take_if(|(_, due_us)| *due_us <= now_us) {
             let fails = self.rng.chance(self.fails);
             self.failures += u64::from(fails);
-            shard.job_done(self.work(&job, fails));
+            shard.job_done(self.of, self.work(&job, fails));
         }
     }
 
     /// After it.
     pub(crate) fn ask(&mut self, shard: &mut Shard<SimIo>, now_us: u64) {
         if self.job.is_none()
-            && let Some(job) = shard.next_job()
+            && let Some(job) = shard.next_job(self.of)
         {
             self.job = Some((job, now_us + self.rng.skewed(self.latency_us)));
         }

@@ -8,6 +8,7 @@ use crate::reader::Message;
 use crate::rng::Rng;
 use crate::run::{Finished, Sim, settings};
 use protocol::phase::End;
+use shard::core::JournalOf;
 use shard::settings::Settings;
 
 /// Requests as bytes, the last one closing its connection.
@@ -482,7 +483,7 @@ fn crash_run(seed: u64) -> u64 {
     println!("seed {seed}");
     let mut rng = Rng::new(seed);
     let interval_ms = rng.pick(&[0, 0, 40]);
-    let mut disk = SimDisk::new(seed);
+    let mut disk = SimDisk::new(JournalOf::Durable, seed);
     let mut streams = vec![Published::default(); rng.range(1, 4) as usize];
     for round in 0..5 {
         let last = round == 4;
@@ -572,7 +573,7 @@ fn a_crash_takes_nothing_back_that_a_publisher_or_a_reader_was_told() {
 
 #[test]
 fn an_answer_waits_for_the_disk_and_a_reader_with_it() {
-    let mut disk = SimDisk::new(1);
+    let mut disk = SimDisk::new(JournalOf::Durable, 1);
     disk.latency_us = 4_000_000;
     let mut sim = sim_with(21, |_| {}).with_disk(disk);
     let publisher = sim.client(publish("/v1/durable/a", 3, 10).plan(0));
@@ -586,7 +587,7 @@ fn an_answer_waits_for_the_disk_and_a_reader_with_it() {
 
 #[test]
 fn while_a_disk_fails_publishers_are_told_and_it_goes_on_by_itself() {
-    let mut disk = SimDisk::new(2);
+    let mut disk = SimDisk::new(JournalOf::Durable, 2);
     disk.fails = 1000;
     let mut sim = sim_with(22, |_| {}).with_disk(disk);
     let early = sim.client(publish("/v1/durable/a", 2, 10).plan(0));

@@ -21,6 +21,7 @@ pub(crate) const RESUME: Resume = Resume {
     on_leave: OnLeave::Detach(30_000),
     keep_ms: 60_000,
     slow_reader: SlowReader::Auto,
+    durable: false,
 };
 
 pub(crate) fn sim_with(seed: u64, change: impl FnOnce(&mut Settings)) -> Sim {
@@ -554,6 +555,7 @@ fn random_run(seed: u64) -> Tally {
             SlowReader::Drop,
             SlowReader::Skip,
         ]),
+        durable: false,
     };
     let change = |settings: &mut Settings, rng: &mut Rng| {
         settings.routes.iter_mut().for_each(|route| route.resume = Some(resume_settings));

@@ -13,7 +13,7 @@ use protocol::dialect::Dialect;
 use protocol::http::HeadLimits;
 use protocol::limits::INTERIM_RESPONSES_MAX;
 use protocol::phase::{Deadlines, End};
-use shard::core::{Shard, Sleepy};
+use shard::core::{JournalOf, Shard, Sleepy};
 use shard::mesh::{Command, Neighbours, Report, ShardPort, mailbox, neighbours};
 use shard::settings::{HalfClose, OnLeave, Resume, Route, Settings, Sleep, SlowReader, TlsSet};
 use shard::stats::StreamRecord;
@@ -45,6 +45,7 @@ pub(crate) fn settings() -> Settings {
             on_leave: OnLeave::Cancel,
             keep_ms: 1_000,
             slow_reader: SlowReader::Auto,
+            durable: false,
         }),
     };
     let backends =
@@ -73,6 +74,7 @@ pub(crate) fn settings() -> Settings {
         background_keep_ms: 600_000,
         background_window_bytes: 1 << 20,
         stream_key: [7; 32],
+        stream_number_first: 1,
         retry_bytes_max: 64 << 10,
         overdraft_bytes_max: 64 << 20,
         pool_idle_max: 8,
@@ -239,7 +241,10 @@ impl Sim {
 
     /// With durable streams on a disk, and what it holds.
     pub(crate) fn with_disk(mut self, disk: SimDisk) -> Self {
-        self.shard.open_journal(disk.recover(), 7);
+        match disk.of {
+            JournalOf::Durable => self.shard.open_journal(disk.recover(), 7),
+            JournalOf::Relayed => self.shard.open_stream_journal(disk.recover(), 7, 1 << 40),
+        }
         self.disk = Some(disk);
         self
     }

@@ -18,6 +18,7 @@ mod offset;
 mod persist;
 mod reading;
 mod reads;
+pub mod relayed;
 mod request;
 mod room;
 mod store;

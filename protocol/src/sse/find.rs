@@ -21,6 +21,23 @@ pub(crate) fn end_of_event(bytes: &[u8], chunked: bool, first_id: u64, id: u64) 
     None
 }
 
+/// Every block of `bytes`, which are whole blocks of ours: where it lies, with its chunk's framing, what it says, and its id if it
+/// is an event; that of the first one is `first_id`.
+pub(crate) fn each_block(
+    bytes: &[u8],
+    chunked: bool,
+    first_id: u64,
+    mut on: impl FnMut((usize, usize), &[u8], Option<u64>),
+) {
+    let (mut at, mut next) = (0, first_id);
+    while let Some((block, whole_bytes)) = if chunked { chunk(&bytes[at..]) } else { block(&bytes[at..]) } {
+        let is_event = has_id(block, next);
+        on((at, at + whole_bytes), block, is_event.then_some(next));
+        next += u64::from(is_event);
+        at += whole_bytes;
+    }
+}
+
 /// Whether the block has this line; another's id may stand in it as well.
 fn has_id(block: &[u8], id: u64) -> bool {
     let line = format!("id: {id}");

@@ -3,7 +3,7 @@
 
 mod find;
 
-pub(crate) use find::end_of_event;
+pub(crate) use find::{each_block, end_of_event};
 use memchr::{memchr, memchr2};
 
 /// Largest buffer that is kept for the next straddling block while one receive is being taken apart.

@@ -89,6 +89,12 @@ families! {
     DETACHED = "tokenring_detached_streams", Kind::Gauge, ["shard"], "Streams that go on without a client.";
     STREAM_READERS = "tokenring_stream_readers", Kind::Gauge, ["shard"], "Readers of streams by their ids.";
     STREAM_READERS_WAITING = "tokenring_stream_readers_waiting", Kind::Gauge, ["shard"], "Those of them that wait for their turn to begin.";
+    STORED = "tokenring_stored_streams", Kind::Gauge, ["shard"], "Relayed streams that are on disk.";
+    UNSTORED = "tokenring_unstored_streams", Kind::Gauge, ["shard"], "Relayed streams that should be on disk and are not, because it did not take them.";
+    STORED_SEGMENTS = "tokenring_stored_segments", Kind::Gauge, ["shard"], "Segment files of the journal of relayed streams.";
+    STORED_DISK_BYTES = "tokenring_stored_disk_bytes", Kind::Gauge, ["shard"], "Their bytes.";
+    STORED_BACKLOG = "tokenring_stored_backlog_bytes", Kind::Gauge, ["shard"], "Bytes of its records that are not synced.";
+    STORED_FAILING = "tokenring_stored_disk_failing", Kind::Gauge, ["shard"], "1 while the disk does not take what is written of relayed streams, which go on without.";
     DURABLE_STREAMS = "tokenring_durable_streams", Kind::Gauge, ["shard"], "Durable streams held.";
     DURABLE_BYTES = "tokenring_durable_bytes", Kind::Gauge, ["shard"], "Memory that durable streams take.";
     DURABLE_BYTES_MAX = "tokenring_durable_bytes_max", Kind::Gauge, ["shard"], "The most they may (durable_store_bytes_max).";

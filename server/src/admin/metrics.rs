@@ -60,6 +60,13 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     page.per_shard(&families::DETACHED, view, |snapshot| snapshot.kept.detached as u64);
     page.per_shard(&families::STREAM_READERS, view, |snapshot| snapshot.kept.readers as u64);
     page.per_shard(&families::STREAM_READERS_WAITING, view, |snapshot| snapshot.kept.waiting as u64);
+    page.per_shard(&families::STORED, view, |snapshot| snapshot.kept.stored as u64);
+    page.per_shard(&families::UNSTORED, view, |snapshot| snapshot.kept.unstored as u64);
+    let journal = |snapshot: &Snapshot| snapshot.stream_journal.clone().unwrap_or_default();
+    page.per_shard(&families::STORED_SEGMENTS, view, |snapshot| journal(snapshot).segments as u64);
+    page.per_shard(&families::STORED_DISK_BYTES, view, |snapshot| journal(snapshot).bytes);
+    page.per_shard(&families::STORED_BACKLOG, view, |snapshot| journal(snapshot).backlog_bytes);
+    page.per_shard(&families::STORED_FAILING, view, |snapshot| journal(snapshot).failing.is_some().into());
     page.per_shard(&families::DURABLE_STREAMS, view, |snapshot| snapshot.durable.streams as u64);
     page.per_shard(&families::DURABLE_BYTES, view, |snapshot| snapshot.durable.bytes);
     let durable_max = view.fixed.plan.settings.durable.store_bytes_max;

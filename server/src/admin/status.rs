@@ -3,6 +3,7 @@
 use super::view::{ShardState, TlsView, View};
 use crate::tls::certificate::date;
 use crate::tls::status::{Authorities, CertificateStatus};
+use protocol::durable::journal::JournalState;
 use protocol::phase::{End, Phase};
 use serde_json::{Map, Value, json};
 use shard::stats::{SlowConnection, Snapshot};
@@ -41,6 +42,15 @@ pub(crate) fn page(view: &View, unix_time_s: u64) -> Value {
         "shards": shards,
         "memory_worst_case_bytes": plan.worst_case().total(),
         "log_lines_dropped": view.log_lines_dropped,
+    })
+}
+
+fn journal(journal: &JournalState) -> Value {
+    json!({
+        "segments": journal.segments,
+        "bytes": journal.bytes,
+        "backlog_bytes": journal.backlog_bytes,
+        "failing": journal.failing,
     })
 }
 
@@ -85,6 +95,8 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
             "readers_waiting": snapshot.kept.waiting,
             "bytes": snapshot.kept.bytes,
             "bytes_max": plan.settings.resume_bytes_max,
+            "stored": snapshot.kept.stored,
+            "unstored": snapshot.kept.unstored,
         },
         "durable": {
             "streams": snapshot.durable.streams,
@@ -92,12 +104,8 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
             "bytes_max": plan.settings.durable.store_bytes_max,
             "readers": snapshot.durable.readers,
         },
-        "journal": snapshot.journal.as_ref().map(|journal| json!({
-            "segments": journal.segments,
-            "bytes": journal.bytes,
-            "backlog_bytes": journal.backlog_bytes,
-            "failing": journal.failing,
-        })),
+        "journal": snapshot.journal.as_ref().map(journal),
+        "stream_journal": snapshot.stream_journal.as_ref().map(journal),
         "buffers_free": snapshot.buffers_free,
         "buffers": plan.settings.buffers,
         "timers": snapshot.timers,

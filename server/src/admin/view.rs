@@ -106,6 +106,12 @@ impl View {
         if let Some(reason) = failing {
             return Some(("disk_failed", format!("Durable streams cannot be written: {reason}.")));
         }
+        let failing =
+            self.snapshots().find_map(|snapshot| snapshot.stream_journal.as_ref()?.failing.as_ref());
+        if let Some(reason) = failing {
+            let text = format!("Relayed streams cannot be written, and go on without: {reason}.");
+            return Some(("disk_failed", text));
+        }
         None
     }
 }
@@ -204,7 +210,16 @@ pub(crate) mod tests {
             log_bytes: 30,
             tls_bytes: 0,
             overdraft_bytes: 35,
-            kept: shard::KeptTotals { live: 31, over: 32, detached: 33, readers: 34, waiting: 3, bytes: 35 },
+            kept: shard::KeptTotals {
+                live: 31,
+                over: 32,
+                detached: 33,
+                readers: 34,
+                waiting: 3,
+                bytes: 35,
+                stored: 39,
+                unstored: 4,
+            },
             durable: protocol::durable::Totals { streams: 36, bytes: 37, readers: 38 },
             journal: (shard == 0).then_some(JournalState {
                 segments: 2,
@@ -212,6 +227,7 @@ pub(crate) mod tests {
                 backlog_bytes: 62,
                 failing: None,
             }),
+            stream_journal: Some(JournalState { segments: 1, bytes: 63, backlog_bytes: 64, failing: None }),
             buffers_free: 40,
             timers: 50,
             draining: false,
@@ -245,6 +261,11 @@ pub(crate) mod tests {
             let ShardState::Answered(snapshot) = &mut view.shards[0] else { return };
             snapshot.journal.as_mut().unwrap().failing =
                 Some("1.segment: No space left on device".to_owned());
+        };
+        assert_eq!(reason(&fail), Some("disk_failed"));
+        let fail = |view: &mut View| {
+            let ShardState::Answered(snapshot) = &mut view.shards[1] else { return };
+            snapshot.stream_journal.as_mut().unwrap().failing = Some("1.segment: EIO".to_owned());
         };
         assert_eq!(reason(&fail), Some("disk_failed"));
         // The demo model needs no upstream.

@@ -133,7 +133,7 @@ pub(crate) fn load(layers: Layers<'_>) -> Result<Effective, Vec<Problem>> {
     let listeners = tls::listeners(&layers.file.listeners, &values, layers.machine, &mut problems);
     let upstream_tls = tls::upstreams(&layers.file.upstreams, &upstreams, &values, &mut problems);
     relations(&values, layers.machine, !upstreams.is_empty(), &mut problems);
-    durable_relations(&values, &mut problems);
+    durable_relations(&values, &routes, &mut problems);
     misspelt(&layers.variables, &mut problems);
     if problems.is_empty() {
         Ok(Effective { values, upstreams, upstream_tls, listeners, routes })
@@ -276,10 +276,26 @@ fn misspelt(variables: &[String], problems: &mut Vec<Problem>) {
 }
 
 /// What must hold between the settings of durable streams.
-fn durable_relations(values: &Values, problems: &mut Vec<Problem>) {
-    if values.file(&table::DATA_DIR).is_some() && values.prefix(&table::DURABLE_PREFIX).is_none() {
+fn durable_relations(values: &Values, routes: &[RouteValues], problems: &mut Vec<Problem>) {
+    let durable: Vec<_> = routes.iter().filter(|route| route.values.switch(&table::DURABLE)).collect();
+    for route in &durable {
+        let problem = |what: &str| {
+            let source = route.values.source(&table::DURABLE);
+            Problem::new(format!("route {} is durable ({source}): {what}", route.name))
+        };
+        if values.file(&table::DATA_DIR).is_none() {
+            problems.push(problem("give a data_dir, where its streams are written"));
+        }
+        let (window, ids) =
+            (route.values.integer(&table::RESUME_WINDOW), route.values.switch(&table::EVENT_IDS));
+        if window == 0 || !ids {
+            problems.push(problem("without resume_window or event_ids its streams cannot be read again"));
+        }
+    }
+    let nothing = durable.is_empty() && values.prefix(&table::DURABLE_PREFIX).is_none();
+    if values.file(&table::DATA_DIR).is_some() && nothing {
         problems.push(Problem::new(format!(
-            "data_dir ({}) is of no use while durable_prefix ({}) is off: only durable streams are written there",
+            "data_dir ({}) is of no use while durable_prefix ({}) is off and no route is durable: nothing else is written there",
             values.source(&table::DATA_DIR),
             values.source(&table::DURABLE_PREFIX),
         )));

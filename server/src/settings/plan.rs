@@ -98,6 +98,7 @@ impl Plan {
             background_keep_ms: narrow(values.integer(&table::BACKGROUND_KEEP_MS)),
             background_window_bytes: values.integer(&table::BACKGROUND_WINDOW),
             stream_key: [0; 32],
+            stream_number_first: 1,
             durable: durable::Settings {
                 prefix: values.prefix(&table::DURABLE_PREFIX).map(str::to_owned),
                 body_bytes_max: values.integer(&table::DURABLE_BODY_BYTES_MAX),
@@ -213,7 +214,8 @@ fn resume(values: &Values) -> Option<Resume> {
     };
     let keep_ms = narrow(values.integer(&table::KEEP_MS));
     let on = window_bytes > 0 && values.switch(&table::EVENT_IDS);
-    on.then_some(Resume { window_bytes, on_leave, keep_ms, slow_reader })
+    let durable = values.switch(&table::DURABLE);
+    on.then_some(Resume { window_bytes, on_leave, keep_ms, slow_reader, durable })
 }
 
 /// The table's ranges fit the types they go to; a mistake there is ours.

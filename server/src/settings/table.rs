@@ -395,6 +395,9 @@ settings! {
     SLOW_READER = Setting::new("slow-reader", Group::Streams, Kind::Choice(&["auto", "block", "drop", "skip"]), || Value::Choice("auto"),
         "What becomes of a reader that is slower than its stream. The backend is paused for it (block); or, when the window has left it behind, it is told so and closed (drop), or told which events it misses and given the newest (skip). auto blocks for a single reader and drops one of several.")
         .per_route();
+    DURABLE = Setting::new("durable", Group::Streams, Kind::Switch, || Value::Switch(false),
+        "Writes the streamed answers of a route that can be resumed to --data-dir, so that they can be resumed when the server was restarted, too (docs/resume.md).")
+        .per_route();
     BACKGROUND_KEEP_MS = Setting::new("background-keep-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(limits::BACKGROUND_KEEP_MS.into()),
         "How long a response in background can still be read when it is over, at least; keep-ms of its route may say more.");
     BACKGROUND_WINDOW = Setting::new("background-window", Group::Streams, bytes(1, GIB), || Value::Integer(limits::BACKGROUND_WINDOW_BYTES),
@@ -437,9 +440,9 @@ settings! {
         "Lets pages of any origin use durable streams (CORS).");
 
     DATA_DIR = Setting::new("data-dir", Group::Durable, Kind::Folder, || Value::File(None),
-        "Where durable streams are written, so that they outlive the process (docs/durable.md). All of them; without it they are held in memory only. The directory is made if it is not there; one process has it at a time.");
+        "Where streams are written, so that they outlive the process (docs/durable.md). Durable streams all, relayed ones of routes that say durable; without it they are held in memory only. The directory is made if it is not there; one process has it at a time.");
     FSYNC_INTERVAL = Setting::new("fsync-interval", Group::Durable, milliseconds(0, 60_000), || Value::Integer(0),
-        "The longest time between a write to --data-dir and its sync. With 0 an append is answered only when it is synced, and survives the loss of power; otherwise when it is written, which survives a crash of the process.");
+        "The longest time between a write to --data-dir and its sync. With 0 an append is answered, and an event of a durable route delivered, only when it is synced, and survives the loss of power; otherwise an append is answered when it is written, which survives a crash of the process, and events are delivered at once.");
 
     DEMO_TOKENS_PER_S = Setting::new("demo-tokens-per-s", Group::Demo, count("RATE", 1, 100_000), || Value::Integer(DemoSettings::default().tokens_per_s.into()),
         "Tokens per second of the demo model, when a request does not say otherwise.");

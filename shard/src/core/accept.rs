@@ -373,6 +373,7 @@ impl<I: Io> Shard<I> {
         self.ring_neighbours();
         self.arm_leaving(deadline_ms);
         self.durable_drain();
+        self.drain_stored();
         self.drain_kept();
         for acceptor in &mut self.acceptors {
             acceptor.accepted_in_turn = true;
@@ -411,6 +412,7 @@ impl<I: Io> Shard<I> {
             }
             self.reset_waiting();
             self.durable_drain();
+            self.drain_stored();
             self.drain_kept();
             self.force_streams(End::Stopped);
             self.close_pool();

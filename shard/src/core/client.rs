@@ -463,6 +463,8 @@ impl<I: Io> Shard<I> {
         if self.streams.get(key).is_some_and(|stream| stream.demo.is_some()) {
             self.start_demo(key);
         }
+        // An answer may have begun before.
+        self.begin_storing(key);
         if self.streams.get(key).is_some_and(|stream| stream.durable.is_some()) {
             self.durable_complete(key);
         }

@@ -42,6 +42,7 @@ impl<I: Io> Shard<I> {
                 TimerOf::Drain => self.leaving_timer = None,
                 TimerOf::Handshakes => self.handshake_timer_gone(),
                 TimerOf::Durable => self.durable.timer = None,
+                TimerOf::Stored => self.forget_stored_timer(),
                 TimerOf::Source(key) => {
                     if let Some(source) = self.kept.sources.get_mut(key) {
                         source.timer = None;
@@ -62,6 +63,7 @@ impl<I: Io> Shard<I> {
                 TimerOf::Moves => {}
                 TimerOf::Drain => self.leaving_due(),
                 TimerOf::Durable => self.durable_expire(),
+                TimerOf::Stored => self.stored_due(),
                 TimerOf::Source(source) => self.source_due(source),
                 TimerOf::Resumes => self.begin_waiting(),
             }

@@ -1,4 +1,4 @@
-//! Durable streams on disk: jobs of the journal handed to whoever runs the shard, and the answers that wait for them.
+//! Jobs of the journals handed to whoever runs the shard; of that of durable streams, the answers that wait for them.
 //!
 //! ```text
 //!   Collecting ──(changed, and recorded)──► Held ──(acknowledged)──► Answered
@@ -12,6 +12,20 @@ use protocol::durable::journal::{Failure, Job, Recovered};
 use protocol::durable::{Answer, Reply, Store, UNCERTAIN};
 use protocol::slots::Key;
 
+/// Which of a shard's journals.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum JournalOf {
+    /// That of durable streams.
+    Durable,
+    /// That of streams relayed from models.
+    Relayed,
+}
+
+impl JournalOf {
+    /// Both.
+    pub const ALL: [JournalOf; 2] = [JournalOf::Durable, JournalOf::Relayed];
+}
+
 impl<I: Io> Shard<I> {
     /// From now on durable streams are those that a journal held, and every change of them is recorded. Before the first turn.
     pub fn open_journal(&mut self, recovered: Recovered, salt: u32) {
@@ -24,8 +38,11 @@ impl<I: Io> Shard<I> {
         self.follow_durable_timer();
     }
 
-    /// What is to be done with the journal's files next, one at a time; asked after every turn while none is under way.
-    pub fn next_job(&mut self) -> Option<Job> {
+    /// What is to be done with a journal's files next, one at a time; asked after every turn while none is under way.
+    pub fn next_job(&mut self, of: JournalOf) -> Option<Job> {
+        if of == JournalOf::Relayed {
+            return self.next_stored_job();
+        }
         let now_ms = self.now_ms();
         let job = self.durable.store.next_job(now_ms);
         if job.is_none() {
@@ -35,20 +52,31 @@ impl<I: Io> Shard<I> {
     }
 
     /// What became of the job. It is taken in with the next turn, which does not sleep.
-    pub fn job_done(&mut self, result: Result<(), Failure>) {
-        self.durable.done = Some(result);
+    pub fn job_done(&mut self, of: JournalOf, result: Result<(), Failure>) {
+        match (of, &mut self.kept.stored) {
+            (JournalOf::Durable, _) => self.durable.done = Some(result),
+            (JournalOf::Relayed, Some(stored)) => stored.done = Some(result),
+            (JournalOf::Relayed, None) => {}
+        }
     }
 
     /// Everything recorded is to be synced now, whatever the interval: the process ends.
-    pub fn last_job(&mut self) -> Option<Job> {
+    pub fn last_job(&mut self, of: JournalOf) -> Option<Job> {
         let now_ms = self.now_ms();
-        self.durable.store.last_job(now_ms)
+        match of {
+            JournalOf::Durable => self.durable.store.last_job(now_ms),
+            JournalOf::Relayed => self.kept.stored.as_mut()?.journal.last_job(now_ms),
+        }
     }
 
     /// What became of it.
-    pub fn last_job_done(&mut self, result: Result<(), Failure>) {
+    pub fn last_job_done(&mut self, of: JournalOf, result: Result<(), Failure>) {
         let now_ms = self.now_ms();
-        self.durable.store.job_done(result, now_ms);
+        match (of, &mut self.kept.stored) {
+            (JournalOf::Durable, _) => self.durable.store.job_done(result, now_ms),
+            (JournalOf::Relayed, Some(stored)) => stored.journal.job_done(result, now_ms),
+            (JournalOf::Relayed, None) => {}
+        }
     }
 
     /// An answer that tells of a change waits until that is acknowledged.

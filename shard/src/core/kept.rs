@@ -12,6 +12,7 @@
 
 use super::background::notes_bytes;
 use super::relay::ExtraLines;
+use super::stored::Stored;
 use super::tail::Tail;
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
@@ -22,7 +23,7 @@ use protocol::facts::Background;
 use protocol::limits::RESUME_STREAM_COST_BYTES;
 use protocol::log::Log;
 use protocol::phase::End;
-use protocol::resume::{StreamId, TAG_BYTES};
+use protocol::resume::{NUMBER_MAX, StreamId, TAG_BYTES};
 use protocol::slots::{Key, Slots};
 use protocol::wheel::TimerId;
 use ring::hmac;
@@ -33,14 +34,16 @@ pub(super) struct Kept {
     /// Authenticates their ids.
     key: hmac::Key,
     pub(super) shard: u16,
-    /// Of the next stream.
+    /// Of the next stream, as [`Source::number`].
     next_number: u64,
+    /// Their journal, where there is one.
+    pub(super) stored: Option<Box<Stored>>,
     pub(super) sources: Slots<Source>,
     pub(super) by_number: HashMap<u64, Key>,
     /// Responses in background, by the ids that their backends gave them.
     pub(super) by_response: HashMap<Box<str>, Key>,
     /// Those that are over, in the order in which they ended; some are gone by now.
-    over: VecDeque<Key>,
+    pub(super) over: VecDeque<Key>,
     /// Those that are not, in the order in which they are made to forget; some are over by now.
     live: VecDeque<Key>,
     /// Those whose readers have something to do in this turn.
@@ -59,6 +62,7 @@ pub(super) struct Kept {
 
 /// A stream as those know it who come by its id.
 pub(super) struct Source {
+    /// The shard that named it (bits 48 and up), and its number there.
     pub(super) number: u64,
     pub(super) route: usize,
     pub(super) dialect: Dialect,
@@ -69,6 +73,10 @@ pub(super) struct Source {
     /// When it is over: the log.
     pub(super) log: Log,
     pub(super) end: Option<End>,
+    /// It is in the journal.
+    pub(super) stored: bool,
+    /// Up to where its log may be delivered: what is not safe on the disk yet may not be, where that is promised.
+    pub(super) shown: u64,
     /// Streams that read it, each of which knows its place here.
     pub(super) readers: Vec<Key>,
     /// How many of them this round has served.
@@ -101,7 +109,7 @@ pub(super) struct Source {
 impl Source {
     pub(super) fn new(
         number: u64,
-        producer: Key,
+        producer: impl Into<Option<Key>>,
         route: usize,
         dialect: Dialect,
         chunked: bool,
@@ -112,9 +120,11 @@ impl Source {
             route,
             dialect,
             chunked,
-            producer: Some(producer),
+            producer: producer.into(),
             log: Log::new(),
             end: None,
+            stored: false,
+            shown: u64::MAX,
             readers: Vec::new(),
             served: 0,
             stirred: false,
@@ -149,6 +159,10 @@ pub struct KeptTotals {
     pub waiting: usize,
     /// Memory, bytes.
     pub bytes: u64,
+    /// Streams that are on the disk.
+    pub stored: usize,
+    /// Streams that should be, and are not for its sake.
+    pub unstored: usize,
 }
 
 impl Kept {
@@ -156,10 +170,12 @@ impl Kept {
         // What each costs at least bounds how many there can be.
         let most = settings.resume_bytes_max / RESUME_STREAM_COST_BYTES;
         let most = usize::try_from(most).unwrap_or(usize::MAX).max(settings.connections_max);
+        let shard = u16::try_from(shard).unwrap_or(u16::MAX);
         Kept {
             key: hmac::Key::new(hmac::HMAC_SHA256, &settings.stream_key),
-            shard: u16::try_from(shard).unwrap_or(u16::MAX),
-            next_number: 1,
+            shard,
+            next_number: numbered(shard, settings.stream_number_first),
+            stored: None,
             sources: Slots::new(most.min(u32::MAX as usize)),
             by_number: HashMap::new(),
             by_response: HashMap::new(),
@@ -176,14 +192,13 @@ impl Kept {
     }
 
     fn tag(&self, shard: u16, number: u64) -> [u8; TAG_BYTES] {
-        let tag = hmac::sign(&self.key, &StreamId::authenticated(0, shard, number));
-        let mut short = [0; TAG_BYTES];
-        short.copy_from_slice(&tag.as_ref()[..TAG_BYTES]);
-        short
+        tag(&self.key, shard, number)
     }
 
+    /// The id of a [`Source::number`].
     pub(super) fn id(&self, number: u64) -> StreamId {
-        StreamId { node: 0, shard: self.shard, number, tag: self.tag(self.shard, number) }
+        let (shard, number) = ((number >> 48) as u16, number & NUMBER_MAX);
+        StreamId { node: 0, shard, number, tag: self.tag(shard, number) }
     }
 
     /// Whether it is the id of a stream that there was.
@@ -196,7 +211,7 @@ impl Kept {
 
     /// Whether readers wait for the next turn.
     pub(super) fn is_busy(&self) -> bool {
-        !self.stirred.is_empty()
+        !self.stirred.is_empty() || self.stored.as_ref().is_some_and(|stored| stored.done.is_some())
     }
 
     pub(super) fn stir(&mut self, key: Key) {
@@ -211,6 +226,7 @@ impl Kept {
 
     pub(super) fn totals(&self) -> KeptTotals {
         let named = || self.sources.iter().map(|(_, source)| source).filter(|source| source.tail.is_none());
+        let (stored, unstored) = self.stored.as_ref().map_or((0, 0), |stored| stored.journal.totals());
         let live = named().filter(|source| source.producer.is_some()).count();
         KeptTotals {
             live,
@@ -219,6 +235,8 @@ impl Kept {
             readers: named().map(|source| source.readers.len()).sum(),
             waiting: self.waiting.len(),
             bytes: self.bytes,
+            stored,
+            unstored,
         }
     }
 }
@@ -240,6 +258,11 @@ impl<I: Io> Shard<I> {
             return;
         }
         let number = self.kept.next_number;
+        // A number that an earlier process may have given, or a later one will, is no name.
+        let may_give = |stored: &mut Box<Stored>| stored.journal.may_give(number & NUMBER_MAX);
+        if number & NUMBER_MAX == NUMBER_MAX || !self.kept.stored.as_mut().is_none_or(may_give) {
+            return;
+        }
         let chunked = stream.events_chunked();
         let background = stream.background != Background::No;
         let source = Source::new(number, key, stream.route, stream.dialect, chunked, now_ms);
@@ -263,6 +286,7 @@ impl<I: Io> Shard<I> {
         let resume = source.and_then(|source| self.resume_of_source(source));
         if let (Some(resume), Some(stream)) = (resume, self.streams.get_mut(key)) {
             stream.response.keep(resume.window_bytes);
+            self.begin_storing(key);
         }
     }
 
@@ -369,6 +393,9 @@ impl<I: Io> Shard<I> {
     /// A stream is over: who comes by its id finds its log here.
     pub(super) fn release_source(&mut self, key: Key) {
         let now_ms = self.now_ms();
+        if let Some(source) = self.streams.get(key).and_then(|stream| stream.source) {
+            self.store(source);
+        }
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(source_key) = stream.source.take() else { return };
         let (mut log, charged) = (std::mem::take(&mut stream.response), std::mem::take(&mut stream.charged));
@@ -384,7 +411,6 @@ impl<I: Io> Shard<I> {
         if end == End::StreamStopped && source.readers.is_empty() {
             log = Log::new();
         }
-        let forsaken = matches!(end, End::ClientLeft | End::WriteStall | End::Abandoned);
         let keep_ms = resume.map_or(0, |resume| resume.keep_ms);
         source.producer = None;
         source.charged = log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES + notes_bytes(notes.as_deref());
@@ -392,7 +418,7 @@ impl<I: Io> Shard<I> {
         self.kept.bytes = self.kept.bytes - charged + source.charged;
         source.log = log;
         (source.end, source.ended_ms) = (Some(end), now_ms);
-        source.expired = forsaken || keep_ms == 0 || self.leaving != Leaving::No;
+        source.expired = is_forsaken(end) || keep_ms == 0 || self.leaving != Leaving::No;
         if source.expired && source.readers.is_empty() {
             return self.remove_source(source_key);
         }
@@ -425,6 +451,11 @@ impl<I: Io> Shard<I> {
         }
         if source.tail.is_none() {
             self.kept.by_number.remove(&source.number);
+        }
+        // What a shard that leaves lets go is there for the next process.
+        let stays = self.leaving != Leaving::No && !source.end.is_none_or(is_forsaken);
+        if let Some(stored) = self.kept.stored.as_mut().filter(|_| source.stored && !stays) {
+            stored.journal.forget(source.number);
         }
         self.forget_response(key, source.notes.as_deref());
         self.kept.bytes -= source.charged;
@@ -473,7 +504,7 @@ impl<I: Io> Shard<I> {
 
     /// Gives up what is kept, the least missed first, until there is some room again: streams that are over, oldest first; then
     /// the oldest half of the events of streams without a client; then that of what others have read.
-    fn make_room(&mut self) {
+    pub(super) fn make_room(&mut self) {
         let most = self.settings.resume_bytes_max;
         if self.kept.bytes <= most {
             self.kept.make_room_at = most;
@@ -521,6 +552,29 @@ impl<I: Io> Shard<I> {
         self.kept.bytes -= stream.charged - (left + RESUME_STREAM_COST_BYTES).min(stream.charged);
         stream.charged = (left + RESUME_STREAM_COST_BYTES).min(stream.charged);
     }
+}
+
+fn tag(key: &hmac::Key, shard: u16, number: u64) -> [u8; TAG_BYTES] {
+    let tag = hmac::sign(key, &StreamId::authenticated(0, shard, number));
+    let mut short = [0; TAG_BYTES];
+    short.copy_from_slice(&tag.as_ref()[..TAG_BYTES]);
+    short
+}
+
+/// The id of a stream of that shard, with the key of [`Settings::stream_key`].
+pub fn stream_id(key: &[u8; 32], shard: u16, number: u64) -> StreamId {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, key);
+    StreamId { node: 0, shard, number, tag: tag(&key, shard, number) }
+}
+
+/// Whether nobody is to come back for a stream that ended so.
+pub(super) fn is_forsaken(end: End) -> bool {
+    matches!(end, End::ClientLeft | End::WriteStall | End::Abandoned)
+}
+
+/// A [`Source::number`].
+pub(super) fn numbered(shard: u16, number: u64) -> u64 {
+    u64::from(shard) << 48 | number & NUMBER_MAX
 }
 
 pub(super) fn push_id_line(lines: &mut ExtraLines, id: &StreamId) {

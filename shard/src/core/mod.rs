@@ -21,6 +21,7 @@ mod reader;
 mod relay;
 mod resume;
 mod secure;
+mod stored;
 mod stream;
 mod tail;
 mod transfer;
@@ -35,8 +36,9 @@ pub use audit::Holding;
 use backend::Pool;
 use conn::{Conn, Role};
 use durable::DurableStreams;
+pub use journal::JournalOf;
 use kept::Kept;
-pub use kept::KeptTotals;
+pub use kept::{KeptTotals, stream_id};
 use moves::{Moves, Newcomer};
 use protocol::http::DateLine;
 use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
@@ -74,6 +76,8 @@ enum TimerOf {
     Source(Key),
     /// Readers wait for their turn to begin.
     Resumes,
+    /// The journal of kept streams has something to do.
+    Stored,
 }
 
 /// What the shard has been told about its end.
@@ -237,7 +241,9 @@ impl<I: Io> Shard<I> {
         self.complete_waiting();
         self.fire_timers();
         self.follow_journal();
+        self.follow_stored();
         self.serve_durable();
+        self.store_stirred();
         self.serve_readers();
         self.follow_moves();
         self.pump_dirty();
@@ -468,6 +474,7 @@ impl<I: Io> Shard<I> {
             kept: self.kept.totals(),
             durable: self.durable_totals(),
             journal: self.durable.store.journal_state(),
+            stream_journal: self.kept.stored.as_ref().map(|stored| stored.journal.state()),
             buffers_free: self.io.buffers_free(),
             timers: self.wheel.len(),
             draining: self.leaving != Leaving::No,
@@ -508,6 +515,18 @@ impl<I: Io> Shard<I> {
         counters.durable_rewritten_bytes = rewritten_bytes;
         counters.durable_recovered = self.durable.recovered_streams;
         counters.durable_damages = self.durable.recovered_damage;
+        if let Some(stored) = &self.kept.stored {
+            let (journal, rewritten_bytes) = stored.journal.counters();
+            counters.stored_records = journal.records;
+            counters.stored_bytes = journal.bytes;
+            counters.stored_syncs = journal.syncs;
+            counters.stored_failures = journal.failures;
+            counters.stored_segments_removed = journal.removed;
+            counters.stored_rewritten_bytes = rewritten_bytes;
+            counters.stored_recovered = stored.recovered_streams;
+            counters.stored_damages = stored.recovered_damage;
+            counters.stored_left_off = stored.left_off;
+        }
         stats
     }
 

@@ -109,7 +109,11 @@ impl<I: Io> Shard<I> {
             Some(_) => None,
             None => source.end,
         };
-        match (log.lend(at, u32::MAX), end) {
+        if at >= source.shown {
+            return Supply::Later;
+        }
+        let bytes_max = u32::try_from(source.shown - at).unwrap_or(u32::MAX);
+        match (log.lend(at, bytes_max), end) {
             (Some(range), _) => Supply::Range(range),
             (None, Some(end)) => Supply::Over(end),
             (None, None) => Supply::Later,
@@ -319,6 +323,8 @@ impl<I: Io> Shard<I> {
         };
         let owed_from =
             if self.is_held_up(key) { slowest(&source.readers) } else { None }.unwrap_or(log.end());
+        // What waits for the disk is owed to all of them.
+        let owed_from = owed_from.min(source.shown);
         if let Some(source) = self.kept.sources.get_mut(key) {
             source.owed_from = owed_from;
         }

@@ -2,11 +2,12 @@
 //! a reader as well, so that neither can hold up the other.
 
 use super::Shard;
-use super::kept::{Source, push_id_line};
+use super::kept::{Source, numbered, push_id_line};
 use super::reader::Reader;
 use super::relay::{EVENT_STREAM_HEADERS, ExtraLines};
 use super::stream::{Answer, Stream};
 use crate::io::Io;
+use crate::mesh::Neighbours;
 use protocol::fault::{Fault, write_json_string};
 use protocol::http::{Framing, RequestHead, Version, write_own_response_head};
 use protocol::log::{Log, Place};
@@ -20,7 +21,10 @@ impl<I: Io> Shard<I> {
     /// The shard that a stream's path names, if that is another one.
     pub(super) fn shard_of_stream(&self, path: &str) -> Option<usize> {
         let id = Ask::id_of(path)?;
-        (id.shard != self.kept.shard && self.kept.is_ours(&id)).then_some(usize::from(id.shard))
+        let shards = self.neighbours.as_ref().map_or(1, Neighbours::shards);
+        // Of a shard that there was in an earlier process, another one has the streams.
+        let home = usize::from(id.shard) % shards;
+        (home != usize::from(self.kept.shard) && self.kept.is_ours(&id)).then_some(home)
     }
 
     /// Answers a request for a stream.
@@ -42,7 +46,7 @@ impl<I: Io> Shard<I> {
         if !self.kept.is_ours(id) {
             return Err(resume::NOT_FOUND);
         }
-        let here = self.kept.by_number.get(&id.number).filter(|_| id.shard == self.kept.shard);
+        let here = self.kept.by_number.get(&numbered(id.shard, id.number));
         here.copied().ok_or(resume::EXPIRED)
     }
 
@@ -132,7 +136,9 @@ impl<I: Io> Shard<I> {
                 }
             }
         }
-        self.answer_empty(key, 204, "");
+        if !self.hold_stop(key, source_key) {
+            self.answer_empty(key, 204, "");
+        }
     }
 
     /// Answers with the events behind one. Who has had all of them may be told so, or is given none.
@@ -163,6 +169,7 @@ impl<I: Io> Shard<I> {
             // All of it was seen: to an `EventSource` this says not to come back.
             Place::At(_) if tell_end && done && after == last && last > 0 => self.answer_empty(key, 204, ""),
             Place::At(at) => self.attach_reader(key, source_key, at, after),
+            Place::Ahead if source.end == Some(End::Interrupted) => self.answer_fault(key, &resume::LOST, ""),
             Place::Ahead => self.answer_fault(key, &resume::AHEAD, ""),
             Place::Gone(first) => {
                 let line = format!("Tokenring-Earliest-Event-ID: {first}\r\n");
@@ -238,7 +245,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// The client that a stream was asked for by becomes one of its readers.
-    fn split(&mut self, source_key: Key) {
+    pub(super) fn split(&mut self, source_key: Key) {
         let now_us = self.now_us;
         let Some(source) = self.kept.sources.get_mut(source_key) else { return };
         let Some(producer_key) = source.producer else { return };

@@ -57,6 +57,7 @@ pub(crate) fn settings() -> Settings {
         background_keep_ms: 600_000,
         background_window_bytes: 1 << 20,
         stream_key: [7; 32],
+        stream_number_first: 1,
         demo: protocol::demo::DemoSettings::default(),
         records: false,
         durable: protocol::durable::Settings::default(),

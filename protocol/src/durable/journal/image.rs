@@ -2,7 +2,7 @@
 
 use super::super::request::ProducerTag;
 use super::super::{Form, Offset};
-use super::record::{Appended, CLOSED, Deed, Facts, Messages};
+use super::record::{Appended, CLOSED, Deed, Facts, Messages, RelayFacts, RelayTold};
 use std::collections::BTreeMap;
 
 /// Messages are put together to pieces of about so many bytes.
@@ -30,6 +30,19 @@ pub(crate) struct Image {
     pub(crate) last_number: u64,
     /// Something of it was lost: it is to be written anew as it now is.
     pub(crate) damaged: bool,
+    /// What more is known of one that was relayed from a model.
+    pub(crate) relay: Option<Box<Relay>>,
+}
+
+/// What is known of a relayed stream besides its bytes.
+#[derive(Clone, Default, Debug)]
+pub(crate) struct Relay {
+    pub(crate) facts: RelayFacts,
+    pub(crate) end: Option<(Box<str>, u64)>,
+    pub(crate) response: Option<(Box<str>, Box<str>)>,
+    /// The ids of the events before the pieces, by the pieces' positions, and that of the last one.
+    pub(crate) ids: BTreeMap<u64, u64>,
+    pub(crate) last_id: u64,
 }
 
 impl Image {
@@ -45,11 +58,38 @@ impl Image {
             segment,
             last_number: number,
             damaged: false,
+            relay: None,
             facts: Facts::default(),
         };
         image.know(facts);
         image.hold(messages);
         image
+    }
+
+    /// One that was relayed from a model. `path` is what it is called in findings.
+    pub(crate) fn relayed(deed: Deed, number: u64, facts: RelayFacts, path: String, segment: u64) -> Self {
+        let known = Facts { path: path.into(), ..Facts::default() };
+        let mut image = Image::new(Deed { end: 0, ..deed }, number, known, Messages::default(), segment);
+        image.relay = Some(Box::new(Relay { facts, ..Relay::default() }));
+        image
+    }
+
+    /// What a record of a relayed stream tells; of a `snapshot` it is the beginning or a piece.
+    pub(crate) fn relay(&mut self, deed: Deed, told: RelayTold, messages: Messages, snapshot: bool) {
+        let Some(relay) = &mut self.relay else { return };
+        relay.end = told.end.or(relay.end.take());
+        relay.response = told.response.or(relay.response.take());
+        if !messages.bytes.is_empty() {
+            relay.ids.insert(messages.at, told.ids.0);
+        }
+        relay.last_id = relay.last_id.max(told.ids.1);
+        self.tail = self.tail.max(deed.end);
+        if !snapshot {
+            self.hold(messages);
+        } else if !messages.bytes.is_empty() {
+            self.refresh(messages);
+        }
+        self.trim(told.earliest);
     }
 
     fn know(&mut self, mut facts: Facts) {
@@ -161,6 +201,9 @@ impl Image {
     pub(crate) fn is_sound(&self) -> bool {
         let end = self.pieces.last_key_value().map_or(0, |(_, piece)| piece.end());
         let source = self.facts.source;
+        if self.relay.is_some() {
+            return self.facts.earliest <= self.tail && end <= self.tail;
+        }
         self.facts.base <= self.facts.earliest
             && self.facts.earliest <= self.tail
             && end <= self.tail

@@ -23,8 +23,15 @@ mod writer;
 
 pub(super) use image::Image;
 pub use image::StreamFacts;
+pub use record::RelayFacts;
 pub use recovery::{Finding, Recovered, Recovery};
 pub use writer::{Failure, Job, Journal, JournalCounters, JournalState, Stage};
+
+/// What a relayed stream is called where its id, by which it could be read, is not to be told: bits 48 and up are the shard that
+/// named it, those below its number there.
+pub(super) fn relayed_name(stream: u64) -> String {
+    format!("stream {} of shard {}", stream & ((1 << 48) - 1), stream >> 48)
+}
 
 const SUFFIX: &str = ".segment";
 

@@ -74,6 +74,8 @@ impl Kind {
 pub(crate) const CLOSED: u8 = 1;
 /// The stream was deleted, and is kept for its forks.
 pub(crate) const KEPT: u8 = 2;
+/// The stream is one that was relayed from a model: its records have other payloads.
+pub(crate) const RELAYED: u8 = 4;
 
 /// What a record did to which stream.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -261,6 +263,36 @@ pub(crate) struct Appended {
     pub(crate) messages: Messages,
 }
 
+/// What is known of a relayed stream from its beginning on.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct RelayFacts {
+    /// Name of its route.
+    pub route: Box<str>,
+    /// Name of its dialect.
+    pub dialect: Box<str>,
+    /// Each append was one chunk.
+    pub chunked: bool,
+    /// A response in background.
+    pub background: bool,
+    /// When it began, ms since 1970.
+    pub began_unix_ms: u64,
+    /// Where in its log the events begin, behind the head of the answer.
+    pub begin: u64,
+}
+
+/// What a record of a relayed stream tells, besides its events.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub(crate) struct RelayTold {
+    /// Up to where its log had been let go.
+    pub(crate) earliest: u64,
+    /// Why it ended, and when, ms since 1970.
+    pub(crate) end: Option<(Box<str>, u64)>,
+    /// The id that a response in background was found to have, and how its backend first told it.
+    pub(crate) response: Option<(Box<str>, Box<str>)>,
+    /// Ids of the events before and at the end of the bytes.
+    pub(crate) ids: (u64, u64),
+}
+
 /// An entry of a seal: the last record of a stream, and its number.
 pub(crate) type Sealed = (u64, Deed);
 
@@ -351,6 +383,30 @@ pub(crate) fn put_appended(
     put(out, earliest);
     put_option(out, producer, put_tag);
     put_option(out, sequence, put_text);
+}
+
+pub(crate) fn put_relay_facts(out: &mut Vec<u8>, facts: &RelayFacts) {
+    put_text(out, &facts.route);
+    put_text(out, &facts.dialect);
+    out.push(u8::from(facts.chunked) | u8::from(facts.background) << 1);
+    put(out, facts.began_unix_ms);
+    put(out, facts.begin);
+}
+
+/// The bytes follow, up to the end of the payload.
+pub(crate) fn put_relay_told(out: &mut Vec<u8>, told: &RelayTold, at: u64) {
+    put(out, told.earliest);
+    put_option(out, told.end.as_ref(), |out, (end, unix_ms)| {
+        put_text(out, end);
+        put(out, *unix_ms);
+    });
+    put_option(out, told.response.as_ref(), |out, (id, first)| {
+        put_text(out, id);
+        put_text(out, first);
+    });
+    for number in [told.ids.0, told.ids.1, at] {
+        put(out, number);
+    }
 }
 
 pub(crate) fn put_trimmed(out: &mut Vec<u8>, earliest: u64) {
@@ -467,6 +523,30 @@ impl<'a> Payload<'a> {
             sequence: self.option(Self::text)?,
             messages: self.messages()?,
         })
+    }
+
+    pub(crate) fn relay_facts(&mut self) -> Option<RelayFacts> {
+        let (route, dialect, flags) = (self.text()?, self.text()?, self.byte()?);
+        Some(RelayFacts {
+            route,
+            dialect,
+            chunked: flags & 1 != 0,
+            background: flags & 2 != 0,
+            began_unix_ms: self.number()?,
+            begin: self.number()?,
+        })
+    }
+
+    /// What is told, and the bytes.
+    pub(crate) fn relay_told(&mut self) -> Option<(RelayTold, Messages)> {
+        let earliest = self.number()?;
+        let end = self.option(|payload| Some((payload.text()?, payload.number()?)))?;
+        let response = self.option(|payload| Some((payload.text()?, payload.text()?)))?;
+        let (ids, at) = ((self.number()?, self.number()?), self.number()?);
+        let bytes = std::mem::take(&mut self.0).to_vec();
+        at.checked_add(bytes.len() as u64).filter(|_| ids.0 <= ids.1)?;
+        let lengths = if bytes.is_empty() { Vec::new() } else { vec![u32::try_from(bytes.len()).ok()?] };
+        Some((RelayTold { earliest, end, response, ids }, Messages { at, lengths, bytes }))
     }
 
     pub(crate) fn trimmed(&mut self) -> Option<u64> {

@@ -7,9 +7,10 @@
 use super::super::Form;
 use super::image::{Image, StreamFacts};
 use super::record::{
-    self, Deed, Head, KEPT, Kind, Messages, Payload, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES,
+    self, Deed, Head, KEPT, Kind, Messages, Payload, RECORD_HEADER_BYTES, RELAYED, SEGMENT_HEADER_BYTES,
 };
-use super::record::{SegmentHead, find_head};
+use super::record::{Facts, SegmentHead, find_head};
+use super::relayed_name;
 use std::collections::{HashMap, HashSet};
 
 /// Something that is not as it was written.
@@ -46,7 +47,7 @@ pub struct Recovered {
 impl Recovered {
     /// The streams, in the order of their creation.
     pub fn streams(&self) -> impl Iterator<Item = StreamFacts<'_>> {
-        self.images.iter().map(StreamFacts)
+        self.images.iter().filter(|image| image.relay.is_none()).map(StreamFacts)
     }
 
     /// What a read of a stream from its start gives; of a fork, what its source still holds included.
@@ -304,10 +305,13 @@ impl Recovery {
     fn take(&mut self, segment: u64, head: Head, payload: &[u8]) -> bool {
         let (deed, mut payload) = (head.deed, Payload(payload));
         self.records += 1;
-        self.created = self.created.max(deed.stream);
         if deed.kind.counts() {
             self.last_deed = deed;
         }
+        if deed.flags & RELAYED != 0 {
+            return self.take_relayed(segment, head, payload);
+        }
+        self.created = self.created.max(deed.stream);
         let known = self.images.get_mut(&deed.stream);
         match (deed.kind, known) {
             (Kind::Mark, _) => return true,
@@ -359,6 +363,46 @@ impl Recovery {
             image.tail = image.tail.max(deed.end);
             image.closed |= deed.flags & record::CLOSED != 0;
         }
+        true
+    }
+
+    /// The same of a stream that was relayed from a model.
+    fn take_relayed(&mut self, segment: u64, head: Head, mut payload: Payload<'_>) -> bool {
+        let deed = head.deed;
+        let begins = matches!(deed.kind, Kind::Create | Kind::Snapshot);
+        if begins && !self.images.contains_key(&deed.stream) {
+            let Some(facts) = Payload(payload.0).relay_facts() else { return false };
+            let path = relayed_name(deed.stream);
+            let image = Image::relayed(deed, head.number, facts, path, segment);
+            self.images.insert(deed.stream, image);
+            self.orphans.remove(&deed.stream);
+        }
+        if deed.kind == Kind::Delete {
+            self.images.remove(&deed.stream);
+            self.orphans.remove(&deed.stream);
+            return true;
+        }
+        let Some(image) = self.images.get_mut(&deed.stream) else {
+            self.orphans.insert(deed.stream);
+            return true;
+        };
+        match deed.kind {
+            Kind::Whole => image.end_snapshot(),
+            kind => {
+                if begins && payload.relay_facts().is_none() {
+                    return false;
+                }
+                let Some((told, messages)) = payload.relay_told() else { return false };
+                if kind == Kind::Snapshot {
+                    let facts = Facts { path: image.facts.path.clone(), ..Facts::default() };
+                    image.begin_snapshot(deed, facts, segment);
+                }
+                image.relay(deed, told, messages, matches!(kind, Kind::Snapshot | Kind::Data));
+            }
+        }
+        image.last_number = head.number;
+        image.tail = image.tail.max(deed.end);
+        image.closed |= deed.flags & record::CLOSED != 0;
         true
     }
 
@@ -439,10 +483,15 @@ impl Recovery {
             count => format!("{count} records are damaged"),
         };
         if let Some(deed) = loss.known.filter(|deed| deed.stream != 0) {
-            self.created = self.created.max(deed.stream);
+            if deed.flags & RELAYED == 0 {
+                self.created = self.created.max(deed.stream);
+            }
             let image = self.images.get_mut(&deed.stream);
             let path = image.as_ref().map_or_else(
-                || format!("a stream that is not there (created {})", deed.stream),
+                || match deed.flags & RELAYED {
+                    0 => format!("a stream that is not there (created {})", deed.stream),
+                    _ => format!("{}, which is not there", relayed_name(deed.stream)),
+                },
                 |image| image.facts.path.to_string(),
             );
             what = format!(
@@ -466,14 +515,20 @@ impl Recovery {
     /// Records are lost of which nothing is known: any stream without a later one may have lost its end. So that no offset
     /// comes to mean something else, those streams get new ones: who comes with an old one is told that it is gone.
     fn doubt(&mut self, first: u64) {
-        let doubted: HashSet<u64> = self
-            .images
-            .values()
+        let mut renewed = HashMap::new();
+        let (relayed, mut all): (Vec<&mut Image>, Vec<&mut Image>) =
+            self.images.values_mut().partition(|image| image.relay.is_some());
+        for image in relayed.into_iter().filter(|image| image.last_number < first) {
+            // No event of it will be given an id any more: there is nothing that could be mistaken.
+            image.damaged = true;
+            let what = format!("{} may have lost its last events", image.facts.path);
+            self.findings.push(Finding { segment: image.segment, at: 0, what, lost: true });
+        }
+        let doubted: HashSet<u64> = all
+            .iter()
             .filter(|image| image.last_number < first)
             .map(|image| image.facts.generation)
             .collect();
-        let mut renewed = HashMap::new();
-        let mut all: Vec<&mut Image> = self.images.values_mut().collect();
         all.sort_by_key(|image| image.created);
         for image in all {
             if !doubted.contains(&image.facts.generation) {
