@@ -94,6 +94,7 @@ impl DataDir {
 
     /// The durable streams that it holds; damage is logged.
     pub(crate) fn recover(&self) -> Result<Recovered, Fatal> {
+        make_last(&self.path)?;
         let recovered = read(&self.path)?;
         tell(&self.path, &recovered, "durable", recovered.streams().count());
         Ok(recovered)
@@ -105,6 +106,7 @@ impl DataDir {
         let mut found: BTreeMap<usize, Recovered> = BTreeMap::new();
         for shard in relayed_shards(&self.path)? {
             let path = relayed_path(&self.path, shard);
+            make_last(&path)?;
             let recovered = read(&path)?;
             tell(&path, &recovered, "relayed", recovered.relayed().count());
             found.insert(shard, recovered);
@@ -297,6 +299,21 @@ fn relay_journal(recovered: Recovered) -> Result<(RelayJournal, Vec<Restored>), 
     const ALL_BYTES: u64 = 1 << 60;
     let salt = crate::serve::random_salt()?;
     Ok(RelayJournal::new(recovered, DURABLE_SEGMENT_BYTES, 0, salt, 0, |_| ALL_BYTES))
+}
+
+/// Syncs what a process that was killed had written and not yet synced: what is read at the start counts as being on the disk,
+/// and nobody else would see to that.
+fn make_last(path: &Path) -> Result<(), Fatal> {
+    let synced = (|| {
+        for entry in std::fs::read_dir(path)? {
+            let entry = entry?;
+            if entry.file_name().to_str().and_then(segment_number).is_some() {
+                File::open(entry.path())?.sync_all()?;
+            }
+        }
+        sync_directory(path)
+    })();
+    synced.map_err(|error: std::io::Error| fatal(path, format_args!("cannot be made to last: {error}")))
 }
 
 fn sync_directory(path: &Path) -> std::io::Result<()> {

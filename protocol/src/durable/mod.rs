@@ -28,6 +28,8 @@ mod timestamp;
 #[cfg(test)]
 mod model_tests;
 #[cfg(test)]
+mod relayed_tests;
+#[cfg(test)]
 mod tests;
 
 pub use offset::Offset;

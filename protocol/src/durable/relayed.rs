@@ -96,6 +96,7 @@ pub struct RelayJournal {
     rewritten_bytes: u64,
     /// Streams of which nothing is recorded, to be written anew when that is possible.
     off: VecDeque<u64>,
+    left_off: u64,
     /// Numbers below it may be given.
     reserved: u64,
     /// The record that reserves more, and up to where.
@@ -121,6 +122,7 @@ impl RelayJournal {
             rewriting: None,
             rewritten_bytes: 0,
             off: VecDeque::new(),
+            left_off: 0,
             reserved,
             reserving: None,
         };
@@ -183,9 +185,8 @@ impl RelayJournal {
         let (at, segment) = (facts.begin, self.journal.segment());
         let known = Known { facts, segment, from: at, to: at, ..Known::default() };
         if self.is_overwhelmed() {
-            self.streams.insert(stream, Known { off: true, ..known });
-            self.off.push_back(stream);
-            return;
+            self.streams.insert(stream, known);
+            return self.leave_off(stream);
         }
         self.record(Kind::Create, stream, at, false, |out| {
             record::put_relay_facts(out, &known.facts);
@@ -273,6 +274,7 @@ impl RelayJournal {
             && !std::mem::replace(&mut known.off, true)
         {
             self.off.push_back(stream);
+            self.left_off += 1;
         }
     }
 
@@ -327,6 +329,11 @@ impl RelayJournal {
     /// What the journal has counted, and bytes of streams written anew.
     pub fn counters(&self) -> (JournalCounters, u64) {
         (self.journal.counters(), self.rewritten_bytes)
+    }
+
+    /// How often a stream has gone on without the disk.
+    pub fn left_off(&self) -> u64 {
+        self.left_off
     }
 
     /// Streams that are on the disk, and those that are not for its sake.
@@ -396,11 +403,12 @@ impl RelayJournal {
         let Some(known) = self.streams.get_mut(&stream) else { return };
         let held = known.to - known.from;
         if let Some(log) = log.filter(|log| log.end() >= known.to) {
-            known.from = log.start().min(known.to);
+            let start = log.start().max(known.facts.begin);
             if std::mem::take(&mut known.off) {
                 // From here on what comes is recorded again.
-                (known.from, known.to, known.last_id) = (log.start(), log.end(), log.last_event_id());
+                (known.to, known.last_id) = (log.end(), log.last_event_id());
             }
+            known.from = start.min(known.to);
         } else {
             (known.off, known.from) = (false, known.to);
         }
@@ -431,22 +439,23 @@ impl RelayJournal {
     fn rewrite_piece<'l>(&mut self, log_of: impl Fn(u64) -> Option<&'l Log>) {
         let Some(current) = &mut self.rewriting else { return };
         let stream = current.stream;
-        if !self.streams.contains_key(&stream) {
+        let Some(begin) = self.streams.get(&stream).map(|known| known.facts.begin) else {
             self.rewriting = None;
             return;
-        }
+        };
         let log = log_of(stream).filter(|log| log.end() >= current.to);
         // What was let go meanwhile need not be written.
         let at = log.map_or(current.to, |log| current.at.max(log.start()));
         let range = log.filter(|_| at < current.to).and_then(|log| {
             let bytes = u32::try_from(current.to - at).unwrap_or(u32::MAX);
-            Some((log.lend(at, bytes)?, log.id_before_segment(at)?, log))
+            let before = if at == begin { 0 } else { log.id_before_segment(at)? };
+            Some((log.lend(at, bytes)?, before, log))
         });
         let Some((range, before, log)) = range else { return self.end_rewriting() };
         let to = at + range.len() as u64;
         let last = if to == current.to { Some(current.last_id) } else { log.id_before_segment(to) };
         current.at = to;
-        let told = RelayTold { earliest: at, ids: (before, last.unwrap_or(before)), ..RelayTold::default() };
+        let told = RelayTold { ids: (before, last.unwrap_or(before)), ..RelayTold::default() };
         self.rewritten_bytes += range.len() as u64;
         self.record(Kind::Data, stream, to, false, |out| {
             record::put_relay_told(out, &told, at);

@@ -525,7 +525,7 @@ impl<I: Io> Shard<I> {
             counters.stored_rewritten_bytes = rewritten_bytes;
             counters.stored_recovered = stored.recovered_streams;
             counters.stored_damages = stored.recovered_damage;
-            counters.stored_left_off = stored.left_off;
+            counters.stored_left_off = stored.journal.left_off();
         }
         stats
     }

@@ -37,8 +37,6 @@ pub(super) struct Stored {
     /// What there was at the start: streams, and damage.
     pub(super) recovered_streams: u64,
     pub(super) recovered_damage: u64,
-    /// Streams that went on without the disk.
-    pub(super) left_off: u64,
 }
 
 /// Something that may be delivered when its record is acknowledged.
@@ -77,7 +75,6 @@ impl<I: Io> Shard<I> {
             done: None,
             recovered_streams: restored.len() as u64,
             recovered_damage: damage,
-            left_off: 0,
         }));
         for restored in restored {
             self.restore_source(restored);
@@ -226,10 +223,7 @@ impl<I: Io> Shard<I> {
                 stored.unshown.push_back(Unshown { record, source: key, to, since_ms: now.ms });
             }
             Followed::Recorded { .. } => {}
-            Followed::Off => {
-                stored.left_off += u64::from(source.shown != u64::MAX);
-                source.shown = u64::MAX;
-            }
+            Followed::Off => source.shown = u64::MAX,
         }
     }
 
@@ -288,7 +282,6 @@ impl<I: Io> Shard<I> {
             stored.unshown.pop_front();
             let Some(source) = self.kept.sources.get_mut(key) else { continue };
             if record > acknowledged {
-                stored.left_off += u64::from(source.shown != u64::MAX);
                 source.shown = u64::MAX;
                 stored.journal.leave_off(source.number);
             } else if source.shown != u64::MAX {

@@ -43,6 +43,10 @@ pub(crate) struct Relay {
     /// The ids of the events before the pieces, by the pieces' positions, and that of the last one.
     pub(crate) ids: BTreeMap<u64, u64>,
     pub(crate) last_id: u64,
+    /// What it was before the snapshot that is not known to be whole: its end, its last event, why it ended.
+    before: Option<(u64, u64, Option<(Box<str>, u64)>)>,
+    /// It went on without the disk, and not all that it was then is there.
+    holed: bool,
 }
 
 impl Image {
@@ -68,14 +72,30 @@ impl Image {
 
     /// One that was relayed from a model. `path` is what it is called in findings.
     pub(crate) fn relayed(deed: Deed, number: u64, facts: RelayFacts, path: String, segment: u64) -> Self {
-        let known = Facts { path: path.into(), ..Facts::default() };
-        let mut image = Image::new(Deed { end: 0, ..deed }, number, known, Messages::default(), segment);
+        let (path, end) = (path.into(), facts.begin);
+        let known = Facts { path, earliest: end, ..Facts::default() };
+        let mut image = Image::new(Deed { end, ..deed }, number, known, Messages::default(), segment);
         image.relay = Some(Box::new(Relay { facts, ..Relay::default() }));
         image
     }
 
+    /// A snapshot of a relayed stream begins.
+    pub(crate) fn begin_relay_snapshot(&mut self, deed: Deed, segment: u64) {
+        if let Some(relay) = &mut self.relay {
+            relay.before = Some((self.tail, relay.last_id, relay.end.clone()));
+        }
+        let facts = Facts { path: self.facts.path.clone(), ..Facts::default() };
+        self.begin_snapshot(deed, facts, segment);
+    }
+
     /// What a record of a relayed stream tells; of a `snapshot` it is the beginning or a piece.
     pub(crate) fn relay(&mut self, deed: Deed, told: RelayTold, messages: Messages, snapshot: bool) {
+        let given_up = self.fresh.as_ref().is_some_and(|(_, _, end)| !snapshot && messages.at < *end);
+        if given_up {
+            // Its process did not live to write the snapshot; the next one went on from before it.
+            self.fresh = None;
+            self.return_to_before();
+        }
         let Some(relay) = &mut self.relay else { return };
         relay.end = told.end.or(relay.end.take());
         relay.response = told.response.or(relay.response.take());
@@ -134,6 +154,9 @@ impl Image {
     /// All of a snapshot is there: what was read before it is not needed.
     pub(crate) fn end_snapshot(&mut self) {
         let Some((fresh, segment, end)) = self.fresh.take() else { return };
+        if let Some(relay) = &mut self.relay {
+            (relay.before, relay.holed) = (None, false);
+        }
         let later = self.pieces.split_off(&end);
         self.pieces = fresh;
         self.pieces.extend(later);
@@ -143,11 +166,38 @@ impl Image {
 
     /// Takes a snapshot that was not finished for what it is, where there is nothing better.
     pub(crate) fn settle_snapshot(&mut self) {
+        if self.relay.is_some() {
+            return self.settle_relay_snapshot();
+        }
         let begins = self.pieces.first_key_value().map_or(self.tail, |(at, _)| *at);
         if begins > self.facts.earliest {
             self.end_snapshot();
         }
         self.fresh = None;
+    }
+
+    /// One that had gone on without the disk is what it was before, or what was recorded since, whichever is later.
+    fn settle_relay_snapshot(&mut self) {
+        let (Some((_, _, end)), Some(relay)) = (self.fresh.take(), &mut self.relay) else { return };
+        relay.holed = true;
+        if self.pieces.range(end..).next().is_none() {
+            self.return_to_before();
+        }
+    }
+
+    fn return_to_before(&mut self) {
+        if let Some(relay) = &mut self.relay
+            && let Some((tail, last_id, end)) = relay.before.take()
+        {
+            (self.tail, relay.last_id, relay.end) = (tail, last_id, end);
+            self.closed = relay.end.is_some();
+            self.facts.earliest = self.facts.earliest.min(tail);
+        }
+    }
+
+    /// Whether what is not there of it is known not to have been written.
+    pub(crate) fn is_holed(&self) -> bool {
+        self.relay.as_ref().is_some_and(|relay| relay.holed)
     }
 
     pub(crate) fn trim(&mut self, earliest: u64) {

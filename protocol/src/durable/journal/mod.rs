@@ -18,7 +18,7 @@ mod image;
 pub(super) mod record;
 mod recovery;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod writer;
 
 pub(super) use image::Image;

@@ -9,7 +9,7 @@ use super::image::{Image, StreamFacts};
 use super::record::{
     self, Deed, Head, KEPT, Kind, Messages, Payload, RECORD_HEADER_BYTES, RELAYED, SEGMENT_HEADER_BYTES,
 };
-use super::record::{Facts, SegmentHead, find_head};
+use super::record::{SegmentHead, find_head};
 use super::relayed_name;
 use std::collections::{HashMap, HashSet};
 
@@ -394,8 +394,7 @@ impl Recovery {
                 }
                 let Some((told, messages)) = payload.relay_told() else { return false };
                 if kind == Kind::Snapshot {
-                    let facts = Facts { path: image.facts.path.clone(), ..Facts::default() };
-                    image.begin_snapshot(deed, facts, segment);
+                    image.begin_relay_snapshot(deed, segment);
                 }
                 image.relay(deed, told, messages, matches!(kind, Kind::Snapshot | Kind::Data));
             }
@@ -442,7 +441,8 @@ impl Recovery {
                     image.facts.path, image.facts.earliest
                 );
                 let at = losses.first().map_or((image.segment, 0), |loss| (loss.segment, loss.at));
-                self.findings.push(Finding { segment: at.0, at: at.1, what, lost: true });
+                let lost = !image.is_holed() || !losses.is_empty();
+                self.findings.push(Finding { segment: at.0, at: at.1, what, lost });
             }
         }
         let unknown =

@@ -13,7 +13,7 @@ const SECTOR: usize = 128;
 
 /// A file: what is surely on the disk, and writes since.
 #[derive(Clone, Default)]
-struct File {
+pub(in super::super) struct File {
     synced: Vec<u8>,
     named: bool,
     since: Vec<(usize, Vec<u8>)>,
@@ -34,36 +34,41 @@ fn overlay(content: &mut Vec<u8>, at: usize, bytes: &[u8]) {
     content[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
-struct Random(u64);
+pub(in super::super) struct Random(u64);
 
 impl Random {
-    fn new(seed: u64) -> Self {
+    pub(in super::super) fn new(seed: u64) -> Self {
         Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    fn below(&mut self, limit: usize) -> usize {
+    pub(in super::super) fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         usize::try_from(self.0 % limit as u64).unwrap()
     }
 
-    fn one_in(&mut self, times: usize) -> bool {
+    pub(in super::super) fn one_in(&mut self, times: usize) -> bool {
         self.below(times) == 0
     }
 }
 
 /// A directory on a disk that can be made to fail.
 #[derive(Clone, Default)]
-struct Disk {
-    files: BTreeMap<u64, File>,
+pub(in super::super) struct Disk {
+    pub(in super::super) files: BTreeMap<u64, File>,
     /// After a failed sync not even the cache has what was written; systems differ in that.
-    forgets: bool,
+    pub(in super::super) forgets: bool,
 }
 
 impl Disk {
     /// Does a job, or some of it.
-    fn work(&mut self, job: &Job, random: &mut Random, ill: bool) -> Result<(), Failure> {
+    pub(in super::super) fn work(
+        &mut self,
+        job: &Job,
+        random: &mut Random,
+        ill: bool,
+    ) -> Result<(), Failure> {
         let failed = |stage| Err(Failure { stage, reason: "the disk is ill".to_owned() });
         match job {
             Job::Write { segment, at, bytes, sync } => {
@@ -104,13 +109,20 @@ impl Disk {
         Ok(())
     }
 
+    /// Who reads a journal at the start syncs it first: what is read is on the disk.
+    pub(in super::super) fn sync(&mut self) {
+        for file in self.files.values_mut() {
+            *file = File { synced: file.content(), named: true, since: Vec::new() };
+        }
+    }
+
     /// Everything that was written is there.
-    fn contents(&self) -> BTreeMap<u64, Vec<u8>> {
+    pub(in super::super) fn contents(&self) -> BTreeMap<u64, Vec<u8>> {
         self.files.iter().map(|(number, file)| (*number, file.content())).collect()
     }
 
     /// What is left after a power cut.
-    fn cut_power(&mut self, random: &mut Random) {
+    pub(in super::super) fn cut_power(&mut self, random: &mut Random) {
         self.files.retain(|_, file| file.named || random.one_in(2));
         for file in self.files.values_mut() {
             *file = File { synced: torn(file, random), named: true, since: Vec::new() };
@@ -132,7 +144,7 @@ fn torn(file: &File, random: &mut Random) -> Vec<u8> {
     content
 }
 
-fn recover(contents: &BTreeMap<u64, Vec<u8>>) -> Recovered {
+pub(in super::super) fn recover(contents: &BTreeMap<u64, Vec<u8>>) -> Recovered {
     let mut recovery = Recovery::new();
     for (number, bytes) in contents {
         recovery.scan(*number, bytes);
@@ -342,9 +354,7 @@ impl Run {
             self.disk.cut_power(&mut self.random);
         }
         let contents = self.disk.contents();
-        for file in self.disk.files.values_mut() {
-            *file = File { synced: file.content(), named: true, since: Vec::new() };
-        }
+        self.disk.sync();
         let recovered = recover(&contents);
         assert!(recovered.findings.iter().all(|finding| !finding.lost), "{:?}", recovered.findings);
         let last = recovered.last;
