@@ -234,20 +234,31 @@ impl Log {
     /// themselves began at `begin`.
     pub fn restored(at: u64, begin: u64, last_event_id: u64, window_bytes: u64) -> Self {
         let mut log = Log::new();
-        (log.end, log.floor, log.kept_start, log.begin) = (at, at, at, begin);
-        (log.last_event_id, log.window_bytes, log.forget_at) = (last_event_id, window_bytes.max(1), u64::MAX);
+        (log.end, log.last_event_id) = (at, last_event_id);
+        let window_bytes = window_bytes.max(1);
+        let kept = Kept { window_bytes, floor: at, start: at, forget_at: u64::MAX, history: None, begin };
+        log.kept = Some(Box::new(kept));
         log
     }
 
-    /// The id of the newest event below the segment that begins at `at`; `None`: none does.
-    pub fn id_before_segment(&self, at: u64) -> Option<u64> {
-        let mut segments = self.older.iter().chain(&self.last);
-        segments.find(|segment| segment.base == at).map(|segment| segment.first_id - 1)
+    /// The id of the newest event that ends at or before `at`, where an append ended; `None`: nothing there is held.
+    pub fn id_at(&self, at: u64, chunked: bool) -> Option<u64> {
+        if at == self.end {
+            return Some(self.last_event_id);
+        }
+        let segment = self.segments().rfind(|segment| segment.base <= at)?;
+        let (mut id, from) = (segment.first_id - 1, segment.base.max(self.begin()));
+        if from < at {
+            let within = (from - segment.base) as usize..(at - segment.base) as usize;
+            let bytes: Vec<u8> = segment.memory.get(within)?.iter().map(Cell::get).collect();
+            crate::sse::each_block(&bytes, chunked, id + 1, |_, _, found| id = found.unwrap_or(id));
+        }
+        Some(id)
     }
 
     /// Where the events' own bytes begin, of a log that is kept.
     pub fn begin(&self) -> u64 {
-        self.begin
+        self.kept.as_ref().map_or(0, |kept| kept.begin)
     }
 
     /// Offset of the next byte to be appended = bytes ever appended.

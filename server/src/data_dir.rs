@@ -459,6 +459,30 @@ mod tests {
     }
 
     #[test]
+    fn each_process_gives_numbers_of_its_own_under_the_same_key() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = Folder::new("ids");
+        let first = DataDir::open(&folder.0).unwrap().ids(0).unwrap();
+        assert_eq!((first.first, first.reserved), (1, 1 + RELAYED_NUMBERS_RESERVED));
+        assert!(first.key.iter().any(|byte| *byte != 0) && key_of_ids(&folder.0) == Some(first.key));
+        let mode = std::fs::metadata(folder.0.join(IDS)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "who can read it can make up ids");
+        let second = DataDir::open(&folder.0).unwrap().ids(5).unwrap();
+        assert_eq!((second.key, second.first), (first.key, first.reserved));
+        let third = DataDir::open(&folder.0).unwrap().ids(1 << 40).unwrap();
+        assert_eq!((third.first, third.reserved), (1 << 40, (1 << 40) + RELAYED_NUMBERS_RESERVED));
+        for at in [3, 25, 90, 110] {
+            let whole = std::fs::read(folder.0.join(IDS)).unwrap();
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            std::fs::write(folder.0.join(IDS), damaged).unwrap();
+            let fatal = DataDir::open(&folder.0).unwrap().ids(0).unwrap_err();
+            assert!(fatal.message.contains("/ids: is damaged; without it"), "{}", fatal.message);
+            std::fs::write(folder.0.join(IDS), whole).unwrap();
+        }
+    }
+
+    #[test]
     fn what_is_no_directory_is_refused() {
         let folder = Folder::new("file");
         std::fs::write(&folder.0, "").unwrap();

@@ -4,8 +4,8 @@
 use crate::core::slab_entry_bytes;
 use crate::settings::Settings;
 use protocol::limits::{
-    DURABLE_BACKLOG_BYTES_MAX, LATE_ERROR_BYTES_MAX, LOG_SEGMENT_BYTES_MAX, TLS_HANDSHAKE_BYTES_MAX,
-    TLS_RECORD_BYTES_MAX,
+    DURABLE_BACKLOG_BYTES_MAX, DURABLE_REWRITE_BACKLOG_BYTES_MAX, LATE_ERROR_BYTES_MAX,
+    LOG_SEGMENT_BYTES_MAX, TLS_HANDSHAKE_BYTES_MAX, TLS_RECORD_BYTES_MAX,
 };
 
 /// Of a shard, whatever it serves: histograms, rings, executor, stack, records on their way to the control thread.
@@ -73,6 +73,10 @@ impl WorstCase {
         let tls = u64::from(tls_clients)
             * (clients_max * TLS_CONN_BYTES + handshakes * 2 * TLS_HANDSHAKE_BYTES_MAX as u64)
             + u64::from(tls_upstreams) * (clients_max + pooled) * TLS_CONN_BYTES;
+        // What waits for the disk, as for durable streams; beyond half of what may, streams go on without it.
+        let durable = settings.routes.iter().any(|route| route.resume.is_some_and(|resume| resume.durable));
+        let waiting = DURABLE_BACKLOG_BYTES_MAX / 2 + DURABLE_REWRITE_BACKLOG_BYTES_MAX;
+        let stored = if durable { 4 * waiting } else { 0 };
         WorstCase {
             buffers: u64::from(settings.buffers) * u64::from(settings.buffer_bytes),
             clients: allocated + allocated / ALLOCATOR_PART,
@@ -81,7 +85,7 @@ impl WorstCase {
                 + settings.overdraft_bytes_max / ALLOCATOR_PART
                 + 4 * settings.event_bytes_max as u64,
             resume: match settings.routes.iter().any(|route| route.resume.is_some()) {
-                true => settings.resume_bytes_max + settings.resume_bytes_max / ALLOCATOR_PART,
+                true => settings.resume_bytes_max + settings.resume_bytes_max / ALLOCATOR_PART + stored,
                 false => 0,
             },
             // An append may end in a segment that is larger than it.
@@ -145,6 +149,13 @@ mod tests {
         assert!(
             more(&|settings| settings.routes[0].resume = Some(resume)) >= settings().resume_bytes_max,
             "what is kept"
+        );
+        let stored = |settings: &mut Settings| {
+            settings.routes[0].resume = Some(crate::settings::Resume { durable: true, ..resume });
+        };
+        assert!(
+            more(&stored) >= settings().resume_bytes_max + 2 * DURABLE_BACKLOG_BYTES_MAX,
+            "what waits for the disk"
         );
         assert!(more(&|settings| settings.durable.on_disk = true) > 2 * DURABLE_BACKLOG_BYTES_MAX);
         let listener = Listener { tls: Some(0) };

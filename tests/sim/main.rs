@@ -20,6 +20,7 @@ mod rng;
 mod run;
 mod script;
 mod shards;
+mod stored;
 mod tls;
 mod together;
 mod world;

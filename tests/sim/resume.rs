@@ -3,6 +3,7 @@
 
 use crate::backend::BackendHost;
 use crate::client::{ClientPlan, Ended, How, Pace, When};
+use crate::disk::SimDisk;
 use crate::minimise::failure_of;
 use crate::plan::{Answer, Fault, Framed, Request};
 use crate::random::faults;
@@ -14,6 +15,7 @@ use protocol::dialect::Dialect;
 use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::phase::End;
 use protocol::planted::Bug;
+use shard::core::JournalOf;
 use shard::settings::{OnLeave, Resume, Settings, SlowReader};
 
 pub(crate) const RESUME: Resume = Resume {
@@ -61,8 +63,8 @@ pub(crate) struct Seen {
     told: Vec<(u64, String)>,
     /// Behind which event, to which.
     gaps: Vec<(u64, u64)>,
-    complete: bool,
-    body: String,
+    pub(crate) complete: bool,
+    pub(crate) body: String,
 }
 
 impl Seen {
@@ -113,6 +115,10 @@ impl Seen {
             self.told,
             self.body.get(from..)
         )
+    }
+
+    pub(crate) fn told(&self) -> bool {
+        !self.told.is_empty()
     }
 
     pub(crate) fn code(&self) -> &str {
@@ -535,7 +541,12 @@ struct Tally {
 
 /// A run drawn from a seed.
 fn random_run(seed: u64) -> Tally {
-    println!("seed {seed}");
+    random_run_on(seed, None)
+}
+
+/// The same with streams on a disk, that is asked for its syncs at this interval and takes so long.
+fn random_run_on(seed: u64, disk: Option<(u32, u64)>) -> Tally {
+    println!("seed {seed} {disk:?}");
     let mut rng = Rng::new(seed);
     let mut machine = faults(&mut rng);
     machine.receive_bytes = if machine.receive_bytes > 0 { machine.receive_bytes.max(300) } else { 0 };
@@ -555,9 +566,10 @@ fn random_run(seed: u64) -> Tally {
             SlowReader::Drop,
             SlowReader::Skip,
         ]),
-        durable: false,
+        durable: disk.is_some(),
     };
     let change = |settings: &mut Settings, rng: &mut Rng| {
+        settings.durable.fsync_interval_ms = disk.map_or(0, |(interval_ms, _)| interval_ms);
         settings.routes.iter_mut().for_each(|route| route.resume = Some(resume_settings));
         settings.lag_high_bytes = rng.pick(&[4_096, 65_536]);
         settings.lag_low_bytes = settings.lag_high_bytes / 4;
@@ -576,6 +588,12 @@ fn random_run(seed: u64) -> Tally {
     } else {
         sim_with(seed, |settings| change(settings, &mut rng))
     };
+    if let Some((_, latency_us)) = disk {
+        let mut disk = SimDisk::new(JournalOf::Relayed, seed);
+        disk.latency_us = latency_us;
+        disk.fails = if seed.is_multiple_of(5) { 200 } else { 0 };
+        sim = sim.with_disk(disk);
+    }
     sim.lenience.impatient = true;
     sim.world().faults = machine;
     let mut tales = Vec::new();
@@ -657,6 +675,18 @@ fn random_run(seed: u64) -> Tally {
         detached: counters.detaches,
         lagged: counters.readers_dropped + counters.readers_skipped,
     }
+}
+
+#[test]
+fn readers_of_streams_on_disk_see_what_is_behind_their_cursors_too() {
+    let mut all = Tally::default();
+    for seed in 0..150 {
+        let (interval_ms, latency_us) = [(0, 300), (0, 40_000), (30, 5_000)][seed as usize % 3];
+        let one = random_run_on(seed, Some((interval_ms, latency_us)));
+        all.whole += one.whole;
+        all.resumed += one.resumed;
+    }
+    assert!(all.whole > 200 && all.resumed > 500, "{} {}", all.whole, all.resumed);
 }
 
 #[test]

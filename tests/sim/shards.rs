@@ -280,6 +280,7 @@ fn shards_of(seed: u64, rng: &mut Rng) -> Sim {
         on_leave: rng.pick(&[OnLeave::Detach(30_000), OnLeave::Finish, OnLeave::Cancel]),
         keep_ms: rng.pick(&[60_000, 2_000]),
         slow_reader: rng.pick(&[SlowReader::Auto, SlowReader::Block, SlowReader::Drop, SlowReader::Skip]),
+        durable: false,
     };
     with.routes.iter_mut().for_each(|route| route.resume = Some(resume_settings));
     with.lag_high_bytes = rng.pick(&[4_096, 65_536]);

@@ -97,6 +97,8 @@ pub struct RelayJournal {
     /// Streams of which nothing is recorded, to be written anew when that is possible.
     off: VecDeque<u64>,
     left_off: u64,
+    /// A job has been under way for too long.
+    silent: bool,
     /// Numbers below it may be given.
     reserved: u64,
     /// The record that reserves more, and up to where.
@@ -123,6 +125,7 @@ impl RelayJournal {
             rewritten_bytes: 0,
             off: VecDeque::new(),
             left_off: 0,
+            silent: false,
             reserved,
             reserving: None,
         };
@@ -249,8 +252,10 @@ impl RelayJournal {
             self.leave_off(stream);
             return Followed::Off;
         }
-        let before =
-            if at > known.to { log.id_before_segment(at).unwrap_or(known.last_id) } else { known.last_id };
+        let before = match at > known.to {
+            true => log.id_at(at, known.facts.chunked).unwrap_or(known.last_id),
+            false => known.last_id,
+        };
         let last = if emptied { known.last_id } else { log.last_event_id() };
         let told = RelayTold {
             earliest: if emptied { to } else { log.start().max(known.from) },
@@ -314,16 +319,27 @@ impl RelayJournal {
 
     /// Whether the disk does not take what is written.
     pub fn is_failing(&self) -> bool {
-        self.journal.is_failing()
+        self.journal.is_failing() || self.silent
+    }
+
+    /// The job under way is not waited for any more: until it is done, nothing is recorded.
+    pub fn fall_silent(&mut self) {
+        self.silent = true;
     }
 
     fn is_overwhelmed(&self) -> bool {
-        self.journal.is_failing() || self.journal.backlog_bytes() > DURABLE_BACKLOG_BYTES_MAX / 2
+        self.journal.is_failing()
+            || self.silent
+            || self.journal.backlog_bytes() > DURABLE_BACKLOG_BYTES_MAX / 2
     }
 
     /// How the journal stands.
     pub fn state(&self) -> JournalState {
-        self.journal.state()
+        let mut state = self.journal.state();
+        if self.silent && state.failing.is_none() {
+            state.failing = Some("what is written takes too long".to_owned());
+        }
+        state
     }
 
     /// What the journal has counted, and bytes of streams written anew.
@@ -362,6 +378,7 @@ impl RelayJournal {
 
     /// What became of the job.
     pub fn job_done(&mut self, result: Result<(), Failure>, now_ms: u64) {
+        self.silent = false;
         self.journal.complete(result, now_ms);
         if let Some((_, to)) = self.reserving.take_if(|(record, _)| *record <= self.journal.synced()) {
             self.reserved = to;
@@ -439,7 +456,7 @@ impl RelayJournal {
     fn rewrite_piece<'l>(&mut self, log_of: impl Fn(u64) -> Option<&'l Log>) {
         let Some(current) = &mut self.rewriting else { return };
         let stream = current.stream;
-        let Some(begin) = self.streams.get(&stream).map(|known| known.facts.begin) else {
+        let Some(chunked) = self.streams.get(&stream).map(|known| known.facts.chunked) else {
             self.rewriting = None;
             return;
         };
@@ -448,12 +465,11 @@ impl RelayJournal {
         let at = log.map_or(current.to, |log| current.at.max(log.start()));
         let range = log.filter(|_| at < current.to).and_then(|log| {
             let bytes = u32::try_from(current.to - at).unwrap_or(u32::MAX);
-            let before = if at == begin { 0 } else { log.id_before_segment(at)? };
-            Some((log.lend(at, bytes)?, before, log))
+            Some((log.lend(at, bytes)?, log.id_at(at, chunked)?, log))
         });
         let Some((range, before, log)) = range else { return self.end_rewriting() };
         let to = at + range.len() as u64;
-        let last = if to == current.to { Some(current.last_id) } else { log.id_before_segment(to) };
+        let last = if to == current.to { Some(current.last_id) } else { log.id_at(to, chunked) };
         current.at = to;
         let told = RelayTold { ids: (before, last.unwrap_or(before)), ..RelayTold::default() };
         self.rewritten_bytes += range.len() as u64;
@@ -540,7 +556,7 @@ impl Restored {
         }
         let mut from = self.log.start();
         while let Some(lent) = self.log.lend(from, u32::MAX) {
-            let first_id = self.log.id_before_segment(from).map_or(1, |before| before + 1);
+            let first_id = self.log.id_at(from, self.facts.chunked).map_or(1, |before| before + 1);
             each_block(&lent.to_vec(), self.facts.chunked, first_id, |(begin, end), block, id| {
                 let mut rest = block;
                 let mut decoder = Decoder::new(block.len());

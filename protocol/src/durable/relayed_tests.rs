@@ -30,7 +30,7 @@ fn facts(number: u64) -> RelayFacts {
     RelayFacts {
         route: "default".into(),
         dialect: "chat".into(),
-        chunked: number % 3 > 0,
+        chunked: !number.is_multiple_of(3),
         background: false,
         began_unix_ms: 1_000 + number,
         begin: 40,

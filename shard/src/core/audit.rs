@@ -91,7 +91,7 @@ impl<I: Io> Shard<I> {
             timers += usize::from(stream.timer.is_some());
             self.audit_stream(key)?;
         }
-        timers += usize::from(self.kept.waiting_timer.is_some()) + self.audit_kept()?;
+        timers += usize::from(self.kept.waiting_timer.is_some()) + self.audit_kept()? + self.audit_stored();
         demand!(handshakes == self.handshakes.count, "{handshakes} handshakes: {}", self.handshakes.count);
         demand!(clients == self.clients, "{clients} clients hold {} slots", self.clients);
         for (upstream, (state, active)) in self.pool.upstreams.iter().zip(active).enumerate() {

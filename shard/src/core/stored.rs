@@ -197,6 +197,9 @@ impl<I: Io> Shard<I> {
             let key = self.kept.stirred[nth];
             self.store(key);
         }
+        if !self.kept.stirred.is_empty() {
+            self.follow_stored_timer();
+        }
     }
 
     /// Records what is new of a stream.
@@ -312,6 +315,11 @@ impl<I: Io> Shard<I> {
         super::deadline::arm(&mut self.wheel, &mut stored.timer, due_ms, TimerOf::Stored);
     }
 
+    /// For simulations: whether it is armed.
+    pub(super) fn audit_stored(&self) -> usize {
+        self.kept.stored.as_ref().map_or(0, |stored| usize::from(stored.timer.is_some()))
+    }
+
     /// It has fired.
     pub(super) fn forget_stored_timer(&mut self) {
         if let Some(stored) = &mut self.kept.stored {
@@ -322,10 +330,11 @@ impl<I: Io> Shard<I> {
     /// Tokens do not wait for a disk that is silent.
     pub(super) fn stored_due(&mut self) {
         let now_ms = self.now_ms();
-        let Some(stored) = &self.kept.stored else { return };
+        let Some(stored) = &mut self.kept.stored else { return };
         let acknowledged = stored.journal.acknowledged();
         if stored.unshown.front().is_some_and(|unshown| unshown.since_ms + STORED_WAIT_MS_MAX <= now_ms) {
             log::error!("the disk is silent: streams go on without it");
+            stored.journal.fall_silent();
             self.show(acknowledged, true);
         }
         self.follow_stored_timer();

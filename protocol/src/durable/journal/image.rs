@@ -34,17 +34,20 @@ pub(crate) struct Image {
     pub(crate) relay: Option<Box<Relay>>,
 }
 
+/// Why a stream ended, and when, ms since 1970.
+type Ended = (Box<str>, u64);
+
 /// What is known of a relayed stream besides its bytes.
 #[derive(Clone, Default, Debug)]
 pub(crate) struct Relay {
     pub(crate) facts: RelayFacts,
-    pub(crate) end: Option<(Box<str>, u64)>,
+    pub(crate) end: Option<Ended>,
     pub(crate) response: Option<(Box<str>, Box<str>)>,
     /// The ids of the events before the pieces, by the pieces' positions, and that of the last one.
     pub(crate) ids: BTreeMap<u64, u64>,
     pub(crate) last_id: u64,
     /// What it was before the snapshot that is not known to be whole: its end, its last event, why it ended.
-    before: Option<(u64, u64, Option<(Box<str>, u64)>)>,
+    before: Option<(u64, u64, Option<Ended>)>,
     /// It went on without the disk, and not all that it was then is there.
     holed: bool,
 }
