@@ -14,6 +14,7 @@ pub mod http;
 pub mod ledger;
 pub mod limits;
 pub mod log;
+pub mod mirror;
 pub mod phase;
 pub mod planted;
 pub mod resume;

@@ -135,6 +135,23 @@ pub const RESUMES_PER_S: u32 = 4_000;
 /// Readers of shared streams that are served in one turn; the others wait for the next.
 pub const READERS_PER_TURN_MAX: usize = 512;
 
+/// Readers that a stream has on its home before clients of other shards read it from a log of their own shard.
+pub const MIRROR_READERS: usize = 64;
+/// Bytes of a stream that are sent to a mirror ahead of what it has taken; what one append made of it may go beyond.
+pub const MIRROR_AHEAD_BYTES: u64 = 128 * 1024;
+/// Bytes that a mirror takes before it says so.
+pub const MIRROR_TELL_BYTES: u64 = 32 * 1024;
+/// Milliseconds after which a mirror tells its home again how many read it, if something has come meanwhile.
+pub const MIRROR_TELL_MS: u64 = 1_000;
+/// Milliseconds a mirror that nobody reads waits for the next reader.
+pub const MIRROR_IDLE_MS: u64 = 1_000;
+/// Messages of mirrors on their way from other shards to one, at most.
+pub const MIRROR_MESSAGES_MAX: usize = 2048;
+/// Messages of mirrors that are taken in one turn.
+pub const MIRROR_MESSAGES_PER_TURN_MAX: usize = 512;
+/// Milliseconds after which a stream that found the queue to another shard full goes on.
+pub const MIRROR_RETRY_MS: u64 = 1;
+
 /// Bytes of one append to a durable stream: checking JSON of that size takes a few milliseconds.
 pub const DURABLE_BODY_BYTES_MAX: u64 = 1024 * 1024;
 /// Bytes of one durable stream that are held.
@@ -199,6 +216,10 @@ const _: () = assert!(
     TLS_BATCH_BYTES_MAX + (TLS_BATCH_BYTES_MAX / (16 * 1024) + 2) * TLS_SEALED_OVERHEAD_BYTES
         <= LOG_SEGMENT_BYTES_MAX,
     "a batch goes out as one send"
+);
+const _: () = assert!(
+    MIRROR_TELL_BYTES <= MIRROR_AHEAD_BYTES,
+    "a mirror that has taken all it was sent says so, and is sent more"
 );
 const _: () = assert!(LOG_SEGMENT_FIRST_BYTES <= LOG_SEGMENT_BYTES_MAX, "segments grow");
 const _: () = assert!(TARGET_BYTES_MAX < HEAD_BYTES_MAX, "a target that fits must leave room for its head");

@@ -341,6 +341,59 @@ impl Log {
         kept.follow_first(self.older.front().or(kept.history.as_ref()).map(Segment::end));
     }
 
+    /// A log for a part of another one, in its offsets: what is appended first lies at `at` there, behind the event with this id
+    /// (0: none, so that it is the other's first event). Kept, as by [`Log::keep`].
+    pub fn part(at: u64, last_event_id: u64, window_bytes: u64) -> Self {
+        let mut log = Log::new();
+        (log.end, log.last_event_id) = (at, last_event_id);
+        log.keep(window_bytes);
+        // Behind another event, what is held is never the start.
+        log.begin = if last_event_id == 0 { at } else { 0 };
+        log
+    }
+
+    /// What is appended next to a part of another log is not what follows there: it lies at `at`, beyond the end, behind the event
+    /// with this id. Nothing before it is held any more.
+    pub fn skip_to(&mut self, at: u64, last_event_id: u64) {
+        debug_assert!(at > self.end && last_event_id >= self.last_event_id, "{self:?} skips to {at}");
+        for segment in self.older.drain(..).chain(self.last.take()) {
+            spare::give(segment.memory);
+        }
+        (self.memory_bytes, self.end, self.last_event_id) = (0, at, last_event_id);
+        self.floor = self.floor.max(at);
+        self.follow_window();
+    }
+
+    /// Appends to a part of another log what [`Log::lend_appends`] lent there.
+    pub fn append_part(&mut self, bytes: &[u8], last_event_id: u64) {
+        self.append(&[bytes]);
+        self.last_event_id = last_event_id;
+    }
+
+    /// A range as [`Log::lend`] lends it, of as many whole appends as lie in one segment, and the id of the last event that ends
+    /// in it or before it. `from` lies between two appends.
+    pub fn lend_appends(&self, from: u64) -> Option<(Lent, u64)> {
+        let lent = self.lend(from, u32::MAX)?;
+        let end = from + lent.len() as u64;
+        let next = self.older.iter().chain(&self.last).find(|segment| segment.base == end && end < self.end);
+        Some((lent, next.map_or(self.last_event_id, |segment| segment.first_id - 1)))
+    }
+
+    /// The first place in what is held where an event may begin, and the id of the last one before it.
+    pub fn oldest(&self) -> (u64, u64) {
+        if self.is_kept() && self.begin >= self.kept_start {
+            return (self.begin, 0);
+        }
+        let first = self.older.front().or(self.last.as_ref());
+        first.map_or((self.end, self.last_event_id), |segment| (segment.base, segment.first_id - 1))
+    }
+
+    /// Whether what follows the event with this id is held, as [`Log::behind`] would find.
+    pub fn holds_behind(&self, id: u64) -> bool {
+        let (_, first) = self.oldest();
+        self.is_kept() && (first..=self.last_event_id).contains(&id)
+    }
+
     /// Where a subscriber begins that has had the event with this id, and those before it (0: none). `chunked`: each append was
     /// one chunk.
     pub fn behind(&self, id: u64, chunked: bool) -> Place {

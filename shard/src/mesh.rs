@@ -1,20 +1,22 @@
 //! Mailboxes between a shard and the control thread: one bounded lock-free queue each way, and a bell to ring each side.
 //! The shard never waits for the control thread: a report that finds its queue full is dropped and counted.
 //!
-//! And the mesh between shards: a bounded lock-free queue for each ordered pair, and a word in which each tells its load.
-//! Nobody waits for anybody: who finds a queue full keeps what it has.
+//! And the mesh between shards: two bounded lock-free queues for each ordered pair, one for clients and one for what concerns
+//! mirrors, and a word in which each tells its load. Nobody waits for anybody: who finds a queue full keeps what it has.
 
 use crate::settings::{TlsSet, UpstreamSet};
 use crate::stats::{Snapshot, StreamRecord};
 use crate::tls::TlsAtRest;
 use crate::uring::{Bell, EventFd};
-use protocol::limits::HANDED_MAX;
+use protocol::dialect::Dialect;
+use protocol::limits::{HANDED_MAX, MIRROR_MESSAGES_MAX};
+use protocol::mirror::{News, Told};
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 /// Commands waiting for one shard.
 pub const COMMANDS_MAX: usize = 256;
@@ -242,6 +244,10 @@ pub struct Neighbours<T> {
     /// By shard; none for itself.
     outward: Vec<Option<Outward<T>>>,
     inward: Vec<Consumer<Handed<T>>>,
+    /// Of mirrors, with the shard that each comes from.
+    letters: Vec<(usize, Consumer<Letter>)>,
+    /// Which of those queues is looked at first.
+    letters_from: usize,
     /// Some bell is to be rung.
     unrung: bool,
 }
@@ -258,6 +264,39 @@ pub struct Moved {
     pub(crate) refused: u32,
     /// Shards that its request has gone by, in their order.
     pub(crate) hops: u16,
+    /// The shard that it comes from.
+    pub(crate) from: usize,
+}
+
+/// What a stream's home and a mirror of it tell each other.
+#[derive(Debug)]
+pub(crate) struct Letter {
+    /// The stream's number at its home.
+    pub(crate) stream: u64,
+    /// Which mirror: of all that the stream ever had, no other has this number.
+    pub(crate) opening: u64,
+    pub(crate) says: Says,
+}
+
+/// Who says it is clear from what it is.
+#[derive(Debug)]
+pub(crate) enum Says {
+    /// The home to the mirror.
+    News(News<About>),
+    /// The mirror to its home.
+    Told(Told),
+    /// The same: it is no mirror any more, and nobody reads it.
+    Left,
+}
+
+/// What a mirror must know of its stream.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct About {
+    pub(crate) route: usize,
+    pub(crate) dialect: Dialect,
+    pub(crate) chunked: bool,
+    pub(crate) background: bool,
+    pub(crate) began_ms: u64,
 }
 
 /// Something that is handed from shard to shard.
@@ -276,7 +315,8 @@ pub struct Handed<T> {
 #[derive(Debug)]
 struct Outward<T> {
     queue: Producer<Handed<T>>,
-    bell: Arc<Bell>,
+    letters: Producer<Letter>,
+    bell: OnDrop<Bell>,
     unrung: bool,
 }
 
@@ -290,9 +330,10 @@ pub fn neighbours<T>(ports: &[ShardPort]) -> Vec<Neighbours<T>> {
     neighbours_with(ports, (HANDED_MAX / ports.len().saturating_sub(1).max(1)).max(1))
 }
 
-/// The same, with room for so many on their way from each shard to each other.
+/// The same, with room for so many on their way from each shard to each other, and for as many letters in proportion.
 pub fn neighbours_with<T>(ports: &[ShardPort], room: usize) -> Vec<Neighbours<T>> {
     let shards = ports.len();
+    let room_for_letters = room * (MIRROR_MESSAGES_MAX / HANDED_MAX);
     let loads: Arc<[Load]> = (0..shards).map(|_| Load(AtomicU32::new(CLOSED))).collect();
     let mut all: Vec<_> = (0..shards)
         .map(|own| Neighbours {
@@ -301,6 +342,8 @@ pub fn neighbours_with<T>(ports: &[ShardPort], room: usize) -> Vec<Neighbours<T>
             published: CLOSED,
             outward: Vec::with_capacity(shards),
             inward: Vec::with_capacity(shards),
+            letters: Vec::with_capacity(shards),
+            letters_from: 0,
             unrung: false,
         })
         .collect();
@@ -309,7 +352,9 @@ pub fn neighbours_with<T>(ports: &[ShardPort], room: usize) -> Vec<Neighbours<T>
             let outward = (from != to).then(|| {
                 let (queue, end) = RingBuffer::new(room);
                 all[to].inward.push(end);
-                Outward { queue, bell: port.bell(), unrung: false }
+                let (letters, end) = RingBuffer::new(room_for_letters);
+                all[to].letters.push((from, end));
+                Outward { queue, letters, bell: OnDrop(port.bell(), Bell::ring), unrung: false }
             });
             all[from].outward.push(outward);
         }
@@ -378,6 +423,46 @@ impl<T> Neighbours<T> {
     /// The next of what was handed to this shard.
     pub fn take(&mut self) -> Option<Handed<T>> {
         self.inward.iter_mut().find_map(|queue| queue.pop().ok())
+    }
+
+    /// Whether there is no room for a letter to that shard before it has taken some; who is gone takes none.
+    pub(crate) fn is_full_of_letters(&self, shard: usize) -> bool {
+        let outward = self.outward.get(shard).and_then(Option::as_ref);
+        outward.is_none_or(|outward| outward.letters.is_full() || outward.letters.is_abandoned())
+    }
+
+    /// Sends a letter, for which there is room; the neighbour hears of it with the next [`Neighbours::ring`].
+    pub(crate) fn write(&mut self, to: usize, letter: Letter) {
+        let Some(outward) = self.outward.get_mut(to).and_then(Option::as_mut) else { return };
+        (outward.unrung, self.unrung) = (true, true);
+        let result = outward.letters.push(letter);
+        debug_assert!(result.is_ok(), "there was room, and nobody else fills the queue");
+    }
+
+    /// The next letter, and whose it is; from each shard in turn.
+    pub(crate) fn read(&mut self) -> Option<(usize, Letter)> {
+        let queues = self.letters.len();
+        for step in 0..queues {
+            let nth = (self.letters_from + step) % queues;
+            let (from, queue) = &mut self.letters[nth];
+            if let Ok(letter) = queue.pop() {
+                self.letters_from = nth + 1;
+                return Some((*from, letter));
+            }
+        }
+        None
+    }
+
+    /// Shards that are gone, and whose letters have all been read.
+    pub(crate) fn gone(&self) -> impl Iterator<Item = usize> {
+        let is_gone = |queue: &Consumer<Letter>| {
+            queue.is_abandoned() && {
+                // What was sent before the end is seen with it.
+                fence(Ordering::Acquire);
+                queue.is_empty()
+            }
+        };
+        self.letters.iter().filter(move |(_, queue)| is_gone(queue)).map(|&(from, _)| from)
     }
 
     /// How many this shard handed to others that have not taken them.

@@ -65,6 +65,8 @@ pub struct Settings {
     pub detached_max: usize,
     /// Readers that begin on a shard within a second; the others wait their turn, > 0.
     pub resumes_per_s: u32,
+    /// Readers that a stream has before clients of other shards read it there, without being moved; 0: they are always moved.
+    pub mirror_readers: usize,
     /// Milliseconds that a response in background is kept when it is over, if its route keeps none longer.
     pub background_keep_ms: u32,
     /// Bytes of a response in background that are kept, if its route keeps no more.

@@ -144,6 +144,16 @@ counters! {
     kept_evictions => "tokenring_kept_evictions_total",
     /// Bytes of streams under way that were given up for want of memory, and cannot be read again.
     kept_forgotten_bytes => "tokenring_kept_forgotten_bytes_total",
+    /// Logs opened on other shards for streams of this one that many read.
+    mirrors_opened => "tokenring_mirrors_opened_total",
+    /// Those of them that ended: with their streams, or because nobody read them there any more.
+    mirrors_closed => "tokenring_mirrors_closed_total",
+    /// Bytes of streams sent to other shards for their readers there.
+    mirror_bytes => "tokenring_mirror_bytes_total",
+    /// Times such a log was left behind by its stream's window: its readers are told, as any that are left behind.
+    mirrors_skipped => "tokenring_mirrors_skipped_total",
+    /// Readers of streams of other shards that were not moved there.
+    mirror_reads => "tokenring_mirror_reads_total",
     /// Durable streams created, forks included.
     durable_creates => "tokenring_durable_creates_total",
     /// Appends to durable streams.

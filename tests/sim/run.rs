@@ -70,6 +70,7 @@ pub(crate) fn settings() -> Settings {
         lag_low_bytes: 16 << 10,
         resume_bytes_max: 1 << 20,
         detached_max: 100,
+        mirror_readers: 64,
         resumes_per_s: 1_000,
         background_keep_ms: 600_000,
         background_window_bytes: 1 << 20,

@@ -88,6 +88,7 @@ families! {
     KEPT_BYTES_MAX = "tokenring_kept_bytes_max", Kind::Gauge, ["shard"], "The most that may be (resume_bytes_max).";
     DETACHED = "tokenring_detached_streams", Kind::Gauge, ["shard"], "Streams that go on without a client.";
     STREAM_READERS = "tokenring_stream_readers", Kind::Gauge, ["shard"], "Readers of streams by their ids.";
+    MIRRORS = "tokenring_mirrors", Kind::Gauge, ["shard"], "Streams of other shards of which the shard has a copy for its readers.";
     STREAM_READERS_WAITING = "tokenring_stream_readers_waiting", Kind::Gauge, ["shard"], "Those of them that wait for their turn to begin.";
     STORED = "tokenring_stored_streams", Kind::Gauge, ["shard"], "Relayed streams that are on disk.";
     UNSTORED = "tokenring_unstored_streams", Kind::Gauge, ["shard"], "Relayed streams that should be on disk and are not, because it did not take them.";

@@ -59,6 +59,7 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     page.per_shard(&families::KEPT_BYTES_MAX, view, |_| kept_max);
     page.per_shard(&families::DETACHED, view, |snapshot| snapshot.kept.detached as u64);
     page.per_shard(&families::STREAM_READERS, view, |snapshot| snapshot.kept.readers as u64);
+    page.per_shard(&families::MIRRORS, view, |snapshot| snapshot.kept.mirrors as u64);
     page.per_shard(&families::STREAM_READERS_WAITING, view, |snapshot| snapshot.kept.waiting as u64);
     page.per_shard(&families::STORED, view, |snapshot| snapshot.kept.stored as u64);
     page.per_shard(&families::UNSTORED, view, |snapshot| snapshot.kept.unstored as u64);

@@ -93,6 +93,7 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
             "detached": snapshot.kept.detached,
             "readers": snapshot.kept.readers,
             "readers_waiting": snapshot.kept.waiting,
+            "mirrors": snapshot.kept.mirrors,
             "bytes": snapshot.kept.bytes,
             "bytes_max": plan.settings.resume_bytes_max,
             "stored": snapshot.kept.stored,

@@ -216,6 +216,7 @@ pub(crate) mod tests {
                 detached: 33,
                 readers: 34,
                 waiting: 3,
+                mirrors: 36,
                 bytes: 35,
                 stored: 39,
                 unstored: 4,

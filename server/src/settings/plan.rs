@@ -94,6 +94,7 @@ impl Plan {
             routes: effective.routes.iter().map(route).collect(),
             resume_bytes_max: values.integer(&table::RESUME_BYTES_MAX),
             detached_max: narrow(values.integer(&table::DETACHED_MAX)),
+            mirror_readers: narrow(values.integer(&table::MIRROR_READERS)),
             resumes_per_s: narrow(values.integer(&table::RESUMES_PER_S)),
             background_keep_ms: narrow(values.integer(&table::BACKGROUND_KEEP_MS)),
             background_window_bytes: values.integer(&table::BACKGROUND_WINDOW),

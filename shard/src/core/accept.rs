@@ -493,7 +493,8 @@ impl<I: Io> Shard<I> {
             return;
         }
         self.serve_waiting();
-        if self.load() == 0 && self.conns.is_empty() && self.streams.is_empty() {
+        let over = self.conns.is_empty() && self.streams.is_empty() && self.mirrors_told();
+        if self.load() == 0 && over {
             self.leave();
         }
     }

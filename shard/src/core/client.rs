@@ -304,7 +304,7 @@ impl<I: Io> Shard<I> {
     /// A request for a stream by its id.
     fn begin_asking(&mut self, key: Key, head: &RequestHead<'_, '_>) {
         let done = self.streams.get(key).is_some_and(|stream| stream.request_done);
-        if self.shard_of_stream(head.path()).is_some() {
+        if self.shard_of_stream(head.path()).is_some() && !self.reads_mirror(head) {
             // Its home takes nobody over any more.
             return self.end_stream(key, End::Drain);
         }

@@ -137,6 +137,8 @@ pub(crate) struct Client {
     pub(crate) at_home: bool,
     /// Shards that its request was moved on from, or that were passed over, in their order.
     pub(crate) hops: u16,
+    /// The shard that it was moved here from.
+    pub(crate) moved_from: Option<usize>,
     /// Bytes dropped while lingering.
     pub(crate) dropped: u64,
 }

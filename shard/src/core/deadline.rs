@@ -50,6 +50,7 @@ impl<I: Io> Shard<I> {
                 }
                 TimerOf::Resumes => self.kept.waiting_timer = None,
                 TimerOf::Moves => self.moves.timer_armed = false,
+                TimerOf::Mirrors => self.mirrors.timer_armed = false,
                 TimerOf::Acceptor(_) => {}
             }
         }
@@ -61,6 +62,7 @@ impl<I: Io> Shard<I> {
                 TimerOf::Handshakes => self.admit_handshakes(),
                 // They are looked at in every turn.
                 TimerOf::Moves => {}
+                TimerOf::Mirrors => self.mirrors_due(),
                 TimerOf::Drain => self.leaving_due(),
                 TimerOf::Durable => self.durable_expire(),
                 TimerOf::Stored => self.stored_due(),

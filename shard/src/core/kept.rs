@@ -11,6 +11,7 @@
 //! the requests for them, `reader` those who read them.
 
 use super::background::notes_bytes;
+use super::mirror::Mirrored;
 use super::relay::ExtraLines;
 use super::stored::Stored;
 use super::tail::Tail;
@@ -96,6 +97,8 @@ pub(super) struct Source {
     pub(super) expired: bool,
     /// What live readers of a durable stream share: it has no id.
     pub(super) tail: Option<Box<Tail>>,
+    /// It is a mirror, or has some.
+    pub(super) mirrored: Option<Box<Mirrored>>,
     /// A response in background.
     pub(super) background: bool,
     /// It has been told its id, by which it is found.
@@ -136,6 +139,7 @@ impl Source {
             timer: None,
             expired: false,
             tail: None,
+            mirrored: None,
             background: false,
             found_by_id: false,
             waiter: None,
@@ -157,6 +161,8 @@ pub struct KeptTotals {
     pub readers: usize,
     /// Readers that wait for their turn to begin.
     pub waiting: usize,
+    /// Logs of streams of other shards, for readers on this one.
+    pub mirrors: usize,
     /// Memory, bytes.
     pub bytes: u64,
     /// Streams that are on the disk.
@@ -201,6 +207,11 @@ impl Kept {
         StreamId { node: 0, shard, number, tag: self.tag(shard, number) }
     }
 
+    /// One that others come by is made to forget in its turn.
+    pub(super) fn live_too(&mut self, key: Key) {
+        self.live.push_back(key);
+    }
+
     /// Whether it is the id of a stream that there was.
     pub(super) fn is_ours(&self, id: &StreamId) -> bool {
         let tag = self.tag(id.shard, id.number);
@@ -228,12 +239,14 @@ impl Kept {
         let named = || self.sources.iter().map(|(_, source)| source).filter(|source| source.tail.is_none());
         let (stored, unstored) = self.stored.as_ref().map_or((0, 0), |stored| stored.journal.totals());
         let live = named().filter(|source| source.producer.is_some()).count();
+        let mirrors = named().filter(|source| source.is_mirror()).count();
         KeptTotals {
             live,
-            over: named().count() - live,
+            over: named().count() - live - mirrors,
             detached: self.detached,
             readers: named().map(|source| source.readers.len()).sum(),
             waiting: self.waiting.len(),
+            mirrors,
             bytes: self.bytes,
             stored,
             unstored,
@@ -318,9 +331,9 @@ impl<I: Io> Shard<I> {
         let knows = client.is_some_and(|conn| conn.ledger.sent() > 0 || conn.ledger.in_flight() > 0);
         let wanted = match self.resume_of_source(source).map(|resume| resume.on_leave) {
             None => false,
-            Some(OnLeave::Cancel) => !source.readers.is_empty(),
+            Some(OnLeave::Cancel) => source.is_read(),
             Some(OnLeave::Detach(_) | OnLeave::Finish) => {
-                knows && (self.kept.detached < self.settings.detached_max || !source.readers.is_empty())
+                knows && (self.kept.detached < self.settings.detached_max || source.is_read())
             }
         };
         wanted && stream.end.is_none() && stream.request_done && self.leaving == Leaving::No
@@ -345,7 +358,7 @@ impl<I: Io> Shard<I> {
 
     /// If nobody reads a stream under way, its route says what becomes of it.
     pub(super) fn orphan(&mut self, key: Key) {
-        if self.drop_tail(key) {
+        if self.drop_tail(key) || self.mirror_orphaned(key) {
             return;
         }
         let now_ms = self.now_ms();
@@ -353,7 +366,7 @@ impl<I: Io> Shard<I> {
         let Some(source) = self.kept.sources.get_mut(key) else { return };
         let Some(producer) = source.producer else { return };
         let read = self.streams.get(producer).is_some_and(|stream| stream.client.is_some());
-        if read || !source.readers.is_empty() || source.detached {
+        if read || source.is_read() || source.detached {
             return;
         }
         let room = self.leaving == Leaving::No && self.kept.detached < self.settings.detached_max;
@@ -408,7 +421,7 @@ impl<I: Io> Shard<I> {
         // The rest may be longer than the window; whoever was owed it still is.
         let client = client.map(|client| self.conns.get(client).map_or(log.end(), |conn| conn.ledger.sent()));
         log.release(client.unwrap_or(source.owed_from).min(log.end()));
-        if end == End::StreamStopped && source.readers.is_empty() {
+        if end == End::StreamStopped && !source.is_read() {
             log = Log::new();
         }
         let keep_ms = resume.map_or(0, |resume| resume.keep_ms);
@@ -419,7 +432,7 @@ impl<I: Io> Shard<I> {
         source.log = log;
         (source.end, source.ended_ms) = (Some(end), now_ms);
         source.expired = is_forsaken(end) || keep_ms == 0 || self.leaving != Leaving::No;
-        if source.expired && source.readers.is_empty() {
+        if source.expired && !source.is_read() {
             return self.remove_source(source_key);
         }
         let due_ms = now_ms + u64::from(keep_ms);
@@ -430,6 +443,9 @@ impl<I: Io> Shard<I> {
     }
 
     pub(super) fn source_due(&mut self, key: Key) {
+        if self.close_mirror(key) {
+            return;
+        }
         let Some(source) = self.kept.sources.get_mut(key) else { return };
         if let Some(producer) = source.producer {
             // Somebody may have come back in this very turn.
@@ -439,17 +455,18 @@ impl<I: Io> Shard<I> {
             return;
         }
         source.expired = true;
-        if source.readers.is_empty() {
+        if !source.is_read() {
             self.remove_source(key);
         }
     }
 
     pub(super) fn remove_source(&mut self, key: Key) {
+        self.forget_mirror(key);
         let Some(source) = self.kept.sources.remove(key) else { return };
         if let Some((timer, _)) = source.timer {
             self.wheel.remove(timer);
         }
-        if source.tail.is_none() {
+        if source.tail.is_none() && !source.is_mirror() {
             self.kept.by_number.remove(&source.number);
         }
         // What a shard that leaves lets go is there for the next process.
@@ -471,13 +488,16 @@ impl<I: Io> Shard<I> {
     pub(super) fn drain_kept(&mut self) {
         let keys: Vec<Key> = self.kept.sources.iter().map(|(key, _)| key).collect();
         for key in keys {
+            if self.close_mirror(key) {
+                continue;
+            }
             let Some(source) = self.kept.sources.get_mut(key) else { continue };
             match source.producer {
                 Some(producer) if source.detached => self.end_stream(producer, End::Drain),
                 Some(_) => {}
                 None => {
                     source.expired = true;
-                    if source.readers.is_empty() {
+                    if !source.is_read() {
                         self.remove_source(key);
                     }
                 }
@@ -497,6 +517,10 @@ impl<I: Io> Shard<I> {
             stream.response.history_bytes() + RESUME_STREAM_COST_BYTES + notes_bytes(stream.notes.as_deref());
         let before = std::mem::replace(&mut stream.charged, now);
         self.kept.bytes = self.kept.bytes - before + now;
+        self.make_room_if_full();
+    }
+
+    pub(super) fn make_room_if_full(&mut self) {
         if self.kept.bytes > self.kept.make_room_at {
             self.make_room();
         }
@@ -518,7 +542,7 @@ impl<I: Io> Shard<I> {
             let Some(key) = self.kept.over.pop_front() else { break };
             match self.kept.sources.get(key) {
                 None => {}
-                Some(source) if source.readers.is_empty() => {
+                Some(source) if !source.is_read() => {
                     self.stats.counters.kept_evictions += 1;
                     self.remove_source(key);
                 }
@@ -532,6 +556,13 @@ impl<I: Io> Shard<I> {
                 }
                 let Some(key) = self.kept.live.pop_front() else { break };
                 let Some(source) = self.kept.sources.get(key) else { continue };
+                if source.is_mirror() {
+                    self.kept.live.push_back(key);
+                    if !detached {
+                        self.mirror_forgets_half(key);
+                    }
+                    continue;
+                }
                 let Some(producer) = source.producer else { continue };
                 self.kept.live.push_back(key);
                 if source.detached == detached {
@@ -541,6 +572,15 @@ impl<I: Io> Shard<I> {
         }
         // Where nothing can be given up, another attempt is worth it only when there is more.
         self.kept.make_room_at = most.max(self.kept.bytes + most / 16);
+    }
+
+    fn mirror_forgets_half(&mut self, key: Key) {
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        source.log.forget(source.log.history_bytes() / 2);
+        let charged = source.log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES;
+        let before = std::mem::replace(&mut source.charged, charged);
+        // Its home still has it.
+        self.kept.bytes = self.kept.bytes - before + charged;
     }
 
     fn forget_half(&mut self, producer: Key) {

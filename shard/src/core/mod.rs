@@ -16,6 +16,7 @@ mod durable;
 mod finish;
 mod journal;
 mod kept;
+mod mirror;
 mod moves;
 mod reader;
 mod relay;
@@ -39,6 +40,7 @@ use durable::DurableStreams;
 pub use journal::JournalOf;
 use kept::Kept;
 pub use kept::{KeptTotals, stream_id};
+use mirror::Mirrors;
 use moves::{Moves, Newcomer};
 use protocol::http::DateLine;
 use protocol::limits::{COMPLETIONS_PER_TURN_MAX, SLOWEST_LISTED, TURN_FAULT_MS};
@@ -70,6 +72,8 @@ enum TimerOf {
     Acceptor(usize),
     Handshakes,
     Moves,
+    /// Letters to other shards found no room.
+    Mirrors,
     Durable,
     Drain,
     /// A stream without a client, or one that is over, has had its time.
@@ -120,6 +124,7 @@ pub struct Shard<I: Io> {
     /// Accepted on a listener, and waiting for a slot: nothing of theirs has been read.
     parked: VecDeque<Newcomer<I::Socket>>,
     moves: Moves,
+    mirrors: Mirrors,
     handshakes: Handshakes,
     tls_scratch: Scratch,
     /// None: the only shard.
@@ -178,6 +183,7 @@ impl<I: Io> Shard<I> {
             clients: 0,
             parked: VecDeque::new(),
             moves: Moves::default(),
+            mirrors: Mirrors::default(),
             handshakes: Handshakes::default(),
             tls_scratch: Scratch::default(),
             neighbours: None,
@@ -239,6 +245,7 @@ impl<I: Io> Shard<I> {
         }
         self.completions = completions;
         self.complete_waiting();
+        self.read_letters();
         self.fire_timers();
         self.follow_journal();
         self.follow_stored();
@@ -298,6 +305,7 @@ impl<I: Io> Shard<I> {
             || !self.waiting.is_empty()
             || self.durable.is_busy()
             || self.kept.is_busy()
+            || self.mirrors.rung
             || self.left
             || self.is_closing_listeners();
         if busy || sleepy == Sleepy::No {
@@ -389,6 +397,7 @@ impl<I: Io> Shard<I> {
             Completion::Hangup { conn, result, armed } => self.hung_up(conn, result, armed),
             Completion::Woken => {
                 self.woken = true;
+                self.mirrors.rung = self.neighbours.is_some();
                 self.serve_waiting();
             }
         }

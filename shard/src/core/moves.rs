@@ -57,6 +57,9 @@ impl<I: Io> Shard<I> {
         let neighbours = self.neighbours.as_ref()?;
         let durable = self.settings.durable.covers(head.path());
         if !durable && let Some(home) = self.shard_of_stream(head.path()) {
+            if self.reads_mirror(head) {
+                return None;
+            }
             return (self.leaving == Leaving::No && neighbours.is_open(home)).then_some(home);
         }
         if !durable && let Some(next) = self.next_for_response(key, head) {
@@ -154,7 +157,8 @@ impl<I: Io> Shard<I> {
         };
         let hops = conn.hops() + self.neighbours.as_ref().map_or(0, |neighbours| neighbours.distance_to(to));
         let tls = conn.tls.map(|tls| tls.at_rest());
-        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused, hops };
+        let from = self.neighbours.as_ref().map_or(0, |neighbours| neighbours.own());
+        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused, hops, from };
         let what = self.io.release(conn.socket);
         let handed = Handed { what, listener: 0, times: HANDED_ON_MAX, moved: Some(Box::new(moved)) };
         self.stats.counters.handed_away += 1;
@@ -166,8 +170,9 @@ impl<I: Io> Shard<I> {
 
     /// Serves a client that comes with a request of its own.
     pub(super) fn serve_moved(&mut self, socket: I::Socket, moved: Moved) {
-        let Moved { held, tls, peer_fin, requests, refused, hops } = moved;
-        let client = Client { requests, refused, hops, at_home: true, ..Client::default() };
+        let Moved { held, tls, peer_fin, requests, refused, hops, from } = moved;
+        let client =
+            Client { requests, refused, hops, moved_from: Some(from), at_home: true, ..Client::default() };
         let mut conn = Conn::new(socket, Role::Client(client));
         conn.tls = tls.map(|tls| Box::new(Tls::from(tls)));
         conn.due_ms = self.now_ms() + u64::from(self.idle_ms());

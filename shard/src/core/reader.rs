@@ -2,6 +2,7 @@
 //! the log of the stream that it reads, which is the same memory for all. One whose next bytes the window has dropped finishes
 //! what it was lent, which ends between two events, and is told there.
 
+use super::kept::Source;
 use super::stream::Stream;
 use super::{Shard, TimerOf};
 use crate::io::Io;
@@ -178,16 +179,14 @@ impl<I: Io> Shard<I> {
     pub(super) fn is_reader_level(&self, stream: &Stream, bytes: usize) -> bool {
         let Some(reader) = &stream.reader else { return false };
         let Some(source) = self.kept.sources.get(reader.source) else { return false };
-        let Some(producer) = source.producer.and_then(|producer| self.streams.get(producer)) else {
-            return false;
+        let end = match source.producer.and_then(|producer| self.streams.get(producer)) {
+            Some(producer) if !producer.produced => producer.response.end(),
+            None if source.is_mirror() && source.end.is_none() => source.log.end(),
+            _ => return false,
         };
         let own = reader.own_lent || reader.own_at < stream.response.end();
         let all = reader.lent.as_ref().is_some_and(|lent| lent.len() == bytes);
-        all && !own
-            && !stream.produced
-            && !producer.produced
-            && reader.at == producer.response.end()
-            && !self.is_held_up(reader.source)
+        all && !own && !stream.produced && reader.at == end && !self.is_held_up(reader.source)
     }
 
     /// A send of a reader's has ended.
@@ -219,14 +218,15 @@ impl<I: Io> Shard<I> {
     }
 
     /// Whether a source follows its readers, instead of leaving them behind.
-    fn is_held_up(&self, key: Key) -> bool {
+    pub(super) fn is_held_up(&self, key: Key) -> bool {
         let Some(source) = self.kept.sources.get(key) else { return false };
         let slow_reader = self.resume_of(source.route).map(|resume| resume.slow_reader);
-        source.producer.is_some()
+        let elsewhere = source.has_mirrors() || source.is_mirror();
+        source.end.is_none()
             && source.tail.is_none()
             && match slow_reader {
                 Some(SlowReader::Block) => true,
-                Some(SlowReader::Auto) => source.readers.len() == 1,
+                Some(SlowReader::Auto) => source.readers.len() == 1 && !elsewhere,
                 _ => false,
             }
     }
@@ -243,7 +243,7 @@ impl<I: Io> Shard<I> {
         if source.readers.is_empty() {
             source.owed_from = source.owed_from.max(reader.confirmed());
         }
-        if source.producer.is_none() && source.expired && source.readers.is_empty() {
+        if self.forsaken(reader.source) {
             return self.remove_source(reader.source);
         }
         self.kept.stir(reader.source);
@@ -269,6 +269,7 @@ impl<I: Io> Shard<I> {
             room -= to.saturating_sub(from);
             source.served = if to < all { to } else { 0 };
             let goes_on = source.served > 0 || source.stirred;
+            self.feed_mirrors(key);
             self.touch_readers(key, from, to);
             for nth in from..to {
                 if is_planted(Bug::ReaderForgotten) && nth > 0 && nth + 1 == all {
@@ -288,6 +289,8 @@ impl<I: Io> Shard<I> {
                 break;
             }
         }
+        // Other shards serve their readers while this one serves its own.
+        self.ring_neighbours();
     }
 
     /// Reads a little of everyone who is to be served, as `touch` does for a batch of completions: one miss beside the other.
@@ -308,6 +311,9 @@ impl<I: Io> Shard<I> {
     /// What the slowest reader that counts has had is what the log need not hold for it.
     fn follow_readers(&mut self, key: Key) {
         let Some(source) = self.kept.sources.get(key) else { return };
+        if source.is_mirror() {
+            return self.follow_mirror(key);
+        }
         let Some(producer) = source.producer else { return };
         if self.streams.get(producer).is_none_or(|stream| stream.client.is_some()) {
             return;
@@ -319,7 +325,7 @@ impl<I: Io> Shard<I> {
         let Some(log) = self.source_log(source) else { return };
         let slowest = |readers: &[Key]| {
             let confirmed = |key: &Key| Some(self.streams.get(*key)?.reader.as_ref()?.confirmed());
-            readers.iter().filter_map(confirmed).min()
+            readers.iter().filter_map(confirmed).chain(source.slowest_mirror()).min()
         };
         let owed_from =
             if self.is_held_up(key) { slowest(&source.readers) } else { None }.unwrap_or(log.end());
@@ -359,7 +365,7 @@ impl<I: Io> Shard<I> {
     /// Whether somebody is there to be told that a stream without a client lives.
     pub(super) fn has_readers(&self, stream: &Stream) -> bool {
         let source = stream.source.and_then(|source| self.kept.sources.get(source));
-        source.is_some_and(|source| !source.readers.is_empty())
+        source.is_some_and(Source::is_read)
     }
 
     // ---- the pace of those who come back
@@ -447,11 +453,11 @@ impl<I: Io> Shard<I> {
                 None => bytes += source.charged,
             }
             let client = producer.flatten().is_some_and(|stream| stream.client.is_some());
-            let lonely = source.producer.is_some() && !client && source.readers.is_empty();
+            let lonely = source.producer.is_some() && !client && !source.is_read();
             if lonely != source.detached {
                 return Err(format!("detached is {}, and should be {lonely}", source.detached));
             }
-            if source.producer.is_none() && source.timer.is_none() && source.readers.is_empty() {
+            if source.producer.is_none() && source.timer.is_none() && !source.is_read() {
                 return Err("a stream that is over is kept for ever".to_owned());
             }
             for (place, &reader) in source.readers.iter().enumerate() {
@@ -460,7 +466,10 @@ impl<I: Io> Shard<I> {
                     return Err(format!("reader {place} does not know its place"));
                 }
             }
-            if source.tail.is_none() && self.kept.by_number.get(&source.number) != Some(&key) {
+            if source.tail.is_none()
+                && !source.is_mirror()
+                && self.kept.by_number.get(&source.number) != Some(&key)
+            {
                 return Err("a stream cannot be found by its id".to_owned());
             }
         }

@@ -46,8 +46,9 @@ impl<I: Io> Shard<I> {
         if !self.kept.is_ours(id) {
             return Err(resume::NOT_FOUND);
         }
-        let here = self.kept.by_number.get(&numbered(id.shard, id.number));
-        here.copied().ok_or(resume::EXPIRED)
+        let number = numbered(id.shard, id.number);
+        let here = self.kept.by_number.get(&number).copied().or_else(|| self.mirror_here(number));
+        here.ok_or(resume::EXPIRED)
     }
 
     pub(super) fn source_log<'s>(&'s self, source: &'s Source) -> Option<&'s Log> {
@@ -69,6 +70,10 @@ impl<I: Io> Shard<I> {
         let client = producer.and_then(|stream| self.conns.get(stream.client?));
         let client_pending = client.map(|conn| conn.ledger.lag(log.end()));
         let mut readers: Vec<u64> = source.readers.iter().filter_map(pending).chain(client_pending).collect();
+        let (elsewhere, pending_elsewhere) = source.read_elsewhere(log);
+        let reading = readers.len() + elsewhere;
+        // Of each mirror the one that is behind most.
+        readers.extend(pending_elsewhere);
         readers.sort_unstable_by(|a, b| b.cmp(a));
         let phase = match producer {
             Some(_) if source.detached => "detached",
@@ -99,7 +104,7 @@ impl<I: Io> Shard<I> {
             log.end() - log.start(),
             now_ms - source.began_ms,
             now_ms.saturating_sub(quiet_since_ms),
-            readers.len(),
+            reading,
         )
         .ok();
         // The worst are enough to see who is stuck.
@@ -128,7 +133,7 @@ impl<I: Io> Shard<I> {
             None => {
                 // It was over: from now on it cannot be read.
                 source.end = Some(End::StreamStopped);
-                if source.readers.is_empty() {
+                if !source.is_read() {
                     let freed = source.log.memory_bytes() as u64;
                     source.log = Log::new();
                     source.charged -= freed.min(source.charged);
@@ -189,8 +194,10 @@ impl<I: Io> Shard<I> {
         let Some(stream) = self.streams.get_mut(key) else { return };
         let place = source.readers.len();
         source.readers.push(key);
-        let (dialect, chunked, number) = (source.dialect, source.chunked, source.number);
-        let id = self.kept.id(number);
+        let (dialect, chunked) = (source.dialect, source.chunked);
+        let mirror = source.is_mirror();
+        let Some(source) = self.kept.sources.get(source_key) else { return };
+        let id = self.kept.id_of(source);
         let framing = if chunked { Framing::Chunked } else { Framing::UntilClose };
         stream.close |= !chunked;
         stream.status = 200;
@@ -236,7 +243,11 @@ impl<I: Io> Shard<I> {
             behind: None,
         }));
         let client = stream.client;
+        self.stats.counters.mirror_reads += u64::from(mirror);
         self.kept.stir(source_key);
+        if let Some(client) = client {
+            self.mirror_for(source_key, client);
+        }
         self.follow_waiting(now_ms);
         self.follow_stream_timer(key);
         if let Some(client) = client {

@@ -491,6 +491,14 @@ impl Stream {
     }
 }
 
+/// The last block of an event stream, and what ends its body.
+pub(crate) fn last_block(raw: &[u8], chunked: bool) -> Vec<u8> {
+    match chunked {
+        true => [ChunkHead::new(raw.len()).as_bytes(), raw, CHUNK_END, LAST_CHUNK].concat(),
+        false => raw.to_vec(),
+    }
+}
+
 /// Writes a backend's own error body as an event of the dialect. False when it is not an error object of an API.
 pub(crate) fn write_late_error(dialect: Dialect, body: &[u8], out: &mut Vec<u8>) -> bool {
     let Ok(body) = std::str::from_utf8(body) else { return false };

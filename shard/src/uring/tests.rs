@@ -53,6 +53,7 @@ pub(crate) fn settings() -> Settings {
         }],
         resume_bytes_max: 4 << 20,
         detached_max: 10,
+        mirror_readers: 64,
         resumes_per_s: 1000,
         background_keep_ms: 600_000,
         background_window_bytes: 1 << 20,

@@ -1,0 +1,496 @@
+//! Streams with many readers are read on every shard: each has a mirror of its own, a log that the stream's home fills through the
+//! mesh, and whose readers it serves as those of any stream (`reader`). What the two ends tell each other is
+//! [`protocol::mirror`]'s; here: who opens mirrors, who reads them, and their end.
+//!
+//! ```text
+//!   home                                              another shard
+//!   Source ─ readers                                  Source ─ readers          no producer: its log grows by news
+//!     └─ Mirrored::Home: a Link for each ◄─ mesh ─►     └─ Mirrored::Mirror: a Replica
+//! ```
+//! A client is moved to the home of what it asks for, as long as its own shard has no mirror of it, or not from its cursor on. The home
+//! opens one when a client is moved there from a shard that has none, and the stream has readers enough. To the home an open mirror
+//! is a reader. It goes when nobody reads it, after a moment.
+
+use super::kept::Source;
+use super::{Leaving, Shard, TimerOf};
+use crate::io::Io;
+use crate::mesh::{About, Letter, Neighbours, Says};
+use crate::settings::OnLeave;
+use protocol::fault::Fault;
+use protocol::http::{Framing, RequestHead};
+use protocol::limits::{
+    MIRROR_IDLE_MS, MIRROR_MESSAGES_PER_TURN_MAX, MIRROR_RETRY_MS, RESUME_STREAM_COST_BYTES,
+};
+use protocol::log::Log;
+use protocol::mirror::{Link, News, Replica, Told, Turn, may_begin};
+use protocol::phase::End;
+use protocol::resume::{Ask, StreamId, Want};
+use protocol::slots::Key;
+use std::collections::HashMap;
+
+/// What a source has to do with other shards.
+pub(super) enum Mirrored {
+    /// It is at home, and these are its mirrors, with their shards.
+    Home(Vec<(usize, Link<About>)>),
+    /// It is a mirror of a stream on this shard.
+    Mirror(usize, Replica),
+}
+
+/// What a shard knows of mirrors.
+#[derive(Default)]
+pub(super) struct Mirrors {
+    /// Those that are here and live, by their streams' shards and numbers.
+    by_stream: HashMap<(usize, u64), Key>,
+    /// Of the next that is opened for a stream of this shard.
+    next_opening: u64,
+    /// How many there are of streams of this shard.
+    links: usize,
+    /// Streams that found a queue full.
+    blocked: Vec<Key>,
+    /// Last letters that did: of mirrors that are gone, or never were.
+    unsent: Vec<(usize, Letter)>,
+    pub(super) timer_armed: bool,
+    /// Letters may have come.
+    pub(super) rung: bool,
+}
+
+impl Source {
+    /// Whether it is a mirror.
+    pub(super) fn is_mirror(&self) -> bool {
+        self.mirrored.as_ref().is_some_and(|mirrored| matches!(**mirrored, Mirrored::Mirror(..)))
+    }
+
+    /// The shard that its id names, if it is a mirror.
+    pub(super) fn mirror_of(&self) -> Option<usize> {
+        match self.mirrored.as_deref() {
+            Some(Mirrored::Mirror(home, _)) => Some(*home),
+            _ => None,
+        }
+    }
+
+    fn links(&self) -> &[(usize, Link<About>)] {
+        match self.mirrored.as_deref() {
+            Some(Mirrored::Home(links)) => links,
+            _ => &[],
+        }
+    }
+
+    fn links_mut(&mut self) -> Option<&mut Vec<(usize, Link<About>)>> {
+        match self.mirrored.as_deref_mut() {
+            Some(Mirrored::Home(links)) => Some(links),
+            _ => None,
+        }
+    }
+
+    pub(super) fn has_mirrors(&self) -> bool {
+        !self.links().is_empty()
+    }
+
+    /// Whether somebody reads it by its id, here or elsewhere.
+    pub(super) fn is_read(&self) -> bool {
+        !self.readers.is_empty() || self.has_mirrors()
+    }
+
+    /// What the mirror that has taken least has taken.
+    pub(super) fn slowest_mirror(&self) -> Option<u64> {
+        self.links().iter().map(|(_, link)| link.told.taken).min()
+    }
+
+    /// What its mirrors say of their readers: how many, and what the slowest of each is behind by.
+    pub(super) fn read_elsewhere(&self, log: &Log) -> (usize, Vec<u64>) {
+        let read = || self.links().iter().map(|(_, link)| link).filter(|link| link.told.readers > 0);
+        let pending = read().map(|link| link.pending_bytes(log)).collect();
+        (read().map(|link| link.told.readers as usize).sum(), pending)
+    }
+}
+
+impl<I: Io> Shard<I> {
+    // ---- at home
+
+    /// A client that was moved here begins to read: if its stream has readers enough, the shard it came from is given a mirror.
+    pub(super) fn mirror_for(&mut self, source_key: Key, client: Key) {
+        let moved_from = self.conns.get_mut(client).and_then(|conn| conn.client()?.moved_from.take());
+        let (Some(shard), enough) = (moved_from, self.settings.mirror_readers) else { return };
+        let Some(source) = self.kept.sources.get(source_key) else { return };
+        let wanted = enough > 0
+            && source.readers.len() > enough
+            && source.producer.is_some()
+            && source.tail.is_none()
+            && self.leaving == Leaving::No
+            && !source.links().iter().any(|&(to, _)| to == shard);
+        let open = self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_open(shard));
+        if !wanted || !open {
+            return;
+        }
+        let Some(log) = self.source_log(source) else { return };
+        let about = About {
+            route: source.route,
+            dialect: source.dialect,
+            chunked: source.chunked,
+            background: source.background,
+            began_ms: source.began_ms,
+        };
+        let opening = self.mirrors.next_opening;
+        let link = Link::new(opening, about, log);
+        self.mirrors.next_opening += 1;
+        self.mirrors.links += 1;
+        self.stats.counters.mirrors_opened += 1;
+        let Some(source) = self.kept.sources.get_mut(source_key) else { return };
+        match source.links_mut() {
+            Some(links) => links.push((shard, link)),
+            None => source.mirrored = Some(Box::new(Mirrored::Home(vec![(shard, link)]))),
+        }
+        self.kept.stir(source_key);
+    }
+
+    /// Sends a stream's mirrors what has been appended.
+    pub(super) fn feed_mirrors(&mut self, source_key: Key) {
+        let Some(source) = self.kept.sources.get_mut(source_key) else { return };
+        if !source.has_mirrors() {
+            return;
+        }
+        // Taken out while the log is looked at.
+        let Some(mut mirrored) = source.mirrored.take() else { return };
+        let (number, mut blocked) = (source.number, false);
+        if let (Mirrored::Home(links), Some(neighbours), Some(source)) =
+            (&mut *mirrored, &mut self.neighbours, self.kept.sources.get(source_key))
+        {
+            let producer = source.producer.and_then(|producer| self.streams.get(producer));
+            let (log, end) = match producer {
+                Some(stream) if stream.produced => (&stream.response, stream.end),
+                Some(stream) => (&stream.response, None),
+                None => (&source.log, source.end),
+            };
+            for (shard, link) in links {
+                loop {
+                    if neighbours.is_full_of_letters(*shard) {
+                        blocked = true;
+                        break;
+                    }
+                    let Some(news) = link.next(log, end) else { break };
+                    let counters = &mut self.stats.counters;
+                    match &news {
+                        News::Bytes { bytes, .. } => counters.mirror_bytes += bytes.len() as u64,
+                        News::Skip { .. } => counters.mirrors_skipped += 1,
+                        News::Begin { .. } | News::Over(_) => {}
+                    }
+                    let says = Says::News(news);
+                    neighbours.write(*shard, Letter { stream: number, opening: link.opening, says });
+                }
+            }
+        }
+        if let Some(source) = self.kept.sources.get_mut(source_key) {
+            source.mirrored = Some(mirrored);
+        }
+        if blocked {
+            self.mirrors.blocked.push(source_key);
+            self.retry_mirrors();
+        }
+        self.forget_links(source_key, |_, link| link.over);
+    }
+
+    fn retry_mirrors(&mut self) {
+        if !std::mem::replace(&mut self.mirrors.timer_armed, true) {
+            self.wheel.insert(self.now_ms() + MIRROR_RETRY_MS, TimerOf::Mirrors);
+        }
+    }
+
+    /// A mirror is none any more: its home is told, as soon as it can be.
+    fn write_left(&mut self, home: usize, letter: Letter) {
+        match &mut self.neighbours {
+            Some(neighbours) if !neighbours.is_full_of_letters(home) => neighbours.write(home, letter),
+            // Who is gone misses nobody.
+            Some(neighbours) if neighbours.gone().any(|shard| shard == home) => {}
+            _ => {
+                self.mirrors.unsent.push((home, letter));
+                self.retry_mirrors();
+            }
+        }
+    }
+
+    /// Those that found a queue full try again.
+    pub(super) fn mirrors_due(&mut self) {
+        for (home, letter) in std::mem::take(&mut self.mirrors.unsent) {
+            self.write_left(home, letter);
+        }
+        for key in std::mem::take(&mut self.mirrors.blocked) {
+            self.kept.stir(key);
+        }
+    }
+
+    /// Mirrors of a stream are none any more.
+    fn forget_links(&mut self, source_key: Key, gone: impl Fn(usize, &Link<About>) -> bool) {
+        let Some(source) = self.kept.sources.get_mut(source_key) else { return };
+        let Some(links) = source.links_mut() else { return };
+        let (mut forgotten, mut taken) = (0, 0);
+        links.retain(|(shard, link)| {
+            let goes = gone(*shard, link);
+            if goes {
+                (forgotten, taken) = (forgotten + 1, link.told.taken.max(taken));
+            }
+            !goes
+        });
+        if forgotten == 0 {
+            return;
+        }
+        self.mirrors.links -= forgotten;
+        self.stats.counters.mirrors_closed += forgotten as u64;
+        if !source.is_read() {
+            source.owed_from = source.owed_from.max(taken);
+        }
+        if self.forsaken(source_key) {
+            return self.remove_source(source_key);
+        }
+        self.kept.stir(source_key);
+        self.orphan(source_key);
+    }
+
+    /// Whether a stream is over, its time too, and nobody reads it.
+    pub(super) fn forsaken(&self, source_key: Key) -> bool {
+        let Some(source) = self.kept.sources.get(source_key) else { return false };
+        let over = source.producer.is_none() && source.expired;
+        over && !source.is_read()
+    }
+
+    fn at_home(&self, letter: &Letter) -> Option<Key> {
+        let &key = self.kept.by_number.get(&letter.stream)?;
+        let source = self.kept.sources.get(key)?;
+        source.links().iter().any(|(_, link)| link.opening == letter.opening).then_some(key)
+    }
+
+    fn heard_of_mirror(&mut self, letter: &Letter, told: Told) {
+        let Some(key) = self.at_home(letter) else { return };
+        let links = self.kept.sources.get_mut(key).and_then(Source::links_mut);
+        let link = links.and_then(|links| links.iter_mut().find(|(_, link)| link.opening == letter.opening));
+        if let Some((_, link)) = link {
+            link.hear(told);
+        }
+        self.kept.stir(key);
+    }
+
+    /// Whether all that is to be told of streams of this shard has been told.
+    pub(super) fn mirrors_told(&self) -> bool {
+        self.mirrors.links == 0
+    }
+
+    // ---- once per turn, at both ends
+
+    /// Reads what other shards have written.
+    pub(super) fn read_letters(&mut self) {
+        if !std::mem::take(&mut self.mirrors.rung) {
+            return;
+        }
+        for _ in 0..MIRROR_MESSAGES_PER_TURN_MAX {
+            let Some((from, letter)) = self.neighbours.as_mut().and_then(Neighbours::read) else {
+                return self.miss_neighbours();
+            };
+            match letter {
+                Letter { stream, opening, says: Says::News(news) } => {
+                    self.take_news(from, stream, opening, news);
+                }
+                Letter { says: Says::Told(told), .. } => self.heard_of_mirror(&letter, told),
+                Letter { says: Says::Left, opening, .. } => {
+                    if let Some(key) = self.at_home(&letter) {
+                        self.forget_links(key, |_, link| link.opening == opening);
+                    }
+                }
+            }
+        }
+        // The others wait for the next turn, which does not sleep.
+        self.mirrors.rung = true;
+    }
+
+    /// Shards that are gone have no mirrors, and no streams.
+    fn miss_neighbours(&mut self) {
+        if self.mirrors.links == 0 && self.mirrors.by_stream.is_empty() {
+            return;
+        }
+        let Some(neighbours) = &self.neighbours else { return };
+        for shard in neighbours.gone().collect::<Vec<_>>() {
+            let keys: Vec<Key> = self.kept.sources.iter().map(|(key, _)| key).collect();
+            for key in keys {
+                self.forget_links(key, |to, _| to == shard);
+                let live = self.kept.sources.get(key).is_some_and(|source| source.end.is_none());
+                if live && self.kept.sources.get(key).and_then(Source::mirror_of) == Some(shard) {
+                    self.break_mirror(key);
+                }
+            }
+        }
+    }
+
+    // ---- at the mirror
+
+    /// The mirror of a stream of another shard.
+    pub(super) fn mirror_here(&self, id: &StreamId) -> Option<Key> {
+        self.mirrors.by_stream.get(&(usize::from(id.shard), id.number)).copied()
+    }
+
+    /// Whether a request for a stream of another shard is answered from a mirror here.
+    pub(super) fn reads_mirror(&self, head: &RequestHead<'_, '_>) -> bool {
+        if self.mirrors.by_stream.is_empty() || !matches!(head.framing, Framing::None | Framing::Length(0)) {
+            return false;
+        }
+        let asked: Result<Ask, Fault> = Ask::parse(head);
+        let Ok(Ask { id, want: Want::Events { after } }) = asked else { return false };
+        let source = self.mirror_here(&id).and_then(|key| self.kept.sources.get(key));
+        self.kept.is_ours(&id)
+            && source.is_some_and(|source| source.end.is_none() && may_begin(&source.log, after))
+    }
+
+    fn take_news(&mut self, from: usize, stream: u64, opening: u64, news: News<About>) {
+        if let News::Begin { about, at, last_event_id } = news {
+            return self.begin_mirror(from, stream, opening, about, (at, last_event_id));
+        }
+        let Some(&key) = self.mirrors.by_stream.get(&(from, stream)) else { return };
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        let Some(Mirrored::Mirror(_, replica)) = source.mirrored.as_deref_mut() else { return };
+        if replica.opening != opening {
+            return;
+        }
+        match replica.take(news, &mut source.log) {
+            Turn::Grown | Turn::Skipped => self.kept.stir(key),
+            Turn::Over(end) => self.mirror_over(key, end),
+            Turn::Broken => {
+                debug_assert!(false, "news that cannot follow");
+                self.break_mirror(key);
+            }
+        }
+    }
+
+    fn begin_mirror(&mut self, from: usize, number: u64, opening: u64, about: About, at: (u64, u64)) {
+        let About { route, dialect, chunked, background, began_ms } = about;
+        let mut source = Source::new(number, None, route, dialect, chunked, began_ms);
+        source.background = background;
+        let window_bytes = self.resume_of_source(&source).map_or(0, |resume| resume.window_bytes);
+        let (replica, log) = Replica::begin(opening, at.0, at.1, window_bytes);
+        source.log = log;
+        source.mirrored = Some(Box::new(Mirrored::Mirror(from, replica)));
+        source.charged = RESUME_STREAM_COST_BYTES;
+        let known = self.mirrors.by_stream.contains_key(&(from, number));
+        debug_assert!(!known, "a stream has one mirror on a shard");
+        let key = match self.leaving == Leaving::No && !known {
+            true => self.kept.sources.insert(source).ok(),
+            false => None,
+        };
+        let Some(key) = key else {
+            return self.write_left(from, Letter { stream: number, opening, says: Says::Left });
+        };
+        self.kept.bytes += RESUME_STREAM_COST_BYTES;
+        self.kept.live_too(key);
+        self.mirrors.by_stream.insert((from, number), key);
+        self.mirror_idle(key, MIRROR_IDLE_MS);
+    }
+
+    /// A mirror waits for readers for so long.
+    fn mirror_idle(&mut self, key: Key, wait_ms: u64) {
+        let due_ms = self.now_ms() + wait_ms;
+        if let Some(source) = self.kept.sources.get_mut(key) {
+            super::deadline::arm(&mut self.wheel, &mut source.timer, due_ms, TimerOf::Source(key));
+        }
+    }
+
+    /// If a source is a mirror: its last reader may have left. False if it is none.
+    pub(super) fn mirror_orphaned(&mut self, key: Key) -> bool {
+        let Some(source) = self.kept.sources.get(key).filter(|source| source.is_mirror()) else {
+            return false;
+        };
+        if source.readers.is_empty() && source.end.is_none() {
+            let resume = self.resume_of_source(source);
+            let cancels = resume.is_none_or(|resume| resume.on_leave == OnLeave::Cancel);
+            // The backend of a stream that is to end with its last reader is not kept waiting.
+            if cancels || self.leaving != Leaving::No {
+                self.close_mirror(key);
+            } else {
+                self.mirror_idle(key, MIRROR_IDLE_MS);
+            }
+        }
+        true
+    }
+
+    /// If a source is a live mirror, and nobody reads it, it goes, as soon as its home can be told. False if it is none.
+    pub(super) fn close_mirror(&mut self, key: Key) -> bool {
+        let Some(source) = self.kept.sources.get(key) else { return false };
+        let Some(Mirrored::Mirror(home, replica)) = source.mirrored.as_deref() else { return false };
+        if source.end.is_some() {
+            return false;
+        }
+        if source.readers.is_empty() {
+            let letter = Letter { stream: source.number, opening: replica.opening, says: Says::Left };
+            let home = *home;
+            self.write_left(home, letter);
+            self.remove_source(key);
+        }
+        true
+    }
+
+    /// A mirror has all there will be of its stream.
+    fn mirror_over(&mut self, key: Key, end: End) {
+        let now_ms = self.now_ms();
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        (source.end, source.ended_ms, source.expired) = (Some(end), now_ms, true);
+        if let Some((timer, _)) = source.timer.take() {
+            self.wheel.remove(timer);
+        }
+        self.forget_mirror(key);
+        match self.forsaken(key) {
+            true => self.remove_source(key),
+            false => self.kept.stir(key),
+        }
+    }
+
+    /// The home is gone with its streams: whoever reads this one is told, as by a shard that stops.
+    fn break_mirror(&mut self, key: Key) {
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        self.scratch.clear();
+        source.dialect.write_error_event_numbered(&End::Stopped.fault(), None, &mut self.scratch);
+        let last_event_id = source.log.last_event_id();
+        let block = super::stream::last_block(&self.scratch, source.chunked);
+        source.log.append_part(&block, last_event_id);
+        self.mirror_over(key, End::Stopped);
+    }
+
+    /// Nobody finds a mirror any more.
+    pub(super) fn forget_mirror(&mut self, key: Key) {
+        let Some(source) = self.kept.sources.get(key) else { return };
+        if let Some(home) = source.mirror_of()
+            && self.mirrors.by_stream.get(&(home, source.number)) == Some(&key)
+        {
+            self.mirrors.by_stream.remove(&(home, source.number));
+        }
+    }
+
+    /// What a mirror's readers have had is what its log need not hold for them, and what its home may hear.
+    pub(super) fn follow_mirror(&mut self, key: Key) {
+        let (waits, now_ms) = (self.is_held_up(key), self.now_ms());
+        let Some(source) = self.kept.sources.get(key) else { return };
+        let (end, readers) = (source.log.end(), source.readers.len() as u32);
+        let confirmed = |key: &Key| Some(self.streams.get(*key)?.reader.as_ref()?.confirmed());
+        let slowest = || source.readers.iter().filter_map(confirmed).min().unwrap_or(end).min(end);
+        let taken = if waits { slowest() } else { end };
+        let told = match source.mirrored.as_deref() {
+            Some(Mirrored::Mirror(_, replica))
+                if source.end.is_none() && replica.has_to_tell(taken, readers, waits, end, now_ms) =>
+            {
+                Some(Told { taken, readers, pending_bytes: end - slowest() })
+            }
+            _ => None,
+        };
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        source.log.release(taken);
+        let charged = source.log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES;
+        let before = std::mem::replace(&mut source.charged, charged);
+        self.kept.bytes = self.kept.bytes - before + charged;
+        if let (Some(told), Some(Mirrored::Mirror(home, replica)), Some(neighbours)) =
+            (told, source.mirrored.as_deref_mut(), &mut self.neighbours)
+        {
+            if neighbours.is_full_of_letters(*home) {
+                self.mirrors.blocked.push(key);
+                self.retry_mirrors();
+            } else {
+                let says = Says::Told(replica.tell(told, now_ms));
+                neighbours.write(*home, Letter { stream: source.number, opening: replica.opening, says });
+            }
+        }
+        self.make_room_if_full();
+    }
+}
