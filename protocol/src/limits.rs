@@ -137,6 +137,8 @@ pub const READERS_PER_TURN_MAX: usize = 512;
 
 /// Readers that a stream has on its home before clients of other shards read it from a log of their own shard.
 pub const MIRROR_READERS: usize = 64;
+/// Mirrors that a shard has at a time; of further streams its readers are moved.
+pub const MIRRORS_MAX: usize = 64;
 /// Bytes of a stream that are sent to a mirror ahead of what it has taken; what one append made of it may go beyond.
 pub const MIRROR_AHEAD_BYTES: u64 = 128 * 1024;
 /// Bytes that a mirror takes before it says so.

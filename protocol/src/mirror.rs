@@ -3,9 +3,10 @@
 //!
 //! ```text
 //!   home                                                             mirror
-//!   Link ── Begin(from what is held) ─► Bytes ─► Bytes ─► ... Over ──► Replica, its log in the home's offsets
-//!     │      └─ Skip: the window has left the mirror behind            │
+//!   Link ── Begin: the place of what comes first ────────────────────► Replica, its log in the home's offsets
 //!     ◄────────────── Told: taken up to, readers ──────────────────────┤
+//!     ├──── Bytes, as far ahead as it may be; Skip: left behind ───────►
+//!     ├──── Over ──────────────────────────────────────────────────────►
 //!     ◄────────────── left: nobody reads it ───────────────────────────┘
 //! ```
 //! To its home a mirror is one reader with a cursor: it is lent what the log has, so many bytes ahead of what it has taken
@@ -73,6 +74,8 @@ pub struct Link<A> {
     last_event_id: u64,
     /// What was heard of it.
     pub told: Told,
+    /// Something was: it has begun, and may be sent more.
+    heard: bool,
     /// It was sent the end, and there is no more to be said.
     pub over: bool,
 }
@@ -82,7 +85,7 @@ impl<A> Link<A> {
     pub fn new(opening: u64, about: A, log: &Log) -> Self {
         let (at, last_event_id) = log.oldest();
         let told = Told { taken: at, ..Told::default() };
-        Link { about: Some(about), opening, at, last_event_id, told, over: false }
+        Link { about: Some(about), opening, at, last_event_id, told, heard: false, over: false }
     }
 
     /// What is to be sent next, if there is anything; there must be room for it. `end`: the stream's, when the log has all of it.
@@ -92,6 +95,9 @@ impl<A> Link<A> {
         }
         if let Some(about) = self.about.take() {
             return Some(News::Begin { about, at: self.at, last_event_id: self.last_event_id });
+        }
+        if !self.heard {
+            return None;
         }
         if self.at < log.start() {
             (self.at, self.last_event_id) = log.oldest();
@@ -111,6 +117,7 @@ impl<A> Link<A> {
 
     /// The mirror has spoken.
     pub fn hear(&mut self, told: Told) {
+        self.heard = true;
         self.told = Told { taken: self.told.taken.max(told.taken.min(self.at)), ..told };
     }
 
@@ -127,8 +134,8 @@ pub struct Replica {
     pub opening: u64,
     told: Told,
     told_ms: u64,
-    /// It was passed over a hole, and has not told yet that it is beyond.
-    skipped: bool,
+    /// It has begun, or was passed over a hole, and has not told yet.
+    unheard: bool,
 }
 
 /// What a mirror has become by some news.
@@ -148,7 +155,7 @@ impl Replica {
     /// A mirror, and its log, that begins there.
     pub fn begin(opening: u64, at: u64, last_event_id: u64, window_bytes: u64) -> (Self, Log) {
         let told = Told { taken: at, ..Told::default() };
-        let replica = Replica { opening, told, told_ms: 0, skipped: false };
+        let replica = Replica { opening, told, told_ms: 0, unheard: true };
         (replica, Log::part(at, last_event_id, window_bytes))
     }
 
@@ -161,7 +168,7 @@ impl Replica {
             }
             News::Skip { at, last_event_id } if at > log.end() => {
                 log.skip_to(at, last_event_id);
-                self.skipped = true;
+                self.unheard = true;
                 Turn::Skipped
             }
             News::Over(end) => Turn::Over(end),
@@ -173,7 +180,7 @@ impl Replica {
     /// here. `end`: of its log.
     pub fn has_to_tell(&self, taken: u64, readers: u32, waits: bool, end: u64, now_ms: u64) -> bool {
         let news = taken.saturating_sub(self.told.taken);
-        self.skipped
+        self.unheard
             || news >= MIRROR_TELL_BYTES
             // Whoever waits for the last byte is told of it.
             || waits && news > 0 && taken == end
@@ -181,9 +188,14 @@ impl Replica {
             || (news > 0 || readers != self.told.readers) && now_ms >= self.told_ms + MIRROR_TELL_MS
     }
 
+    /// When what has changed of its readers is to be told at the latest, ms; none: nothing has.
+    pub fn tell_due_ms(&self, readers: u32) -> Option<u64> {
+        (readers != self.told.readers).then_some(self.told_ms + MIRROR_TELL_MS)
+    }
+
     /// What is told, for which there must be room.
     pub fn tell(&mut self, told: Told, now_ms: u64) -> Told {
-        (self.skipped, self.told_ms) = (false, now_ms);
+        (self.unheard, self.told_ms) = (false, now_ms);
         self.told = Told { taken: told.taken.max(self.told.taken), ..told };
         self.told
     }

@@ -5,7 +5,7 @@ use crate::core::slab_entry_bytes;
 use crate::settings::Settings;
 use protocol::limits::{
     DURABLE_BACKLOG_BYTES_MAX, DURABLE_REWRITE_BACKLOG_BYTES_MAX, LATE_ERROR_BYTES_MAX,
-    LOG_SEGMENT_BYTES_MAX, TLS_HANDSHAKE_BYTES_MAX, TLS_RECORD_BYTES_MAX,
+    LOG_SEGMENT_BYTES_MAX, MIRROR_AHEAD_BYTES, MIRRORS_MAX, TLS_HANDSHAKE_BYTES_MAX, TLS_RECORD_BYTES_MAX,
 };
 
 /// Of a shard, whatever it serves: histograms, rings, executor, stack, records on their way to the control thread.
@@ -21,6 +21,8 @@ const TLS_SESSION_BYTES: u64 = 16 << 10;
 /// Beside it: a partial record in a buffer that grew by doubling, and a batch of records that replaces one still being sent.
 const TLS_CONN_BYTES: u64 =
     TLS_SESSION_BYTES + 2 * TLS_RECORD_BYTES_MAX as u64 + 2 * LOG_SEGMENT_BYTES_MAX as u64;
+/// A mirror beyond what is kept of its stream: what is on its way to it, and what its log must hold for its readers.
+const MIRROR_BYTES: u64 = 2 * (MIRROR_AHEAD_BYTES + 2 * LOG_SEGMENT_BYTES_MAX as u64);
 /// What the allocator loses between blocks of different sizes: one part of so many.
 const ALLOCATOR_PART: u64 = 8;
 
@@ -41,7 +43,7 @@ pub struct WorstCase {
     pub clients: u64,
     /// Durable streams: those of one shard, which has all.
     pub durable: u64,
-    /// What is kept of a shard's streams for those who come back.
+    /// What is kept of a shard's streams for those who come back, mirrors of other shards' streams included.
     pub resume: u64,
     /// The overdraft of a shard, and what the last to draw may exceed it by.
     pub overdraft: u64,
@@ -85,7 +87,11 @@ impl WorstCase {
                 + settings.overdraft_bytes_max / ALLOCATOR_PART
                 + 4 * settings.event_bytes_max as u64,
             resume: match settings.routes.iter().any(|route| route.resume.is_some()) {
-                true => settings.resume_bytes_max + settings.resume_bytes_max / ALLOCATOR_PART + stored,
+                true => {
+                    let kept = settings.resume_bytes_max + settings.resume_bytes_max / ALLOCATOR_PART;
+                    let mirrors = if shards > 1 && settings.mirror_readers > 0 { MIRRORS_MAX } else { 0 };
+                    kept + stored + mirrors as u64 * MIRROR_BYTES
+                }
                 false => 0,
             },
             // An append may end in a segment that is larger than it.
@@ -167,6 +173,12 @@ mod tests {
         };
         assert!(more(&more_handshakes) < more(&with_tls));
         assert!(WorstCase::of(&settings(), 1, 1, true).total() > base + 100 * TLS_CONN_BYTES);
+        let kept_by = |shards: usize| {
+            let mut settings = settings();
+            settings.routes[0].resume = Some(resume);
+            WorstCase::of(&settings, shards, 1, false).resume
+        };
+        assert_eq!(kept_by(2) - kept_by(1), MIRRORS_MAX as u64 * MIRROR_BYTES);
         let two = WorstCase::of(&settings(), 2, 1, false);
         assert_eq!(two.total() - base, two.shard(), "each shard has its own");
     }

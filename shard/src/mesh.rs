@@ -636,6 +636,44 @@ mod tests {
         assert_eq!(mesh[0].hand(1, once(999)), Err(once(999)));
     }
 
+    fn letter(stream: u64) -> Letter {
+        Letter { stream, opening: 0, says: Says::Left }
+    }
+
+    #[test]
+    fn letters_come_from_each_shard_in_turn_and_in_order() {
+        let mut mesh = mesh(3);
+        for stream in [1, 2] {
+            mesh[1].write(0, letter(stream));
+            mesh[2].write(0, letter(10 + stream));
+        }
+        let mut read = || mesh[0].read().map(|(from, letter)| (from, letter.stream));
+        let all = [(); 5].map(|()| read());
+        assert_eq!(all, [Some((1, 1)), Some((2, 11)), Some((1, 2)), Some((2, 12)), None]);
+        let mut room = 0;
+        while !mesh[0].is_full_of_letters(1) {
+            mesh[0].write(1, letter(room));
+            room += 1;
+        }
+        assert_eq!(room, MIRROR_MESSAGES_MAX as u64 / 2);
+        assert!(!mesh[0].is_full_of_letters(2), "the others have room");
+        assert!(mesh[0].is_full_of_letters(0) && mesh[0].is_full_of_letters(3), "there are none such");
+    }
+
+    #[test]
+    fn who_is_gone_is_known_when_its_last_letter_was_read() {
+        let ports: Vec<_> = (0..2).map(|_| mailbox().unwrap().1).collect();
+        let mut mesh = neighbours::<u32>(&ports);
+        let mut leaving = mesh.remove(1);
+        leaving.write(0, letter(7));
+        assert_eq!(mesh[0].gone().next(), None);
+        drop(leaving);
+        assert_eq!(mesh[0].gone().next(), None, "it has said something");
+        assert!(matches!(mesh[0].read(), Some((1, Letter { stream: 7, .. }))));
+        assert_eq!(mesh[0].gone().collect::<Vec<_>>(), [1]);
+        assert!(mesh[0].is_full_of_letters(1), "nobody takes any");
+    }
+
     #[test]
     fn the_room_for_what_is_handed_to_a_shard_does_not_grow_with_the_shards() {
         for shards in [3, 10, 40] {

@@ -443,7 +443,7 @@ impl<I: Io> Shard<I> {
     }
 
     pub(super) fn source_due(&mut self, key: Key) {
-        if self.close_mirror(key) {
+        if self.mirror_due(key) {
             return;
         }
         let Some(source) = self.kept.sources.get_mut(key) else { return };

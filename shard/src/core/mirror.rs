@@ -19,7 +19,7 @@ use crate::settings::OnLeave;
 use protocol::fault::Fault;
 use protocol::http::{Framing, RequestHead};
 use protocol::limits::{
-    MIRROR_IDLE_MS, MIRROR_MESSAGES_PER_TURN_MAX, MIRROR_RETRY_MS, RESUME_STREAM_COST_BYTES,
+    MIRROR_IDLE_MS, MIRROR_MESSAGES_PER_TURN_MAX, MIRROR_RETRY_MS, MIRRORS_MAX, RESUME_STREAM_COST_BYTES,
 };
 use protocol::log::Log;
 use protocol::mirror::{Link, News, Replica, Told, Turn, may_begin};
@@ -32,8 +32,8 @@ use std::collections::HashMap;
 pub(super) enum Mirrored {
     /// It is at home, and these are its mirrors, with their shards.
     Home(Vec<(usize, Link<About>)>),
-    /// It is a mirror of a stream on this shard.
-    Mirror(usize, Replica),
+    /// It is a mirror of a stream on this shard. When nobody reads it, it waits until then, ms.
+    Mirror(usize, Replica, u64),
 }
 
 /// What a shard knows of mirrors.
@@ -63,7 +63,7 @@ impl Source {
     /// The shard that its id names, if it is a mirror.
     pub(super) fn mirror_of(&self) -> Option<usize> {
         match self.mirrored.as_deref() {
-            Some(Mirrored::Mirror(home, _)) => Some(*home),
+            Some(Mirrored::Mirror(home, ..)) => Some(*home),
             _ => None,
         }
     }
@@ -343,7 +343,7 @@ impl<I: Io> Shard<I> {
         }
         let Some(&key) = self.mirrors.by_stream.get(&(from, stream)) else { return };
         let Some(source) = self.kept.sources.get_mut(key) else { return };
-        let Some(Mirrored::Mirror(_, replica)) = source.mirrored.as_deref_mut() else { return };
+        let Some(Mirrored::Mirror(_, replica, _)) = source.mirrored.as_deref_mut() else { return };
         if replica.opening != opening {
             return;
         }
@@ -364,11 +364,12 @@ impl<I: Io> Shard<I> {
         let window_bytes = self.resume_of_source(&source).map_or(0, |resume| resume.window_bytes);
         let (replica, log) = Replica::begin(opening, at.0, at.1, window_bytes);
         source.log = log;
-        source.mirrored = Some(Box::new(Mirrored::Mirror(from, replica)));
+        source.mirrored = Some(Box::new(Mirrored::Mirror(from, replica, 0)));
         source.charged = RESUME_STREAM_COST_BYTES;
         let known = self.mirrors.by_stream.contains_key(&(from, number));
         debug_assert!(!known, "a stream has one mirror on a shard");
-        let key = match self.leaving == Leaving::No && !known {
+        let room = self.mirrors.by_stream.len() < MIRRORS_MAX;
+        let key = match self.leaving == Leaving::No && room && !known {
             true => self.kept.sources.insert(source).ok(),
             false => None,
         };
@@ -379,12 +380,17 @@ impl<I: Io> Shard<I> {
         self.kept.live_too(key);
         self.mirrors.by_stream.insert((from, number), key);
         self.mirror_idle(key, MIRROR_IDLE_MS);
+        // Its home hears that it is here.
+        self.kept.stir(key);
     }
 
     /// A mirror waits for readers for so long.
     fn mirror_idle(&mut self, key: Key, wait_ms: u64) {
         let due_ms = self.now_ms() + wait_ms;
-        if let Some(source) = self.kept.sources.get_mut(key) {
+        if let Some(source) = self.kept.sources.get_mut(key)
+            && let Some(Mirrored::Mirror(.., idle_until_ms)) = source.mirrored.as_deref_mut()
+        {
+            *idle_until_ms = due_ms;
             super::deadline::arm(&mut self.wheel, &mut source.timer, due_ms, TimerOf::Source(key));
         }
     }
@@ -407,10 +413,29 @@ impl<I: Io> Shard<I> {
         true
     }
 
-    /// If a source is a live mirror, and nobody reads it, it goes, as soon as its home can be told. False if it is none.
+    /// If a source is a live mirror, its timer has fired: it has waited for a reader, or has news of those that it has. False if it is
+    /// none.
+    pub(super) fn mirror_due(&mut self, key: Key) -> bool {
+        let now_ms = self.now_ms();
+        let Some(source) = self.kept.sources.get_mut(key).filter(|source| source.end.is_none()) else {
+            return false;
+        };
+        let Some(Mirrored::Mirror(.., idle_until_ms)) = source.mirrored.as_deref() else { return false };
+        let idle_until_ms = *idle_until_ms;
+        if !source.readers.is_empty() {
+            self.kept.stir(key);
+        } else if idle_until_ms <= now_ms {
+            self.close_mirror(key);
+        } else {
+            super::deadline::arm(&mut self.wheel, &mut source.timer, idle_until_ms, TimerOf::Source(key));
+        }
+        true
+    }
+
+    /// If a source is a live mirror, and nobody reads it, it goes. False if it is none.
     pub(super) fn close_mirror(&mut self, key: Key) -> bool {
         let Some(source) = self.kept.sources.get(key) else { return false };
-        let Some(Mirrored::Mirror(home, replica)) = source.mirrored.as_deref() else { return false };
+        let Some(Mirrored::Mirror(home, replica, _)) = source.mirrored.as_deref() else { return false };
         if source.end.is_some() {
             return false;
         }
@@ -468,19 +493,28 @@ impl<I: Io> Shard<I> {
         let slowest = || source.readers.iter().filter_map(confirmed).min().unwrap_or(end).min(end);
         let taken = if waits { slowest() } else { end };
         let told = match source.mirrored.as_deref() {
-            Some(Mirrored::Mirror(_, replica))
+            Some(Mirrored::Mirror(_, replica, _))
                 if source.end.is_none() && replica.has_to_tell(taken, readers, waits, end, now_ms) =>
             {
                 Some(Told { taken, readers, pending_bytes: end - slowest() })
             }
             _ => None,
         };
+        let tell_due_ms = match source.mirrored.as_deref() {
+            Some(Mirrored::Mirror(_, replica, _)) if told.is_none() && source.end.is_none() => {
+                replica.tell_due_ms(readers)
+            }
+            _ => None,
+        };
         let Some(source) = self.kept.sources.get_mut(key) else { return };
+        if let Some(due_ms) = tell_due_ms {
+            super::deadline::arm(&mut self.wheel, &mut source.timer, due_ms, TimerOf::Source(key));
+        }
         source.log.release(taken);
         let charged = source.log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES;
         let before = std::mem::replace(&mut source.charged, charged);
         self.kept.bytes = self.kept.bytes - before + charged;
-        if let (Some(told), Some(Mirrored::Mirror(home, replica)), Some(neighbours)) =
+        if let (Some(told), Some(Mirrored::Mirror(home, replica, _)), Some(neighbours)) =
             (told, source.mirrored.as_deref_mut(), &mut self.neighbours)
         {
             if neighbours.is_full_of_letters(*home) {
@@ -492,5 +526,33 @@ impl<I: Io> Shard<I> {
             }
         }
         self.make_room_if_full();
+    }
+}
+
+/// For simulations: whether what is mirrored agrees with itself.
+impl<I: Io> Shard<I> {
+    pub(super) fn audit_mirror(&self, key: Key) -> Result<(), String> {
+        let Some(source) = self.kept.sources.get(key) else { return Ok(()) };
+        if let Some(home) = source.mirror_of() {
+            let found = self.mirrors.by_stream.get(&(home, source.number)) == Some(&key);
+            if found != source.end.is_none() {
+                return Err("a mirror is found by its stream as long as that goes on".to_owned());
+            }
+            let waits = source.timer.is_some() || source.end.is_some() || !source.readers.is_empty();
+            if source.producer.is_some() || !waits {
+                return Err("a mirror that nobody reads waits for nothing".to_owned());
+            }
+        }
+        Ok(())
+    }
+
+    /// The mirrors that there are must be those that are counted.
+    pub(super) fn audit_mirrors(&self) -> Result<(), String> {
+        let links: usize = self.kept.sources.iter().map(|(_, source)| source.links().len()).sum();
+        let live = self.kept.sources.iter().filter(|(_, source)| source.is_mirror() && source.end.is_none());
+        if links != self.mirrors.links || live.count() != self.mirrors.by_stream.len() {
+            return Err(format!("{links} mirrors elsewhere, {} are counted", self.mirrors.links));
+        }
+        Ok(())
     }
 }

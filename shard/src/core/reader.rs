@@ -466,6 +466,7 @@ impl<I: Io> Shard<I> {
                     return Err(format!("reader {place} does not know its place"));
                 }
             }
+            self.audit_mirror(key)?;
             if source.tail.is_none()
                 && !source.is_mirror()
                 && self.kept.by_number.get(&source.number) != Some(&key)
@@ -483,6 +484,7 @@ impl<I: Io> Shard<I> {
                 return Err(format!("the response {id} is not where it is looked for"));
             }
         }
+        self.audit_mirrors()?;
         if detached != self.kept.detached || bytes != self.kept.bytes {
             let counted = (self.kept.detached, self.kept.bytes);
             return Err(format!("detached and bytes are {:?}, counted {counted:?}", (detached, bytes)));
