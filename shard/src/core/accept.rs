@@ -520,6 +520,7 @@ impl<I: Io> Shard<I> {
 
     fn leave(&mut self) {
         self.disarm_leaving();
+        self.leave_mirrors();
         self.left = true;
         self.reports.push_back(Report::Left { forced: self.forced });
     }

@@ -60,7 +60,7 @@ impl<I: Io> Shard<I> {
             self.handshakes.is_timer_armed(),
             self.durable.timer.is_some(),
             self.moves.timer_armed,
-            self.mirrors.timer_armed,
+            self.mirrors.timer.is_some(),
         ]
         .into_iter()
         .map(usize::from)

@@ -50,7 +50,7 @@ impl<I: Io> Shard<I> {
                 }
                 TimerOf::Resumes => self.kept.waiting_timer = None,
                 TimerOf::Moves => self.moves.timer_armed = false,
-                TimerOf::Mirrors => self.mirrors.timer_armed = false,
+                TimerOf::Mirrors => self.mirrors.timer = None,
                 TimerOf::Acceptor(_) => {}
             }
         }

@@ -26,6 +26,7 @@ use protocol::mirror::{Link, News, Replica, Told, Turn, may_begin};
 use protocol::phase::End;
 use protocol::resume::{Ask, StreamId, Want};
 use protocol::slots::Key;
+use protocol::wheel::TimerId;
 use std::collections::HashMap;
 
 /// What a source has to do with other shards.
@@ -49,7 +50,7 @@ pub(super) struct Mirrors {
     blocked: Vec<Key>,
     /// Last letters that did: of mirrors that are gone, or never were.
     unsent: Vec<(usize, Letter)>,
-    pub(super) timer_armed: bool,
+    pub(super) timer: Option<TimerId>,
     /// Letters may have come.
     pub(super) rung: bool,
 }
@@ -190,8 +191,15 @@ impl<I: Io> Shard<I> {
     }
 
     fn retry_mirrors(&mut self) {
-        if !std::mem::replace(&mut self.mirrors.timer_armed, true) {
-            self.wheel.insert(self.now_ms() + MIRROR_RETRY_MS, TimerOf::Mirrors);
+        if self.mirrors.timer.is_none() && !self.left {
+            self.mirrors.timer = Some(self.wheel.insert(self.now_ms() + MIRROR_RETRY_MS, TimerOf::Mirrors));
+        }
+    }
+
+    /// The shard leaves: who would still hear of it hears that it is gone.
+    pub(super) fn leave_mirrors(&mut self) {
+        if let Some(timer) = self.mirrors.timer.take() {
+            self.wheel.remove(timer);
         }
     }
 

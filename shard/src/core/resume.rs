@@ -38,7 +38,14 @@ impl<I: Io> Shard<I> {
             Err(fault) => self.answer_fault(key, &fault, ""),
             Ok((source, Want::Status)) => self.answer_status(key, source),
             Ok((source, Want::Stop)) => self.stop_stream(key, source),
-            Ok((source, Want::Events { after })) => self.begin_reading(key, source, after, true),
+            Ok((source, Want::Events { after })) => {
+                // Who asks by another name is always answered at home.
+                let client = self.streams.get(key).and_then(|stream| stream.client);
+                self.begin_reading(key, source, after, true);
+                if let Some(client) = client {
+                    self.mirror_for(source, client);
+                }
+            }
         }
     }
 
@@ -245,9 +252,6 @@ impl<I: Io> Shard<I> {
         let client = stream.client;
         self.stats.counters.mirror_reads += u64::from(mirror);
         self.kept.stir(source_key);
-        if let Some(client) = client {
-            self.mirror_for(source_key, client);
-        }
         self.follow_waiting(now_ms);
         self.follow_stream_timer(key);
         if let Some(client) = client {
