@@ -148,7 +148,7 @@ pub const MIRROR_TELL_MS: u64 = 1_000;
 /// Milliseconds a mirror that nobody reads waits for the next reader.
 pub const MIRROR_IDLE_MS: u64 = 1_000;
 /// Messages of mirrors on their way from other shards to one, at most.
-pub const MIRROR_MESSAGES_MAX: usize = 2048;
+pub const MIRROR_MESSAGES_MAX: usize = 1024;
 /// Messages of mirrors that are taken in one turn.
 pub const MIRROR_MESSAGES_PER_TURN_MAX: usize = 512;
 /// Milliseconds after which a stream that found the queue to another shard full goes on.

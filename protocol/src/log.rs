@@ -347,8 +347,10 @@ impl Log {
         let mut log = Log::new();
         (log.end, log.last_event_id) = (at, last_event_id);
         log.keep(window_bytes);
-        // Behind another event, what is held is never the start.
-        log.begin = if last_event_id == 0 { at } else { 0 };
+        if let Some(kept) = log.kept.as_mut().filter(|_| last_event_id > 0) {
+            // Behind another event, what is held is never the start.
+            kept.begin = 0;
+        }
         log
     }
 
@@ -356,11 +358,14 @@ impl Log {
     /// with this id. Nothing before it is held any more.
     pub fn skip_to(&mut self, at: u64, last_event_id: u64) {
         debug_assert!(at > self.end && last_event_id >= self.last_event_id, "{self:?} skips to {at}");
-        for segment in self.older.drain(..).chain(self.last.take()) {
+        let history = self.kept.as_mut().and_then(|kept| kept.history.take());
+        for segment in self.older.drain(..).chain(history).chain(self.last.take()) {
             spare::give(segment.memory);
         }
         (self.memory_bytes, self.end, self.last_event_id) = (0, at, last_event_id);
-        self.floor = self.floor.max(at);
+        if let Some(kept) = &mut self.kept {
+            kept.floor = kept.floor.max(at);
+        }
         self.follow_window();
     }
 
@@ -375,23 +380,23 @@ impl Log {
     pub fn lend_appends(&self, from: u64) -> Option<(Lent, u64)> {
         let lent = self.lend(from, u32::MAX)?;
         let end = from + lent.len() as u64;
-        let next = self.older.iter().chain(&self.last).find(|segment| segment.base == end && end < self.end);
+        let next = self.segments().find(|segment| segment.base == end && end < self.end);
         Some((lent, next.map_or(self.last_event_id, |segment| segment.first_id - 1)))
     }
 
     /// The first place in what is held where an event may begin, and the id of the last one before it.
-    pub fn oldest(&self) -> (u64, u64) {
-        if self.is_kept() && self.begin >= self.kept_start {
-            return (self.begin, 0);
+    pub fn first_place(&self) -> (u64, u64) {
+        if let Some(kept) = self.kept.as_ref().filter(|kept| kept.begin >= kept.start) {
+            return (kept.begin, 0);
         }
-        let first = self.older.front().or(self.last.as_ref());
+        let first = self.segments().next();
         first.map_or((self.end, self.last_event_id), |segment| (segment.base, segment.first_id - 1))
     }
 
     /// Whether what follows the event with this id is held, as [`Log::behind`] would find.
     pub fn holds_behind(&self, id: u64) -> bool {
-        let (_, first) = self.oldest();
-        self.is_kept() && (first..=self.last_event_id).contains(&id)
+        let (_, first) = self.first_place();
+        self.kept.is_some() && (first..=self.last_event_id).contains(&id)
     }
 
     /// Where a subscriber begins that has had the event with this id, and those before it (0: none). `chunked`: each append was

@@ -19,6 +19,7 @@
 use crate::limits::{MIRROR_AHEAD_BYTES, MIRROR_TELL_BYTES, MIRROR_TELL_MS};
 use crate::log::Log;
 use crate::phase::End;
+use crate::planted::{Bug, is_planted};
 use std::cell::Cell;
 
 /// What a home tells a mirror, in order. `A`: what else a mirror must know of the stream.
@@ -83,7 +84,7 @@ pub struct Link<A> {
 impl<A> Link<A> {
     /// A mirror of everything that a log holds.
     pub fn new(opening: u64, about: A, log: &Log) -> Self {
-        let (at, last_event_id) = log.oldest();
+        let (at, last_event_id) = log.first_place();
         let told = Told { taken: at, ..Told::default() };
         Link { about: Some(about), opening, at, last_event_id, told, heard: false, over: false }
     }
@@ -100,17 +101,25 @@ impl<A> Link<A> {
             return None;
         }
         if self.at < log.start() {
-            (self.at, self.last_event_id) = log.oldest();
+            (self.at, self.last_event_id) = log.first_place();
             return Some(News::Skip { at: self.at, last_event_id: self.last_event_id });
         }
         if self.at.saturating_sub(self.told.taken) >= MIRROR_AHEAD_BYTES {
             return None;
         }
+        if is_planted(Bug::MirrorPieceLost)
+            && self.told.taken > 0
+            && let Some((lent, _)) = log.lend_appends(self.at)
+            && self.at + lent.len() as u64 == log.end()
+            && lent.len() > 1_000
+        {
+            self.at += lent.len() as u64;
+        }
         if let Some((lent, last_event_id)) = log.lend_appends(self.at) {
             (self.at, self.last_event_id) = (self.at + lent.len() as u64, last_event_id);
             return Some(News::Bytes { bytes: lent.cells().iter().map(Cell::get).collect(), last_event_id });
         }
-        let end = end?;
+        let end = end.filter(|_| !is_planted(Bug::MirrorEndUntold))?;
         self.over = true;
         Some(News::Over(end))
     }
@@ -166,6 +175,7 @@ impl Replica {
                 log.append_part(&bytes, last_event_id);
                 Turn::Grown
             }
+            News::Skip { .. } if is_planted(Bug::MirrorHoleUnseen) => Turn::Grown,
             News::Skip { at, last_event_id } if at > log.end() => {
                 log.skip_to(at, last_event_id);
                 self.unheard = true;
@@ -180,6 +190,9 @@ impl Replica {
     /// here. `end`: of its log.
     pub fn has_to_tell(&self, taken: u64, readers: u32, waits: bool, end: u64, now_ms: u64) -> bool {
         let news = taken.saturating_sub(self.told.taken);
+        if is_planted(Bug::MirrorNotRead) && !self.unheard {
+            return false;
+        }
         self.unheard
             || news >= MIRROR_TELL_BYTES
             // Whoever waits for the last byte is told of it.
@@ -340,7 +353,7 @@ mod tests {
 
         fn subscribe(&mut self, numbers: &mut Numbers) {
             let Some((_, log)) = &self.mirror else { return };
-            let (_, first) = log.oldest();
+            let (_, first) = log.first_place();
             let after = match numbers.below(4) {
                 0 => numbers.below(self.ends.len() as u64 + 1),
                 1 => log.last_event_id(),
@@ -361,7 +374,7 @@ mod tests {
             let Some((_, log)) = &self.mirror else { return };
             let Some(reader) = self.readers.get_mut(nth) else { return };
             if reader.at < log.start() {
-                (reader.at, reader.gaps) = (log.oldest().0, reader.gaps + 1);
+                (reader.at, reader.gaps) = (log.first_place().0, reader.gaps + 1);
             }
             if let Some(lent) = log.lend(reader.at, u32::MAX) {
                 let from = reader.at as usize;

@@ -46,6 +46,20 @@ pub enum Bug {
     MoveForgotten,
     /// A shard is not told of the clients that were handed to it.
     BellForgotten,
+    /// A part of a stream does not get to its mirrors.
+    MirrorPieceLost,
+    /// A mirror that was left behind goes on as if nothing were missing.
+    MirrorHoleUnseen,
+    /// A mirror is not told of the end of its stream.
+    MirrorEndUntold,
+    /// A mirror whose queue was full is not looked at again.
+    MirrorForgotten,
+    /// A mirror does not say how far it has come.
+    MirrorNotRead,
+    /// A mirror that goes does not say so.
+    MirrorLeftUntold,
+    /// A mirror's readers do not count when the last one at home leaves.
+    MirrorCountsNot,
     /// A response is read on from one event too late.
     SequenceShifted,
     /// The end of a response that was cancelled is told as its backend told it, or not at all.
@@ -55,6 +69,17 @@ pub enum Bug {
 }
 
 impl Bug {
+    /// Those that only readers of a mirror can see.
+    pub const OF_MIRRORS: &'static [Bug] = &[
+        Bug::MirrorPieceLost,
+        Bug::MirrorHoleUnseen,
+        Bug::MirrorEndUntold,
+        Bug::MirrorForgotten,
+        Bug::MirrorNotRead,
+        Bug::MirrorLeftUntold,
+        Bug::MirrorCountsNot,
+    ];
+
     /// Every bug that any relayed stream can show.
     pub const ALL: &'static [Bug] = &[
         Bug::LostWakeUp,

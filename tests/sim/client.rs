@@ -407,6 +407,12 @@ impl World {
         );
     }
 
+    /// A client leaves although it did not plan to.
+    pub(crate) fn leave_now(&mut self, index: usize, how: How) {
+        self.clients[index].plan.leave = Some((When::AtUs(self.now), how));
+        self.after(0, Event::Client(index, ClientStep::Leave));
+    }
+
     fn client_leaves(&mut self, index: usize) {
         let now = self.now;
         let client = &mut self.clients[index];

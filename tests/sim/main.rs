@@ -12,6 +12,7 @@ mod disk;
 mod durable;
 mod io;
 mod minimise;
+mod mirrors;
 mod plan;
 mod random;
 mod reader;

@@ -264,16 +264,16 @@ struct Tally {
     complete: usize,
 }
 
-fn pace(rng: &mut Rng) -> Pace {
+pub(crate) fn pace(rng: &mut Rng) -> Pace {
     resume::pace(rng)
 }
 
-fn leave(rng: &mut Rng, chance: u32) -> Option<(When, How)> {
+pub(crate) fn leave(rng: &mut Rng, chance: u32) -> Option<(When, How)> {
     let how = rng.pick(&[How::Close, How::Reset]);
     rng.chance(chance).then(|| (When::AtUs(rng.skewed(3_000_000)), how))
 }
 
-fn shards_of(seed: u64, rng: &mut Rng) -> Sim {
+pub(crate) fn shards_of(seed: u64, rng: &mut Rng, change: impl FnOnce(&mut Settings)) -> Sim {
     let mut with = settings();
     let resume_settings = Resume {
         window_bytes: rng.pick(&[256 << 10, 20_000]),
@@ -293,6 +293,7 @@ fn shards_of(seed: u64, rng: &mut Rng) -> Sim {
     with.durable.long_poll_ms = rng.pick(&[20_000, 100]);
     with.routes[1].heartbeat_ms = rng.pick(&[15_000, 500]);
     with.routes[1].deadlines.total_ms = 300_000;
+    change(&mut with);
     let hosts = vec![BackendHost::new(0)];
     let sim =
         if seed.is_multiple_of(4) { tls::of_both(seed, with, hosts) } else { Sim::new(seed, with, hosts) };
@@ -372,7 +373,8 @@ fn check_publisher(finished: &Finished, published: &Published) {
 fn run(seed: u64) -> (Tally, Finished) {
     println!("seed {seed}");
     let mut rng = Rng::new(seed ^ 0x5AAD);
-    let mut sim = shards_of(seed, &mut rng);
+    let mut sim =
+        shards_of(seed, &mut rng, |with| with.mirror_readers = [0, 1, 2, 64][(seed / 4 % 4) as usize]);
     let mut tales: Vec<Tale> = (0..rng.range(1, 5)).map(|_| stream(&mut sim, &mut rng)).collect();
     let names = rng.range(1, 2);
     let durables: Vec<Published> = (0..names).map(|name| published(&mut sim, &mut rng, name)).collect();

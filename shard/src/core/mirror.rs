@@ -24,6 +24,7 @@ use protocol::limits::{
 use protocol::log::Log;
 use protocol::mirror::{Link, News, Replica, Told, Turn, may_begin};
 use protocol::phase::End;
+use protocol::planted::{Bug, is_planted};
 use protocol::resume::{Ask, StreamId, Want};
 use protocol::slots::Key;
 use protocol::wheel::TimerId;
@@ -89,7 +90,7 @@ impl Source {
 
     /// Whether somebody reads it by its id, here or elsewhere.
     pub(super) fn is_read(&self) -> bool {
-        !self.readers.is_empty() || self.has_mirrors()
+        !self.readers.is_empty() || self.has_mirrors() && !is_planted(Bug::MirrorCountsNot)
     }
 
     /// What the mirror that has taken least has taken.
@@ -191,7 +192,7 @@ impl<I: Io> Shard<I> {
     }
 
     fn retry_mirrors(&mut self) {
-        if self.mirrors.timer.is_none() && !self.left {
+        if self.mirrors.timer.is_none() && !self.left && !is_planted(Bug::MirrorForgotten) {
             self.mirrors.timer = Some(self.wheel.insert(self.now_ms() + MIRROR_RETRY_MS, TimerOf::Mirrors));
         }
     }
@@ -206,6 +207,7 @@ impl<I: Io> Shard<I> {
     /// A mirror is none any more: its home is told, as soon as it can be.
     fn write_left(&mut self, home: usize, letter: Letter) {
         match &mut self.neighbours {
+            _ if is_planted(Bug::MirrorLeftUntold) => {}
             Some(neighbours) if !neighbours.is_full_of_letters(home) => neighbours.write(home, letter),
             // Who is gone misses nobody.
             Some(neighbours) if neighbours.gone().any(|shard| shard == home) => {}
@@ -518,7 +520,10 @@ impl<I: Io> Shard<I> {
         if let Some(due_ms) = tell_due_ms {
             super::deadline::arm(&mut self.wheel, &mut source.timer, due_ms, TimerOf::Source(key));
         }
-        source.log.release(taken);
+        if source.end.is_none() {
+            // Of one that is over, whoever was owed it still is.
+            source.log.release(taken);
+        }
         let charged = source.log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES;
         let before = std::mem::replace(&mut source.charged, charged);
         self.kept.bytes = self.kept.bytes - before + charged;
