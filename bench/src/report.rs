@@ -237,6 +237,7 @@ impl Report {
         table += "latency, µs        count         p50         p90         p99       p99.9         max";
         let latencies = [
             ("first event", &self.first),
+            ("caught up", &self.caught_up),
             ("added", &self.added),
             ("hop", &self.hop),
             ("answered", &self.answered),

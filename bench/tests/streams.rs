@@ -24,7 +24,10 @@ fn run(program: &str, arguments: &str) -> (i32, Value) {
 }
 
 fn fanout(arguments: &str) -> (i32, Value) {
-    run(env!("CARGO_BIN_EXE_fanout"), &format!("--warmup 0.1 --duration 0.3 {arguments}"))
+    {
+        let window = if arguments.contains("--duration") { "" } else { "--duration 0.3" };
+        run(env!("CARGO_BIN_EXE_fanout"), &format!("--warmup 0.1 {window} {arguments}"))
+    }
 }
 
 fn faults(result: &Value) -> HashMap<String, u64> {
@@ -124,6 +127,66 @@ fn what_is_lost_doubled_or_reordered_is_told() {
         let expected = expected.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
         assert_eq!(faults(&result), expected, "{result}");
         assert_eq!(code, i32::from(!faults(&result).is_empty()), "{result}");
+    }
+}
+
+/// Gives every reader the events behind the one that its `Last-Event-ID` names, or so many behind that.
+fn replaying(shift: usize) -> (SocketAddr, SocketAddr) {
+    let readers = TcpListener::bind("127.0.0.1:0").unwrap();
+    let publishers = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addresses = (readers.local_addr().unwrap(), publishers.local_addr().unwrap());
+    let events: &'static std::sync::Mutex<Vec<Vec<u8>>> = Box::leak(Box::default());
+    std::thread::spawn(move || {
+        let (mut publisher, _) = publishers.accept().unwrap();
+        let mut piece = [0; 4096];
+        while let Ok(count @ 1..) = publisher.read(&mut piece) {
+            let mut events = events.lock().unwrap();
+            let id = format!("id: {}\n", events.len() + 1);
+            events.push([id.as_bytes(), &piece[..count]].concat());
+            publisher.write_all(b"+").unwrap();
+        }
+    });
+    std::thread::spawn(move || {
+        for socket in readers.incoming() {
+            std::thread::spawn(move || {
+                let mut socket = socket.unwrap();
+                let mut head = [0; 4096];
+                let count = socket.read(&mut head).unwrap();
+                let head = String::from_utf8_lossy(&head[..count]).into_owned();
+                let cursor = head.lines().find_map(|line| line.strip_prefix("Last-Event-ID: "));
+                let mut at = cursor.map_or(0, |id| id.parse::<usize>().unwrap() + shift);
+                socket.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+                loop {
+                    let new = events.lock().unwrap().get(at..).unwrap_or_default().concat();
+                    at += new.split(|&byte| byte == b'\n').filter(|line| line.starts_with(b"id: ")).count();
+                    if socket.write_all(&new).is_err() {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            });
+        }
+    });
+    addresses
+}
+
+#[test]
+fn those_who_come_back_are_timed_and_get_what_they_missed() {
+    for how in ["--returns 40", "--storm 20"] {
+        for shift in [0, 1] {
+            let (readers, publishers) = replaying(shift);
+            let arguments = format!(
+                "--target {readers} --raw {publishers} --readers 2 --rate 100 --behind 5 --duration 0.5 {how}"
+            );
+            let (code, result) = fanout(&arguments);
+            assert_eq!(code, i32::from(shift > 0), "{result}");
+            if shift == 0 {
+                assert_eq!(result["caught_up"]["count"], 20, "{result}");
+                assert_eq!(result["first_event"]["count"], 20, "{result}");
+            } else {
+                assert_eq!(faults(&result)["lost"], 20, "{result}");
+            }
+        }
     }
 }
 

@@ -140,6 +140,8 @@ struct Received {
     partial: Vec<u8>,
     /// Of the last events: the sequence number, and the id that the server gave it.
     ids: VecDeque<(u64, String)>,
+    /// Of an event of which the rest has not arrived.
+    text: Vec<u8>,
 }
 
 /// Readers that come back, and when.
@@ -263,12 +265,11 @@ impl Returned {
     }
 }
 
-/// What the last `id` line says.
-fn last_id(bytes: &[u8]) -> Option<String> {
-    let at = memchr::memmem::rfind(bytes, b"id: ")?;
-    let line = &bytes[at + 4..];
-    let end = memchr::memchr2(b'\r', b'\n', line)?;
-    String::from_utf8(line[..end].to_vec()).ok()
+/// What an event's `id` line says.
+fn id_of(event: &[u8]) -> Option<String> {
+    let mut lines = event.split(|&byte| byte == b'\r' || byte == b'\n');
+    let id = lines.find_map(|line| line.strip_prefix(b"id:"))?;
+    String::from_utf8(id.to_vec()).ok().map(|id| id.trim().to_owned())
 }
 
 struct Publisher {
@@ -585,8 +586,11 @@ impl Run {
                     let received = &mut reader.received;
                     let had_head = received.has_head;
                     let last = received.sequence.last();
+                    received.take(&piece[..count], &mut self.report, &self.measured);
                     // The first one remembers the ids of events for those who return.
-                    received.take(&piece[..count], &mut self.report, &self.measured, index == 0 && returning);
+                    if index == 0 && returning {
+                        received.remember(&piece[..count]);
+                    }
                     self.answered += usize::from(received.has_head && !had_head);
                     let done = last < self.events && received.sequence.last() >= self.events;
                     self.newest = self.newest.max(received.sequence.last());
@@ -619,14 +623,29 @@ impl Reader {
             sequence: Sequence::new(0),
             partial: Vec::new(),
             ids: VecDeque::new(),
+            text: Vec::new(),
         };
         Self { socket: None, asked: false, received }
     }
 }
 
 impl Received {
+    /// Takes note of the ids of events.
+    fn remember(&mut self, bytes: &[u8]) {
+        self.text.extend_from_slice(bytes);
+        while let Some(end) = memchr::memmem::find(&self.text, b"\n\n") {
+            let event: Vec<u8> = self.text.drain(..end + 2).collect();
+            if let (Some(mark), Some(id)) = (Mark::decode(&event), id_of(&event)) {
+                self.ids.push_back((mark.sequence, id));
+                if self.ids.len() > IDS_MAX {
+                    self.ids.pop_front();
+                }
+            }
+        }
+    }
+
     /// Takes bytes: a head first, then whatever stands between marks.
-    fn take(&mut self, bytes: &[u8], report: &mut Report, measured: &std::ops::Range<u64>, remembers: bool) {
+    fn take(&mut self, bytes: &[u8], report: &mut Report, measured: &std::ops::Range<u64>) {
         report.bytes += bytes.len() as u64;
         let joined;
         let mut rest = bytes;
@@ -644,7 +663,6 @@ impl Received {
         }
         let now = now_ns();
         while let Some(start) = memchr::memchr(b'~', rest) {
-            let id = remembers.then(|| last_id(&rest[..start])).flatten();
             rest = &rest[start..];
             let Some(length) = memchr::memchr(b'~', &rest[1..]) else {
                 if rest.len() < MARK_BYTES_MAX {
@@ -661,12 +679,6 @@ impl Received {
                 continue;
             };
             report.events += 1;
-            if let Some(id) = id {
-                self.ids.push_back((mark.sequence, id));
-                if self.ids.len() > IDS_MAX {
-                    self.ids.pop_front();
-                }
-            }
             self.sequence.see(mark.stream, mark.sequence);
             if measured.contains(&mark.due_ns) {
                 report.added.record(now.saturating_sub(mark.due_ns));
