@@ -247,12 +247,7 @@ fn tokens_do_not_wait_for_a_disk_that_is_silent_or_broken() {
         let seen = answer(&sim, tale.client).map_or(0, |seen| seen.last());
         assert!(seen > 200, "{seen} events in four seconds");
         assert_eq!(sim.shard.snapshot().kept.unstored, 1);
-        assert!(
-            sim.shard
-                .snapshot()
-                .stream_journal
-                .is_some_and(|journal| journal.failing.is_some() == (fails > 0))
-        );
+        assert!(sim.shard.snapshot().stream_journal.is_some_and(|journal| journal.failing.is_some()));
         sim.drain(10_000);
         let finished = sim.finish();
         check(&finished, &tale);
@@ -264,7 +259,7 @@ fn what_the_disk_did_not_take_is_written_when_it_does() {
     let mut disk = SimDisk::new(JournalOf::Relayed, 6);
     disk.fails = 1_000;
     let mut sim = sim_on(disk, 33, |_| {});
-    let mut tale = chat(&mut sim, 300, 20_000, |plan| plan);
+    let mut tale = chat(&mut sim, 900, 20_000, |plan| plan);
     sim.run_ms(2_000);
     assert_eq!(sim.shard.snapshot().kept.unstored, 1);
     if let Some(disk) = &mut sim.disk {

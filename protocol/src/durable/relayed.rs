@@ -352,11 +352,9 @@ impl RelayJournal {
         self.left_off
     }
 
-    /// Streams that are on the disk, and those that are not for its sake.
-    pub fn totals(&self) -> (usize, usize) {
-        let counter = usize::from(self.streams.contains_key(&COUNTER));
-        let off = self.streams.values().filter(|known| known.off).count();
-        (self.streams.len() - counter - off, off)
+    /// Whether a stream is not on the disk, or not all of it, for its sake.
+    pub fn is_off(&self, stream: u64) -> bool {
+        self.streams.get(&stream).is_some_and(|known| known.off)
     }
 
     /// When [`RelayJournal::next_job`] may have one by the passing of time alone, ms.

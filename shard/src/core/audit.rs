@@ -200,7 +200,8 @@ impl<I: Io> Shard<I> {
             (stream.response.end() - sent, self.settings.lag_high_bytes)
         });
         if stream.paused {
-            demand!(lag >= self.settings.lag_low_bytes, "paused for nothing, lag {lag}: {}", who());
+            let follows = lag >= self.settings.lag_low_bytes || self.is_stirred(stream);
+            demand!(follows, "paused for nothing, lag {lag}: {}", who());
         } else if !stream.produced && !self.is_stirred(stream) {
             demand!(lag <= high, "not paused, lag {lag}: {}", who());
         }
@@ -210,6 +211,7 @@ impl<I: Io> Shard<I> {
             && stream.demo.is_none()
             && stream.durable.is_none()
             && stream.request().is_none_or(|request| request.waits_for.is_none())
+            && !self.is_held_stop(key)
         {
             return Err(format!("nobody works for a stream: {}", who()));
         }

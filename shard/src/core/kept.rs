@@ -237,7 +237,11 @@ impl Kept {
 
     pub(super) fn totals(&self) -> KeptTotals {
         let named = || self.sources.iter().map(|(_, source)| source).filter(|source| source.tail.is_none());
-        let (stored, unstored) = self.stored.as_ref().map_or((0, 0), |stored| stored.journal.totals());
+        let is_off = |source: &&Source| {
+            self.stored.as_ref().is_some_and(|stored| stored.journal.is_off(source.number))
+        };
+        let stored = named().filter(|source| source.stored).count();
+        let unstored = named().filter(|source| source.stored).filter(is_off).count();
         let live = named().filter(|source| source.producer.is_some()).count();
         let mirrors = named().filter(|source| source.is_mirror()).count();
         KeptTotals {
@@ -248,7 +252,7 @@ impl Kept {
             waiting: self.waiting.len(),
             mirrors,
             bytes: self.bytes,
-            stored,
+            stored: stored - unstored,
             unstored,
         }
     }

@@ -315,6 +315,11 @@ impl<I: Io> Shard<I> {
         super::deadline::arm(&mut self.wheel, &mut stored.timer, due_ms, TimerOf::Stored);
     }
 
+    /// For simulations: whether an answer waits for the journal.
+    pub(super) fn is_held_stop(&self, key: Key) -> bool {
+        self.kept.stored.as_ref().is_some_and(|stored| stored.held.iter().any(|(_, held)| *held == key))
+    }
+
     /// For simulations: whether it is armed.
     pub(super) fn audit_stored(&self) -> usize {
         self.kept.stored.as_ref().map_or(0, |stored| usize::from(stored.timer.is_some()))
