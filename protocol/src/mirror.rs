@@ -89,8 +89,9 @@ impl<A> Link<A> {
         Link { about: Some(about), opening, at, last_event_id, told, heard: false, over: false }
     }
 
-    /// What is to be sent next, if there is anything; there must be room for it. `end`: the stream's, when the log has all of it.
-    pub fn next(&mut self, log: &Log, end: Option<End>) -> Option<News<A>> {
+    /// What is to be sent next, if there is anything; there must be room for it. `shown`: up to where the log may be read. `end`: the
+    /// stream's, when the log has all of it.
+    pub fn next(&mut self, log: &Log, shown: u64, end: Option<End>) -> Option<News<A>> {
         if self.over {
             return None;
         }
@@ -116,6 +117,9 @@ impl<A> Link<A> {
             self.at += lent.len() as u64;
         }
         if let Some((lent, last_event_id)) = log.lend_appends(self.at) {
+            if self.at + lent.len() as u64 > shown {
+                return None;
+            }
             (self.at, self.last_event_id) = (self.at + lent.len() as u64, last_event_id);
             return Some(News::Bytes { bytes: lent.cells().iter().map(Cell::get).collect(), last_event_id });
         }
@@ -326,7 +330,7 @@ mod tests {
 
         fn feed(&mut self) {
             while self.to_mirror.len() < ROOM
-                && let Some(news) = self.link.next(&self.home, self.end)
+                && let Some(news) = self.link.next(&self.home, u64::MAX, self.end)
             {
                 self.skips += u32::from(matches!(news, News::Skip { .. }));
                 self.to_mirror.push_back(news);
@@ -475,7 +479,7 @@ mod tests {
         }
         assert_eq!((pair.link.told.taken, pair.skips), (begun_at, 0), "its reader has had nothing");
         assert!(pair.home.start() <= begun_at, "so all of it is held");
-        assert!(pair.link.next(&pair.home, None).is_none(), "and no more is sent ahead");
+        assert!(pair.link.next(&pair.home, u64::MAX, None).is_none(), "and no more is sent ahead");
     }
 
     #[test]

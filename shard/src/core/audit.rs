@@ -223,6 +223,11 @@ impl<I: Io> Shard<I> {
         stream.source.and_then(|source| self.kept.sources.get(source)).is_some_and(|source| source.stirred)
     }
 
+    /// Its end of the mesh is gone, as with a shard that fails.
+    pub fn lose_mesh(&mut self) {
+        self.neighbours = None;
+    }
+
     /// Whether it has begun to leave.
     pub fn is_leaving(&self) -> bool {
         self.leaving != Leaving::No

@@ -11,7 +11,7 @@
 //! opens one when a client is moved there from a shard that has none, and the stream has readers enough. To the home an open mirror
 //! is a reader. It goes when nobody reads it, after a moment.
 
-use super::kept::Source;
+use super::kept::{Source, numbered};
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
 use crate::mesh::{About, Letter, Neighbours, Says};
@@ -25,7 +25,7 @@ use protocol::log::Log;
 use protocol::mirror::{Link, News, Replica, Told, Turn, may_begin};
 use protocol::phase::End;
 use protocol::planted::{Bug, is_planted};
-use protocol::resume::{Ask, StreamId, Want};
+use protocol::resume::{Ask, Want};
 use protocol::slots::Key;
 use protocol::wheel::TimerId;
 use std::collections::HashMap;
@@ -41,8 +41,8 @@ pub(super) enum Mirrored {
 /// What a shard knows of mirrors.
 #[derive(Default)]
 pub(super) struct Mirrors {
-    /// Those that are here and live, by their streams' shards and numbers.
-    by_stream: HashMap<(usize, u64), Key>,
+    /// Those that are here and live, by the numbers of their sources.
+    by_stream: HashMap<u64, Key>,
     /// Of the next that is opened for a stream of this shard.
     next_opening: u64,
     /// How many there are of streams of this shard.
@@ -62,7 +62,7 @@ impl Source {
         self.mirrored.as_ref().is_some_and(|mirrored| matches!(**mirrored, Mirrored::Mirror(..)))
     }
 
-    /// The shard that its id names, if it is a mirror.
+    /// The shard that has the stream, if it is a mirror.
     pub(super) fn mirror_of(&self) -> Option<usize> {
         match self.mirrored.as_deref() {
             Some(Mirrored::Mirror(home, ..)) => Some(*home),
@@ -118,6 +118,8 @@ impl<I: Io> Shard<I> {
             && source.readers.len() > enough
             && source.producer.is_some()
             && source.tail.is_none()
+            // What is delivered only when it is on the disk ends within segments.
+            && source.shown == u64::MAX
             && self.leaving == Leaving::No
             && !source.links().iter().any(|&(to, _)| to == shard);
         let open = self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_open(shard));
@@ -163,13 +165,14 @@ impl<I: Io> Shard<I> {
                 Some(stream) => (&stream.response, None),
                 None => (&source.log, source.end),
             };
+            let shown = source.shown;
             for (shard, link) in links {
                 loop {
                     if neighbours.is_full_of_letters(*shard) {
                         blocked = true;
                         break;
                     }
-                    let Some(news) = link.next(log, end) else { break };
+                    let Some(news) = link.next(log, shown, end) else { break };
                     let counters = &mut self.stats.counters;
                     match &news {
                         News::Bytes { bytes, .. } => counters.mirror_bytes += bytes.len() as u64,
@@ -331,8 +334,8 @@ impl<I: Io> Shard<I> {
     // ---- at the mirror
 
     /// The mirror of a stream of another shard.
-    pub(super) fn mirror_here(&self, id: &StreamId) -> Option<Key> {
-        self.mirrors.by_stream.get(&(usize::from(id.shard), id.number)).copied()
+    pub(super) fn mirror_here(&self, number: u64) -> Option<Key> {
+        self.mirrors.by_stream.get(&number).copied()
     }
 
     /// Whether a request for a stream of another shard is answered from a mirror here.
@@ -342,7 +345,8 @@ impl<I: Io> Shard<I> {
         }
         let asked: Result<Ask, Fault> = Ask::parse(head);
         let Ok(Ask { id, want: Want::Events { after } }) = asked else { return false };
-        let source = self.mirror_here(&id).and_then(|key| self.kept.sources.get(key));
+        let source =
+            self.mirror_here(numbered(id.shard, id.number)).and_then(|key| self.kept.sources.get(key));
         self.kept.is_ours(&id)
             && source.is_some_and(|source| source.end.is_none() && may_begin(&source.log, after))
     }
@@ -351,10 +355,10 @@ impl<I: Io> Shard<I> {
         if let News::Begin { about, at, last_event_id } = news {
             return self.begin_mirror(from, stream, opening, about, (at, last_event_id));
         }
-        let Some(&key) = self.mirrors.by_stream.get(&(from, stream)) else { return };
+        let Some(&key) = self.mirrors.by_stream.get(&stream) else { return };
         let Some(source) = self.kept.sources.get_mut(key) else { return };
-        let Some(Mirrored::Mirror(_, replica, _)) = source.mirrored.as_deref_mut() else { return };
-        if replica.opening != opening {
+        let Some(Mirrored::Mirror(home, replica, _)) = source.mirrored.as_deref_mut() else { return };
+        if (*home, replica.opening) != (from, opening) {
             return;
         }
         match replica.take(news, &mut source.log) {
@@ -376,7 +380,7 @@ impl<I: Io> Shard<I> {
         source.log = log;
         source.mirrored = Some(Box::new(Mirrored::Mirror(from, replica, 0)));
         source.charged = RESUME_STREAM_COST_BYTES;
-        let known = self.mirrors.by_stream.contains_key(&(from, number));
+        let known = self.mirrors.by_stream.contains_key(&number);
         debug_assert!(!known, "a stream has one mirror on a shard");
         let room = self.mirrors.by_stream.len() < MIRRORS_MAX;
         let key = match self.leaving == Leaving::No && room && !known {
@@ -388,7 +392,7 @@ impl<I: Io> Shard<I> {
         };
         self.kept.bytes += RESUME_STREAM_COST_BYTES;
         self.kept.live_too(key);
-        self.mirrors.by_stream.insert((from, number), key);
+        self.mirrors.by_stream.insert(number, key);
         self.mirror_idle(key, MIRROR_IDLE_MS);
         // Its home hears that it is here.
         self.kept.stir(key);
@@ -487,10 +491,8 @@ impl<I: Io> Shard<I> {
     /// Nobody finds a mirror any more.
     pub(super) fn forget_mirror(&mut self, key: Key) {
         let Some(source) = self.kept.sources.get(key) else { return };
-        if let Some(home) = source.mirror_of()
-            && self.mirrors.by_stream.get(&(home, source.number)) == Some(&key)
-        {
-            self.mirrors.by_stream.remove(&(home, source.number));
+        if source.is_mirror() && self.mirrors.by_stream.get(&source.number) == Some(&key) {
+            self.mirrors.by_stream.remove(&source.number);
         }
     }
 
@@ -546,8 +548,8 @@ impl<I: Io> Shard<I> {
 impl<I: Io> Shard<I> {
     pub(super) fn audit_mirror(&self, key: Key) -> Result<(), String> {
         let Some(source) = self.kept.sources.get(key) else { return Ok(()) };
-        if let Some(home) = source.mirror_of() {
-            let found = self.mirrors.by_stream.get(&(home, source.number)) == Some(&key);
+        if source.is_mirror() {
+            let found = self.mirrors.by_stream.get(&source.number) == Some(&key);
             if found != source.end.is_none() {
                 return Err("a mirror is found by its stream as long as that goes on".to_owned());
             }

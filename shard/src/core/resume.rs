@@ -201,10 +201,9 @@ impl<I: Io> Shard<I> {
         let Some(stream) = self.streams.get_mut(key) else { return };
         let place = source.readers.len();
         source.readers.push(key);
-        let (dialect, chunked) = (source.dialect, source.chunked);
+        let (dialect, chunked, number) = (source.dialect, source.chunked, source.number);
         let mirror = source.is_mirror();
-        let Some(source) = self.kept.sources.get(source_key) else { return };
-        let id = self.kept.id_of(source);
+        let id = self.kept.id(number);
         let framing = if chunked { Framing::Chunked } else { Framing::UntilClose };
         stream.close |= !chunked;
         stream.status = 200;
