@@ -78,6 +78,7 @@ targets! {
     ops 100000
     request_head 100000
     response_head 100000
+    resume 100000
     segments 8000
     slots 100000
     sse 100000

@@ -16,6 +16,7 @@ pub mod mutate;
 pub mod ops;
 pub mod request_head;
 pub mod response_head;
+pub mod resume;
 pub mod segments;
 pub mod slots;
 pub mod sse;
@@ -42,6 +43,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "ops", run: ops::run, words: &[] },
     Target { name: "request_head", run: request_head::run, words: heads::WORDS },
     Target { name: "response_head", run: response_head::run, words: heads::WORDS },
+    Target { name: "resume", run: resume::run, words: resume::WORDS },
     Target { name: "segments", run: segments::run, words: &[] },
     Target { name: "slots", run: slots::run, words: &[] },
     Target { name: "sse", run: sse::run, words: sse::WORDS },

@@ -3,14 +3,16 @@
 
 use crate::corpus;
 use protocol::dialect::{Dialect, Meaning};
+use protocol::fault::Fault;
 use protocol::http::{
     BodyDecoder, Framing, HeadLimits, HeaderSlots, Piece, Refusal, RequestHead, parse_request,
 };
 use protocol::log::{Lent, Log};
+use protocol::resume::{Ask, Want};
 use protocol::sse::Block;
 use protocol::wheel::{TimerId, Wheel};
 use tests::fuzz::mutate::search;
-use tests::fuzz::{Target, body, dialect, log, request_head, slots, sse, target, wheel};
+use tests::fuzz::{Target, body, dialect, log, request_head, resume, slots, sse, target, wheel};
 
 /// How many inputs it took.
 fn found(name: &'static str, run: fn(&[u8]), message: &str) {
@@ -39,6 +41,21 @@ fn impatient<'h, 'b>(
 #[test]
 fn a_parser_that_does_not_wait_for_the_line_feed_is_found() {
     found("request_head", |data| request_head::run_on(impatient, data), "at ");
+}
+
+/// An address outweighs the header.
+fn stale(head: &RequestHead<'_, '_>) -> Result<Ask, Fault> {
+    let asked = Ask::parse(head)?;
+    let said = head.query().and_then(|query| query.strip_prefix("after=")?.parse().ok());
+    Ok(match (asked.want, said) {
+        (Want::Events { .. }, Some(after)) => Ask { want: Want::Events { after }, ..asked },
+        _ => asked,
+    })
+}
+
+#[test]
+fn a_cursor_in_an_address_that_outweighs_the_header_is_found() {
+    found("resume", |data| resume::run_on(stale, data), "left == right");
 }
 
 /// Takes what follows an Upgrade field for another protocol's, whatever length is declared.
