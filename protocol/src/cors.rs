@@ -14,15 +14,15 @@ pub const LINES_BYTES_MAX: usize = ORIGIN_BYTES_MAX + 256;
 
 /// What pages see of an answer's head besides the fields that they always see.
 const EXPOSED: &str = "Access-Control-Expose-Headers: Tokenring-Stream, Tokenring-Last-Event-ID, Tokenring-Earliest-Event-ID, \
-    Retry-After, X-Request-Id\r\n";
+    Tokenring-On-Leave, Retry-After, X-Request-Id\r\n";
 const ANY: &str = "Access-Control-Allow-Origin: *\r\n\
-    Access-Control-Expose-Headers: Tokenring-Stream, Tokenring-Last-Event-ID, Tokenring-Earliest-Event-ID, Retry-After, \
-    X-Request-Id\r\n";
+    Access-Control-Expose-Headers: Tokenring-Stream, Tokenring-Last-Event-ID, Tokenring-Earliest-Event-ID, \
+    Tokenring-On-Leave, Retry-After, X-Request-Id\r\n";
 const VARY: &str = "Vary: Origin\r\n";
 /// What a preflight is told (section 3.2.3). The asterisk never stands for Authorization; the others are named for browsers
 /// that do not know it.
 const PREFLIGHT: &str = "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE, OPTIONS\r\n\
-    Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID, *\r\n\
+    Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID, Tokenring-On-Leave, *\r\n\
     Access-Control-Max-Age: 7200\r\n";
 
 /// Whose pages may use a route.

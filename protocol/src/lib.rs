@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod ages;
 pub mod background;
 pub mod cors;
 pub mod demo;

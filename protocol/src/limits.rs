@@ -134,6 +134,14 @@ pub const KEEP_MS: u32 = 300_000;
 pub const RESUMES_PER_S: u32 = 4_000;
 /// Readers of shared streams that are served in one turn; the others wait for the next.
 pub const READERS_PER_TURN_MAX: usize = 512;
+/// Slots of kept streams that are looked at in one turn for what has grown old: some 0.1 ms.
+pub const AGED_PER_TURN_MAX: u32 = 1024;
+/// Streams that the control thread is told of at once, and slots that are looked at for them: some 0.2 ms of a turn.
+pub const LISTED_PER_TURN_MAX: usize = 256;
+/// See above.
+pub const LISTED_SLOTS_PER_TURN_MAX: u32 = 4096;
+/// Milliseconds that what was delivered of a stream under way is kept.
+pub const RESUME_WINDOW_MS: u32 = 3_600_000;
 
 /// Readers that a stream has on its home before clients of other shards read it from a log of their own shard.
 pub const MIRROR_READERS: usize = 64;
@@ -182,6 +190,8 @@ pub const DURABLE_PRODUCER_FORGET_MS: u64 = 7 * 24 * 3_600_000;
 pub const DURABLE_FORK_DEPTH_MAX: usize = 32;
 /// Memory that a durable stream takes without its data, bytes: its entry, its places in the indexes.
 pub const DURABLE_STREAM_COST_BYTES: usize = 1024;
+/// Durable streams that are looked at for old messages at once.
+pub const DURABLE_LOOKS_PER_TURN_MAX: usize = 256;
 /// Milliseconds of which the times are multiples at which expired streams are removed; they cannot be used before that.
 pub const DURABLE_EXPIRY_STEP_MS: u64 = 1_000;
 /// Readers of durable streams served in one turn; those of an append to many wait for the next.

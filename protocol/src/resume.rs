@@ -184,6 +184,71 @@ fn number(text: &[u8]) -> Option<u64> {
     }
 }
 
+/// The field by which a request says what is to become of its stream when the last client has left.
+pub const ON_LEAVE_FIELD: &str = "tokenring-on-leave";
+
+/// What it says: `cancel`, `detach`, `detach;ttl=SECONDS` or `finish`, an Item of RFC 9651 section 3.3.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Leave {
+    /// It ends at once.
+    Cancel,
+    /// It goes on for a while.
+    Detach {
+        /// For how long, s, > 0; `None`: as long as streams of its route do.
+        ttl_s: Option<u32>,
+    },
+    /// It goes on to its end.
+    Finish,
+}
+
+/// Neither of these.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NotALeave;
+
+impl Leave {
+    /// What a request's head says of it, if anything.
+    ///
+    /// # Errors
+    /// [`NotALeave`] for any other value, and for more than one.
+    pub fn of(head: &RequestHead<'_, '_>) -> Result<Option<Leave>, NotALeave> {
+        let mut fields = head.headers.iter().filter(|field| field.name.eq_ignore_ascii_case(ON_LEAVE_FIELD));
+        let Some(field) = fields.next() else { return Ok(None) };
+        if fields.next().is_some() {
+            return Err(NotALeave);
+        }
+        str::from_utf8(field.value).map_err(|_| NotALeave)?.parse().map(Some)
+    }
+}
+
+impl FromStr for Leave {
+    type Err = NotALeave;
+
+    fn from_str(text: &str) -> Result<Self, NotALeave> {
+        let (word, parameter) = match text.split_once(';') {
+            Some((word, parameter)) => (word, Some(parameter.trim_start_matches(' '))),
+            None => (text, None),
+        };
+        match (word, parameter) {
+            ("cancel", None) => Ok(Leave::Cancel),
+            ("detach", None) => Ok(Leave::Detach { ttl_s: None }),
+            ("detach", Some(parameter)) => {
+                let seconds = parameter.strip_prefix("ttl=").ok_or(NotALeave)?;
+                // As many digits as an Integer has.
+                if seconds.len() > 15 || !seconds.bytes().all(|byte| byte.is_ascii_digit()) {
+                    return Err(NotALeave);
+                }
+                let seconds: u64 = seconds.parse().map_err(|_| NotALeave)?;
+                match u32::try_from(seconds).unwrap_or(u32::MAX) {
+                    0 => Err(NotALeave),
+                    seconds => Ok(Leave::Detach { ttl_s: Some(seconds) }),
+                }
+            }
+            ("finish", None) => Ok(Leave::Finish),
+            _ => Err(NotALeave),
+        }
+    }
+}
+
 const fn fault(status: u16, code: &'static str, message: &'static str) -> Fault {
     Fault { status, code, message, culprit: Culprit::Client, retry_helps: false }
 }
@@ -273,6 +338,50 @@ mod tests {
             Ok(Ask { id, want: Want::Status })
         );
         assert_eq!(ask(&format!("DELETE /v1/streams/{id} HTTP/1.1\r\n")), Ok(Ask { id, want: Want::Stop }));
+    }
+
+    #[test]
+    fn what_a_request_says_of_its_clients_leave() {
+        let leave = |fields: &str| {
+            let bytes = format!("POST /v1/messages HTTP/1.1\r\nHost: h\r\n{fields}\r\n");
+            let mut slots = header_slots();
+            let head = parse_request(bytes.as_bytes(), &mut slots, &HeadLimits::default()).unwrap().unwrap();
+            Leave::of(&head)
+        };
+        assert_eq!(leave(""), Ok(None));
+        let said = |value: &str| leave(&format!("Tokenring-On-Leave: {value}\r\n"));
+        let detach = |ttl_s| Ok(Some(Leave::Detach { ttl_s }));
+        assert_eq!(said("cancel"), Ok(Some(Leave::Cancel)));
+        assert_eq!(said("finish"), Ok(Some(Leave::Finish)));
+        assert_eq!(said("detach"), detach(None));
+        assert_eq!(said("detach;ttl=60"), detach(Some(60)));
+        assert_eq!(said("detach;  ttl=007 "), detach(Some(7)));
+        assert_eq!(said("detach;ttl=999999999999999"), detach(Some(u32::MAX)));
+        for bad in [
+            "",
+            "Cancel",
+            "stop",
+            "cancel;ttl=1",
+            "finish;",
+            "detach;",
+            "detach;ttl",
+            "detach;ttl=",
+            "detach;ttl=0",
+            "detach;ttl=-1",
+            "detach;ttl=+1",
+            "detach;ttl=1.5",
+            "detach;ttl=1000000000000000",
+            "detach;ttl=1;ttl=2",
+            "detach ;ttl=1",
+            "detach;TTL=1",
+            "detach;for=1",
+            "cancel, detach",
+            "\"cancel\"",
+            "\u{e9}",
+        ] {
+            assert_eq!(said(bad), Err(NotALeave), "{bad}");
+        }
+        assert_eq!(leave("Tokenring-On-Leave: cancel\r\ntokenring-on-leave: cancel\r\n"), Err(NotALeave));
     }
 
     #[test]

@@ -83,6 +83,17 @@ impl<T> Slots<T> {
         Some(self.entries.remove(key.slot as usize).1)
     }
 
+    /// The entry of a slot.
+    pub fn at(&self, slot: u32) -> Option<(Key, &T)> {
+        let entry = self.entries.get(slot as usize)?;
+        Some((Key { slot, generation: entry.0 }, &entry.1))
+    }
+
+    /// No slot from here on has an entry.
+    pub fn slots(&self) -> u32 {
+        u32::try_from(self.entries.capacity()).unwrap_or(u32::MAX)
+    }
+
     /// All entries in slot order.
     pub fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
         self.entries.iter().map(|(slot, entry)| {
@@ -110,5 +121,6 @@ mod tests {
         assert_eq!(slots.remove(first), None);
         assert_eq!(slots.get(second), Some(&"c"));
         assert_eq!(slots.iter().collect::<Vec<_>>(), vec![(second, &"c")]);
+        assert_eq!((slots.at(second.slot), slots.at(slots.slots())), (Some((second, &"c")), None));
     }
 }

@@ -6,7 +6,8 @@ use crate::settings::load::{self, Effective, Layers};
 use crate::settings::table::{ALL, Group, Setting};
 use crate::settings::value::Value;
 use crate::settings::{Machine, Problem};
-use crate::streams::{Question, What};
+use crate::streams::{Address, Client, Of, Question, Tail, What};
+use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -88,41 +89,110 @@ fn streams_command() -> Command {
         .value_name("DIR")
         .value_parser(value_parser!(PathBuf))
         .global(true)
-        .help("The data directory [env: TOKENRING_DATA_DIR]");
-    let path =
-        || Arg::new("path").value_name("PATH").required(true).help("The stream's path, prefix included");
+        .help("A data directory, whoever writes it [env: TOKENRING_DATA_DIR]");
+    let server = Arg::new("server")
+        .long("server")
+        .value_name("URL")
+        .value_parser(|text: &str| Address::parse(text))
+        .global(true)
+        .help("A server that runs: its admin address (http://127.0.0.1:9180, unix:PATH), or one that clients use");
+    let ca =
+        Arg::new("ca").long("ca").value_name("FILE").value_parser(value_parser!(PathBuf)).global(true).help(
+            "Authorities that an https server's certificate must come from, PEM, instead of the system's",
+        );
+    let json = || Arg::new("json").long("json").action(ArgAction::SetTrue).help("As JSON");
+    let which = || {
+        Arg::new("stream")
+            .value_name("ID|PATH")
+            .required(true)
+            .help("The stream's id (Tokenring-Stream), or the path of a durable one, prefix included")
+    };
     Command::new("streams")
-        .about("Look at the durable streams of a data directory (docs/durable.md)")
+        .about("Look at the streams of a server, or at the durable ones of a data directory (docs/OPERATING.md)")
         .subcommand_required(true)
-        .arg(directory)
-        .subcommand(Command::new("list").about("All streams"))
-        .subcommand(Command::new("show").about("What is known of one stream").arg(path()))
+        .args([server, ca, directory])
+        .subcommand(Command::new("list").about("All streams").arg(json()))
+        .subcommand(Command::new("show").about("What is known of one stream").args([which(), json()]))
+        .subcommand(
+            Command::new("tail")
+                .about("The events of one stream as they come, until its end; of a data directory, its last messages")
+                .arg(which())
+                .args([
+                    Arg::new("after")
+                        .long("after")
+                        .value_name("ID")
+                        .help("Begin behind this event (of a durable stream: at this offset, or now)"),
+                    Arg::new("data")
+                        .long("data")
+                        .action(ArgAction::SetTrue)
+                        .help("The events' data alone, without ids and names"),
+                    Arg::new("follow")
+                        .long("follow")
+                        .short('f')
+                        .action(ArgAction::SetTrue)
+                        .help("Wait for what comes; of a server's streams that is always so"),
+                    Arg::new("lines")
+                        .long("lines")
+                        .short('n')
+                        .value_name("COUNT")
+                        .value_parser(value_parser!(usize))
+                        .default_value("10")
+                        .help("How many of the last messages of a data directory's stream"),
+                ])
+                .after_help(TAIL_HELP),
+        )
         .subcommand(
             Command::new("export")
-                .about("The content of one stream, as a read from its start gives it")
-                .arg(path()),
+                .about("What is held of one stream, as a read from its start gives it")
+                .arg(which()),
         )
-        .subcommand(Command::new("verify").about("Check every record; exit code 65 if something was lost"))
+        .subcommand(Command::new("verify").about(
+            "Check every record of a data directory; exit code 65 if something was lost",
+        ))
 }
 
+const TAIL_HELP: &str = "\
+Exit codes:
+  0 the stream ended well, or was closed   1 it ended with an error, was stopped, or is gone
+  64 there is no such stream   65 some of its events are not held any more   69 the server cannot be reached";
+
 fn streams_question(matches: &ArgMatches) -> Result<Question, clap::Error> {
+    let refuse = |kind: ErrorKind, why: &str| Err(streams_command().error(kind, why));
     let named = matches.get_one::<PathBuf>("data-dir").cloned();
+    let server = matches.get_one::<Address>("server").cloned();
     let variable =
         || std::env::var_os("TOKENRING_DATA_DIR").filter(|path| !path.is_empty()).map(PathBuf::from);
-    let Some(directory) = named.or_else(variable) else {
-        let mut command = streams_command();
-        return Err(
-            command.error(clap::error::ErrorKind::MissingRequiredArgument, "--data-dir DIR is required")
-        );
+    let of = match (server, named) {
+        (Some(_), Some(_)) => {
+            return refuse(ErrorKind::ArgumentConflict, "--server URL or --data-dir DIR, not both");
+        }
+        (Some(address), None) => {
+            let authorities = matches.get_one::<PathBuf>("ca").cloned();
+            Of::Server(Client { address, authorities })
+        }
+        (None, named) => match named.or_else(variable) {
+            Some(directory) => Of::Directory(directory),
+            None => {
+                let why = "--server URL or --data-dir DIR is required";
+                return refuse(ErrorKind::MissingRequiredArgument, why);
+            }
+        },
     };
-    let path = |matches: &ArgMatches| matches.get_one::<String>("path").cloned().unwrap_or_default();
+    let which = |matches: &ArgMatches| matches.get_one::<String>("stream").cloned().unwrap_or_default();
     let what = match matches.subcommand() {
-        Some(("list", _)) => What::List,
-        Some(("show", matches)) => What::Show(path(matches)),
-        Some(("export", matches)) => What::Export(path(matches)),
+        Some(("list", matches)) => What::List { json: matches.get_flag("json") },
+        Some(("show", matches)) => What::Show { which: which(matches), json: matches.get_flag("json") },
+        Some(("tail", matches)) => What::Tail(Tail {
+            which: which(matches),
+            after: matches.get_one::<String>("after").cloned(),
+            data: matches.get_flag("data"),
+            last: matches.get_one("lines").copied().unwrap_or(10),
+            follow: matches.get_flag("follow"),
+        }),
+        Some(("export", matches)) => What::Export(which(matches)),
         _ => What::Verify,
     };
-    Ok(Question { directory, what })
+    Ok(Question { of, what })
 }
 
 fn with_settings(command: Command) -> Command {

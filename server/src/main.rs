@@ -65,10 +65,7 @@ fn run(request: Request) -> Result<Exit, Fatal> {
             let (report, exit) = doctor::report(&shard::uring::probe(), &doctor::authorities());
             print(report.as_bytes()).map(|_| exit)
         }
-        Request::Streams(question) => {
-            let (text, exit) = streams::answer(&question)?;
-            print(&text).map(|_| exit)
-        }
+        Request::Streams(question) => streams::answer(&question, &mut std::io::stdout().lock()),
         Request::ConfigDoc => print(settings::page::config_page().as_bytes()),
         Request::MetricsDoc => print(admin::metrics_page().as_bytes()),
         Request::Man => print(&cli::man_page()),

@@ -7,6 +7,7 @@ pub mod core;
 mod disk;
 pub mod host;
 pub mod io;
+pub mod listing;
 pub mod memory;
 pub mod mesh;
 pub mod settings;

@@ -147,6 +147,9 @@ mod tests {
         assert!(more(&|settings| settings.detached_max += 10) > 10 * settings().share_bytes());
         let resume = crate::settings::Resume {
             window_bytes: 1,
+            window_ms: 0,
+            reader_lag_ms: 0,
+            leave_choices: crate::settings::LeaveChoices::CANCEL,
             on_leave: crate::settings::OnLeave::Cancel,
             keep_ms: 0,
             slow_reader: crate::settings::SlowReader::Auto,

@@ -4,6 +4,7 @@
 //! And the mesh between shards: two bounded lock-free queues for each ordered pair, one for clients and one for what concerns
 //! mirrors, and a word in which each tells its load. Nobody waits for anybody: who finds a queue full keeps what it has.
 
+use crate::listing::{Inquiry, Page};
 use crate::settings::{TlsSet, UpstreamSet};
 use crate::stats::{Snapshot, StreamRecord};
 use crate::tls::TlsAtRest;
@@ -35,6 +36,13 @@ pub enum Command {
         /// Returned with it.
         ticket: u64,
     },
+    /// Report a [`Page`].
+    Streams {
+        /// Returned with it.
+        ticket: u64,
+        /// Which.
+        inquiry: Inquiry,
+    },
     /// Accept what the kernel has queued, then no more; end every stream that is left after `deadline_ms`.
     Drain {
         /// Milliseconds from now; 0 ends streams at once.
@@ -55,6 +63,13 @@ pub enum Report {
         ticket: u64,
         /// The state.
         snapshot: Box<Snapshot>,
+    },
+    /// As asked.
+    Streams {
+        /// Of the command.
+        ticket: u64,
+        /// Some of them.
+        page: Box<Page>,
     },
     /// A stream ended.
     Ended(Box<StreamRecord>),

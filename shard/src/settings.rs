@@ -5,8 +5,10 @@ use protocol::demo::DemoSettings;
 use protocol::durable;
 use protocol::http::HeadLimits;
 use protocol::phase::Deadlines;
+use protocol::resume::Leave;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -147,14 +149,20 @@ pub struct Route {
 pub struct Resume {
     /// Bytes of what was delivered that are kept, > 0.
     pub window_bytes: u64,
+    /// Milliseconds that it is kept while the stream is under way; 0: as long as the window has room.
+    pub window_ms: u32,
     /// What becomes of a stream when its last client has left.
     pub on_leave: OnLeave,
+    /// What a request may choose instead.
+    pub leave_choices: LeaveChoices,
     /// Milliseconds that a stream which is over is kept.
     pub keep_ms: u32,
     /// What becomes of a reader that is too slow.
     pub slow_reader: SlowReader,
     /// Whether they are written to disk, where there is one.
     pub durable: bool,
+    /// Milliseconds that it may be behind, besides the window's bytes; 0: for ever.
+    pub reader_lag_ms: u32,
 }
 
 /// What becomes of a stream when its last client has left.
@@ -166,6 +174,49 @@ pub enum OnLeave {
     Detach(u32),
     /// It goes on to its end, however long nobody reads it.
     Finish,
+}
+
+impl fmt::Display for OnLeave {
+    /// As `Tokenring-On-Leave` has it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            OnLeave::Cancel => f.write_str("cancel"),
+            OnLeave::Detach(ms) => write!(f, "detach;ttl={}", ms.div_ceil(1000)),
+            OnLeave::Finish => f.write_str("finish"),
+        }
+    }
+}
+
+/// What requests of a route may choose for when their last client has left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LeaveChoices {
+    /// To end at once.
+    pub cancel: bool,
+    /// How long a stream goes on if its request does not say, ms, > 0.
+    pub detach_ms: u32,
+    /// How long it goes on at most, ms; 0: this cannot be chosen.
+    pub detach_ms_max: u32,
+    /// To go on to the end.
+    pub finish: bool,
+}
+
+impl LeaveChoices {
+    /// Where streams do not outlive their connections, only this can be asked for.
+    pub const CANCEL: LeaveChoices =
+        LeaveChoices { cancel: true, detach_ms: 1, detach_ms_max: 0, finish: false };
+
+    /// What a request gets that asks for this; `None`: it may not. One that asks for more time than there is gets what there is.
+    pub fn choose(&self, leave: Leave) -> Option<OnLeave> {
+        match leave {
+            Leave::Cancel => self.cancel.then_some(OnLeave::Cancel),
+            Leave::Detach { .. } if self.detach_ms_max == 0 => None,
+            Leave::Detach { ttl_s } => {
+                let ms = ttl_s.map_or(self.detach_ms, |seconds| seconds.saturating_mul(1000));
+                Some(OnLeave::Detach(ms.min(self.detach_ms_max)))
+            }
+            Leave::Finish => self.finish.then_some(OnLeave::Finish),
+        }
+    }
 }
 
 /// What becomes of a reader that is slower than its stream.

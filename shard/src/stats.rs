@@ -154,6 +154,8 @@ counters! {
     mirrors_skipped => "tokenring_mirrors_skipped_total",
     /// Readers of streams of other shards that were not moved there.
     mirror_reads => "tokenring_mirror_reads_total",
+    /// Bytes of streams under way that were let go because they were older than the window.
+    kept_aged_bytes => "tokenring_kept_aged_bytes_total",
     /// Durable streams created, forks included.
     durable_creates => "tokenring_durable_creates_total",
     /// Appends to durable streams.

@@ -156,8 +156,8 @@ fn is_written_as_read(parse: Parse, head: &RequestHead, data: &[u8]) {
         assert_eq!(written.all("host"), [b"backend:8000"]);
 
         let mut expected = received.end_to_end(match identity {
-            true => &["host", "expect", "accept-encoding"],
-            false => &["host", "expect"],
+            true => &["host", "expect", "tokenring-on-leave", "accept-encoding"],
+            false => &["host", "expect", "tokenring-on-leave"],
         });
         if identity {
             expected.push((b"Accept-Encoding", b"identity"));

@@ -61,6 +61,9 @@ pub(crate) struct Request {
     pub(crate) demo: bool,
     /// A response in background: one that is not `streaming` is polled.
     pub(crate) background: bool,
+    /// What it says of its client's leave; empty: nothing.
+    #[serde(skip)]
+    pub(crate) on_leave: &'static str,
 }
 
 impl Default for Request {
@@ -82,6 +85,7 @@ impl Request {
             close: false,
             demo: false,
             background: false,
+            on_leave: "",
         }
     }
 
@@ -163,6 +167,9 @@ impl Request {
         }
         if self.streaming && !self.dialect.is_model_endpoint() {
             head += "Accept: text/event-stream\r\n";
+        }
+        if !self.on_leave.is_empty() {
+            head += &format!("Tokenring-On-Leave: {}\r\n", self.on_leave);
         }
         if self.close {
             head += "Connection: close\r\n";

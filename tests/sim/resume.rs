@@ -16,11 +16,14 @@ use protocol::limits::READERS_PER_TURN_MAX;
 use protocol::phase::End;
 use protocol::planted::Bug;
 use shard::core::JournalOf;
-use shard::settings::{OnLeave, Resume, Settings, SlowReader};
+use shard::settings::{LeaveChoices, OnLeave, Resume, Settings, SlowReader};
 
 pub(crate) const RESUME: Resume = Resume {
     window_bytes: 256 << 10,
     on_leave: OnLeave::Detach(30_000),
+    window_ms: 0,
+    reader_lag_ms: 0,
+    leave_choices: LeaveChoices { cancel: true, detach_ms: 30_000, detach_ms_max: 60_000, finish: true },
     keep_ms: 60_000,
     slow_reader: SlowReader::Auto,
     durable: false,
@@ -356,6 +359,42 @@ fn routes_say_what_becomes_of_streams_without_clients() {
 }
 
 #[test]
+fn a_request_says_what_becomes_of_its_stream_as_far_as_its_route_allows() {
+    // Its own policy, what the request says, and until when the backend is there, ms.
+    for (on_leave, said, until_ms) in [
+        (OnLeave::Detach(30_000), "", 30_000),
+        (OnLeave::Detach(30_000), "cancel", 0),
+        (OnLeave::Detach(30_000), "detach;ttl=5", 5_000),
+        (OnLeave::Cancel, "detach", 30_000),
+        (OnLeave::Cancel, "detach;ttl=3600", 60_000),
+        (OnLeave::Cancel, "finish", 200_000),
+        (OnLeave::Finish, "detach;ttl=5", 5_000),
+    ] {
+        let mut sim = sim_with(4, |settings| {
+            settings.routes[1].resume = Some(Resume { on_leave, window_bytes: 4 << 20, ..RESUME });
+            settings.resume_bytes_max = 16 << 20;
+        });
+        let answer = Answer { piece_bytes: 90, gap_us: 20_000, ..Answer::events(12_000) };
+        let exchange = sim.exchange(Request { on_leave: said, ..Request::new(Dialect::Chat, true) }, answer);
+        let client = sim.client(leaves(200_000, How::Close)(ClientPlan::new(&[exchange])));
+        let mut tale = Tale { exchange, client, id: None, readers: Vec::new(), stopped: false };
+        sim.run_ms(250);
+        for _ in 0..95 {
+            let goes_on = sim.shard.snapshot().kept.live == 1;
+            // The client left at 0.2 s.
+            let at_ms = sim.world().now / 1000 - 200;
+            assert!(
+                goes_on == (at_ms < until_ms) || at_ms.abs_diff(until_ms) < 1_100,
+                "{on_leave:?}, {said:?}: goes on is {goes_on} after {at_ms} ms"
+            );
+            sim.run_ms(1_000);
+        }
+        assert!(tale.learn(&sim));
+        check(&sim.finish(), &tale);
+    }
+}
+
+#[test]
 fn a_stream_without_a_client_fills_its_window_and_waits() {
     let mut sim = sim_with(5, |settings| {
         let resume = Resume { window_bytes: 200_000, on_leave: OnLeave::Detach(600_000), ..RESUME };
@@ -406,6 +445,108 @@ fn a_stopped_stream_ends_for_all_and_never_goes_on() {
     );
     let finished = sim.finish();
     check(&finished, &tale);
+}
+
+#[test]
+fn what_is_older_than_the_window_is_let_go_and_nothing_younger() {
+    let mut sim = sim_with(31, |settings| {
+        settings.routes[1].resume = Some(Resume { window_ms: 4_000, window_bytes: 1 << 20, ..RESUME });
+    });
+    // Some 16 events of 1 KiB a second, for 25 s.
+    let plan = Answer { bytes: 1_000, piece_bytes: 1_050, gap_us: 100_000, ..Answer::events(400) };
+    let exchange = sim.exchange(Request::new(Dialect::Chat, true), plan);
+    let client = sim.client(ClientPlan::new(&[exchange]));
+    let mut tale = Tale { exchange, client, id: None, readers: Vec::new(), stopped: false };
+    let mut earliest = 0;
+    for _ in 0..4 {
+        sim.run_ms(4_000);
+        let last = answer(&sim, tale.client).unwrap().last();
+        let Some(first) = earliest_of(&mut sim, &mut tale) else {
+            assert!(last < 100, "{last}");
+            continue;
+        };
+        // What is 4 s old and younger is there: 60 events, a quarter more, and what lies in one segment with them.
+        assert!((60..150).contains(&(last - first)), "{first}..{last}");
+        assert!(first > earliest);
+        earliest = first;
+    }
+    assert!(sim.shard.stats().counters.kept_aged_bytes > 50_000);
+    assert_eq!(sim.shard.stats().counters.kept_forgotten_bytes, 0);
+    // When it is over, what is there stays for keep-ms.
+    sim.run_ms(20_000);
+    let held = earliest_of(&mut sim, &mut tale).unwrap();
+    sim.run_ms(20_000);
+    assert_eq!((sim.shard.snapshot().kept.over, earliest_of(&mut sim, &mut tale)), (1, Some(held)));
+    check(&sim.finish(), &tale);
+}
+
+/// Behind which event a stream begins; `None`: at its start.
+fn earliest_of(sim: &mut Sim, tale: &mut Tale) -> Option<u64> {
+    let client = come_back(sim, tale, 0);
+    sim.run_ms(20);
+    let world = sim.world();
+    let message = world.clients[client].reader.messages.first().unwrap();
+    (message.status() == 410).then(|| message.header("tokenring-earliest-event-id").unwrap().parse().unwrap())
+}
+
+#[test]
+fn a_reader_that_is_behind_for_too_long_is_told_so_however_little_it_is() {
+    // Policy, whether it is dropped, whether it skips.
+    for (slow_reader, drops, skips) in [
+        (SlowReader::Auto, true, false),
+        (SlowReader::Drop, true, false),
+        (SlowReader::Skip, false, true),
+        (SlowReader::Block, false, false),
+    ] {
+        let mut sim = sim_with(32, |settings| {
+            let resume = Resume { slow_reader, reader_lag_ms: 2_000, window_bytes: 4 << 20, ..RESUME };
+            settings.routes[1].resume = Some(resume);
+            settings.lag_high_bytes = 4 << 20;
+            settings.resume_bytes_max = 16 << 20;
+        });
+        // Some 40 KiB a second.
+        let plan = Answer { bytes: 1_000, piece_bytes: 1_050, gap_us: 30_000, ..Answer::events(1_500) };
+        let exchange = sim.exchange(Request::new(Dialect::Chat, true), plan);
+        let client = sim.client(ClientPlan::new(&[exchange]));
+        let mut tale = Tale { exchange, client, id: None, readers: Vec::new(), stopped: false };
+        sim.run_ms(500);
+        // It takes some bytes now and then: far less than comes, and far from what the window holds.
+        let slow = come_back(&mut sim, &mut tale, 0);
+        let fast = come_back(&mut sim, &mut tale, 0);
+        sim.world().clients[slow].plan.pace = Pace::Slow { bytes: 8_000, every_us: 500_000 };
+        sim.run_ms(1_500);
+        let counters = &sim.shard.stats().counters;
+        assert_eq!((counters.readers_dropped, counters.readers_skipped, counters.pauses), (0, 0, 0));
+        sim.run_ms(18_000);
+        let counters = sim.shard.stats().counters.clone();
+        assert_eq!(counters.readers_dropped, u64::from(drops), "{slow_reader:?}");
+        assert_eq!(counters.readers_skipped > 0, skips, "{slow_reader:?}");
+        assert_eq!(counters.pauses > 0, slow_reader == SlowReader::Block, "{slow_reader:?}");
+        if drops {
+            // What it had taken before it is told, it still takes.
+            sim.run_ms(120_000);
+            assert_eq!(answer(&sim, slow).unwrap().code(), "lagged");
+        }
+        let seen = answer(&sim, fast).unwrap();
+        assert!(seen.told.is_empty() && seen.gaps.is_empty(), "{slow_reader:?}: who keeps up is not meant");
+        check(&sim.finish(), &tale);
+    }
+}
+
+#[test]
+fn one_that_begins_with_what_is_old_has_its_time_to_catch_up() {
+    let mut sim = sim_with(33, |settings| {
+        let resume = Resume { slow_reader: SlowReader::Drop, reader_lag_ms: 2_000, ..RESUME };
+        settings.routes[1].resume = Some(resume);
+    });
+    let mut tale = chat(&mut sim, 1_500, 10_000, |plan| plan);
+    for _ in 0..8 {
+        sim.run_ms(1_000);
+        come_back(&mut sim, &mut tale, 0);
+    }
+    let finished = sim.finish();
+    assert_eq!(finished.sim.shard.stats().counters.readers_dropped, 0);
+    assert_eq!(check(&finished, &tale), 9);
 }
 
 #[test]
@@ -550,8 +691,11 @@ fn random_run_on(seed: u64, disk: Option<(u32, u64)>) -> Tally {
     let mut rng = Rng::new(seed);
     let mut machine = faults(&mut rng);
     machine.receive_bytes = if machine.receive_bytes > 0 { machine.receive_bytes.max(300) } else { 0 };
+    // A shard that is stopped waits no longer than `STOP_FLUSH_MS` for what it has cancelled.
+    machine.cancel_late_us = machine.cancel_late_us.min(200_000);
     let resume_settings = Resume {
         window_bytes: rng.pick(&[256 << 10, 20_000, 1]),
+        window_ms: rng.pick(&[0, 0, 2_000]),
         on_leave: rng.pick(&[
             OnLeave::Detach(30_000),
             OnLeave::Detach(500),
@@ -559,6 +703,7 @@ fn random_run_on(seed: u64, disk: Option<(u32, u64)>) -> Tally {
             OnLeave::Cancel,
         ]),
         keep_ms: rng.pick(&[60_000, 2_000, 0]),
+        leave_choices: RESUME.leave_choices,
         slow_reader: rng.pick(&[
             SlowReader::Auto,
             SlowReader::Auto,
@@ -567,6 +712,7 @@ fn random_run_on(seed: u64, disk: Option<(u32, u64)>) -> Tally {
             SlowReader::Skip,
         ]),
         durable: disk.is_some(),
+        reader_lag_ms: rng.pick(&[0, 0, 1_500]),
     };
     let change = |settings: &mut Settings, rng: &mut Rng| {
         settings.durable.fsync_interval_ms = disk.map_or(0, |(interval_ms, _)| interval_ms);
@@ -602,6 +748,7 @@ fn random_run_on(seed: u64, disk: Option<(u32, u64)>) -> Tally {
         let mut request = Request::new(dialect, true);
         request.demo = rng.chance(150) && dialect.is_model_endpoint();
         request.http10 = rng.chance(50);
+        request.on_leave = rng.pick(&["", "", "cancel", "detach", "detach;ttl=1", "finish"]);
         let mut plan = Answer::events(rng.range(1, 120) as u32);
         plan.bytes = rng.pick(&[10, 10, 300, 5_000]);
         plan.piece_bytes = rng.pick(&[1 << 20, 4_096, 150]);

@@ -14,8 +14,9 @@ use protocol::http::HeadLimits;
 use protocol::limits::INTERIM_RESPONSES_MAX;
 use protocol::phase::{Deadlines, End};
 use shard::core::{JournalOf, Shard, Sleepy};
+use shard::listing::Page;
 use shard::mesh::{Command, Neighbours, Report, ShardPort, mailbox, neighbours};
-use shard::settings::{HalfClose, OnLeave, Resume, Route, Settings, Sleep, SlowReader, TlsSet};
+use shard::settings::{HalfClose, LeaveChoices, OnLeave, Resume, Route, Settings, Sleep, SlowReader, TlsSet};
 use shard::stats::StreamRecord;
 use std::cell::{RefCell, RefMut};
 use std::rc::Rc;
@@ -42,6 +43,9 @@ pub(crate) fn settings() -> Settings {
         // What is delivered is kept; who leaves is not waited for.
         resume: Some(Resume {
             window_bytes: 64 << 10,
+            window_ms: 0,
+            reader_lag_ms: 0,
+            leave_choices: LeaveChoices::CANCEL,
             on_leave: OnLeave::Cancel,
             keep_ms: 1_000,
             slow_reader: SlowReader::Auto,
@@ -132,6 +136,8 @@ pub(crate) struct Sim {
     pub(crate) records: Vec<StreamRecord>,
     /// Streams that did not end in peace, once all have left.
     pub(crate) forced: Option<u64>,
+    /// What the control thread was told of streams, by ticket.
+    pub(crate) pages: Vec<(u64, Page)>,
     /// A shard that always has fewer clients, and hands on to this one whatever it is given.
     mirror: Option<Neighbours<SimSocket>>,
     /// Of its durable streams.
@@ -227,6 +233,7 @@ impl Sim {
             lenience: Lenience::default(),
             records: Vec::new(),
             forced: None,
+            pages: Vec::new(),
             mirror: None,
             disk: None,
             records_dropped: 0,
@@ -382,6 +389,7 @@ impl Sim {
             }
             Report::TlsFailed(_) if !room => self.failures_dropped += 1,
             Report::TlsFailed(failure) => self.world().say(|| format!("TLS failed: {failure:?}")),
+            Report::Streams { ticket, page } => self.pages.push((ticket, *page)),
             Report::Started | Report::Left { .. } | Report::Failed(_) => {}
         }
     }

@@ -16,7 +16,7 @@ use crate::tls;
 use protocol::dialect::Dialect;
 use protocol::planted::Bug;
 use shard::KeptTotals;
-use shard::settings::{OnLeave, Resume, Settings, SlowReader};
+use shard::settings::{LeaveChoices, OnLeave, Resume, Settings, SlowReader};
 
 /// So many on their way from shard to shard that queues are never full.
 const ROOM: usize = 64;
@@ -277,6 +277,9 @@ pub(crate) fn shards_of(seed: u64, rng: &mut Rng, change: impl FnOnce(&mut Setti
     let mut with = settings();
     let resume_settings = Resume {
         window_bytes: rng.pick(&[256 << 10, 20_000]),
+        window_ms: if seed.is_multiple_of(3) { 2_000 } else { 0 },
+        reader_lag_ms: if seed.is_multiple_of(5) { 1_500 } else { 0 },
+        leave_choices: LeaveChoices::CANCEL,
         on_leave: rng.pick(&[OnLeave::Detach(30_000), OnLeave::Finish, OnLeave::Cancel]),
         keep_ms: rng.pick(&[60_000, 2_000]),
         slow_reader: rng.pick(&[SlowReader::Auto, SlowReader::Block, SlowReader::Drop, SlowReader::Skip]),

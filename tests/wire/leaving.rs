@@ -3,7 +3,7 @@
 
 use crate::backend::{Backend, BlackHole};
 use crate::events::streaming;
-use crate::message::{chunk, get, ok, post};
+use crate::message::{Message, chunk, get, ok, post};
 use crate::peer::Peer;
 use crate::server::{Server, chat, stream_request};
 use crate::sse::{DONE, LAST_CHUNK, STREAM, dialects, token};
@@ -285,4 +285,84 @@ fn a_half_close_on_any_other_request_is_answered() {
     }
     client.closed();
     server.expect_ends(&[("done", 5)]);
+}
+
+/// A request of a dialect that says this of its client's leave.
+fn saying(path: &str, on_leave: &str) -> Vec<u8> {
+    let request = String::from_utf8(stream_request(path)).unwrap();
+    request.replacen("\r\n", &format!("\r\nTokenring-On-Leave: {on_leave}\r\n"), 1).into_bytes()
+}
+
+/// A stream of which something was said, whose client leaves then.
+fn begun(server: &Server, backend: &Backend, on_leave: &str) -> (Message, Peer) {
+    let mut client = server.connect();
+    client.send(saying("/v1/chat/completions", on_leave));
+    let (mut upstream, request) = backend.request();
+    assert_eq!(request.field("tokenring-on-leave"), None, "it is said to us alone");
+    upstream.send([STREAM, &chunk(token("a"))].concat());
+    let head = client.stream_head();
+    client.event();
+    leave(client, By::Fin);
+    (head, upstream)
+}
+
+#[test]
+fn as_the_request_says_that_it_is_to_be_taken() {
+    let backend = Backend::listen();
+    let server = Server::before(
+        &backend,
+        &["--on-leave-max", "finish", "--detach-ms-max", "1500", "--pool-idle-max", "0"],
+    );
+    let told = |head: &Message| head.field("tokenring-on-leave");
+    let (head, mut upstream) = begun(&server, &backend, "cancel");
+    assert_eq!(told(&head).as_deref(), Some("cancel"));
+    let_go(&mut upstream);
+    // No more than the route allows, which it is told.
+    for (said, granted) in [("detach;ttl=1", "detach;ttl=1"), ("detach;ttl=86400", "detach;ttl=2")] {
+        let (head, mut upstream) = begun(&server, &backend, said);
+        assert_eq!(told(&head).as_deref(), Some(granted));
+        let took = upstream.time_to_close();
+        assert!(took > Duration::from_millis(700) && took < Duration::from_secs(5), "{said}: {took:?}");
+    }
+    let (head, mut upstream) = begun(&server, &backend, "finish");
+    assert_eq!(told(&head).as_deref(), Some("finish"));
+    upstream.silence(Duration::from_secs(2));
+    upstream.send([&chunk(DONE)[..], LAST_CHUNK].concat());
+    server.expect_ends(&[("client_left", 1), ("abandoned", 2), ("done", 1)]);
+    // Nothing said, nothing told.
+    let mut client = server.connect();
+    client.send(chat());
+    let (mut upstream, _) = backend.request();
+    upstream.send([STREAM, &chunk(DONE)[..], LAST_CHUNK].concat());
+    assert_eq!(told(&client.stream_head()), None);
+}
+
+#[test]
+fn what_a_request_may_not_say_of_it_is_refused_in_its_dialect_before_its_backend_is_asked() {
+    let backend = Backend::listen();
+    for (flags, said, status) in [
+        (&["--on-leave", "detach"][..], "finish", 403),
+        (&["--on-leave", "cancel"], "detach", 403),
+        (&["--on-leave", "finish", "--on-leave-max", "off"], "cancel", 403),
+        (&["--resume-window", "0"], "detach", 403),
+        (&[], "stop", 400),
+        (&[], "detach;ttl=0", 400),
+        (&["--resume-window", "0"], "for ever", 400),
+    ] {
+        let server = Server::before(&backend, flags);
+        let all = dialects();
+        for dialect in &all {
+            let mut client = server.connect();
+            client.send(saying(dialect.path, said));
+            let refused = client.response();
+            assert_eq!(refused.status(), status, "{flags:?} {said}: {refused:?}");
+            let code = if status == 400 { "bad_on_leave" } else { "on_leave_forbidden" };
+            if dialect.path.starts_with("/v1/messages") {
+                assert_eq!(refused.json()["type"], "error", "{refused:?}");
+            }
+            assert!(refused.text().contains(code), "{refused:?}");
+        }
+        server.expect_ends(&[("refused", all.len() as u64)]);
+    }
+    backend.was_left_alone();
 }

@@ -14,12 +14,14 @@
 pub mod journal;
 mod json;
 mod lines;
+mod listing;
 mod offset;
 mod persist;
 mod reading;
 mod reads;
 pub mod relayed;
 mod request;
+mod retention;
 mod room;
 mod store;
 mod stream;
@@ -32,6 +34,7 @@ mod relayed_tests;
 #[cfg(test)]
 mod tests;
 
+pub use listing::StreamLine;
 pub use offset::Offset;
 pub use reading::{Progress, Reading, Shared};
 pub use request::{Operation, Request};
@@ -55,6 +58,8 @@ pub struct Settings {
     pub body_bytes_max: u64,
     /// Bytes of one stream; beyond, its oldest messages are dropped.
     pub stream_bytes_max: u64,
+    /// How long a message is held, ms; 0: as long as there is room.
+    pub retention_ms: u64,
     /// Memory of all streams of one shard, bytes.
     pub store_bytes_max: u64,
     /// How long a long-poll waits for data, ms, > 0.
@@ -77,6 +82,7 @@ impl Default for Settings {
             prefix: Some("/v1/durable".to_owned()),
             body_bytes_max: limits::DURABLE_BODY_BYTES_MAX,
             stream_bytes_max: limits::DURABLE_STREAM_BYTES_MAX,
+            retention_ms: 0,
             store_bytes_max: limits::DURABLE_STORE_BYTES_MAX,
             long_poll_ms: limits::DURABLE_LONG_POLL_MS,
             events_ms: limits::DURABLE_EVENTS_MS,

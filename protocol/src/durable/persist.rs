@@ -89,6 +89,7 @@ impl Store {
                 self.queue_due(id, due_ms);
             }
         }
+        self.watch_age(id, now);
         self.used(id, now);
         self.recount(id);
         Some(id)
@@ -143,11 +144,11 @@ impl Store {
         self.unshown.push_back((number, id, deed.end, stream.closed));
     }
 
-    /// Its oldest messages were dropped.
+    /// Its oldest messages were dropped, or how old they are was noted.
     pub(super) fn record_trim(&mut self, id: Id) {
-        let earliest = self.streams.get(id).map_or(0, |stream| stream.earliest);
-        if let Some(deed) = self.deed(Kind::Trim, id) {
-            self.record(deed, |out| record::put_trimmed(out, earliest));
+        let (Some(deed), Some(stream)) = (self.deed(Kind::Trim, id), self.streams.get(id)) else { return };
+        if let Some(journal) = &mut self.journal {
+            journal.record(deed, |out| record::put_trimmed(out, stream.earliest, stream.marks.iter()));
         }
     }
 
@@ -308,6 +309,10 @@ impl Store {
             self.rewriting.current = None;
             if let Some(deed) = self.deed(Kind::Whole, id) {
                 self.record(deed, |_| {});
+            }
+            if self.streams.get(id).is_some_and(|stream| stream.marks.iter().len() > 0) {
+                // The segments that are to go may hold the record that says how old its messages are.
+                self.record_trim(id);
             }
             // Those before are removed only when all that is recorded so far is synced.
             if let Some(stream) = self.streams.get_mut(id) {

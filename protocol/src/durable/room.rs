@@ -59,6 +59,9 @@ impl Store {
             if let Some(due_ms) = stream.queued_due_ms {
                 self.due.remove(&(due_ms, id));
             }
+            if let Some(due_ms) = stream.queued_look_ms {
+                self.looks.remove(&(due_ms, id));
+            }
             let own = stream.readers.len();
             self.left_over.extend(stream.readers.into_iter().map(|(_, reader)| reader));
             for source in chain {
@@ -70,6 +73,10 @@ impl Store {
             next = stream.source.filter(|&source| {
                 self.streams.get(source).is_some_and(|source| source.deleted && source.forks == 0)
             });
+            if let Some(source) = next {
+                // Something may have been recorded of it since it was deleted: what it began with may go from the journal now.
+                self.record_delete(source, false);
+            }
         }
     }
 

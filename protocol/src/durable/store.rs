@@ -110,6 +110,8 @@ pub struct Store {
     pub(super) orders: [BTreeSet<(u64, Id)>; 3],
     /// Streams that can expire, by when, as it was when they were put there.
     pub(super) due: BTreeSet<(u64, Id)>,
+    /// Streams that hold messages which will be too old, by when they are looked at.
+    pub(super) looks: BTreeSet<(u64, Id)>,
     /// Streams that have something to tell their readers.
     pub(super) changed: Vec<Id>,
     /// Readers of streams that are no more.
@@ -143,6 +145,7 @@ impl Store {
             tick: 0,
             orders: Default::default(),
             due: BTreeSet::new(),
+            looks: BTreeSet::new(),
             changed: Vec::new(),
             left_over: Vec::new(),
             counters: Counters::default(),
@@ -235,15 +238,18 @@ impl Store {
         }
     }
 
-    /// When the next stream may have to be expired, ms; a little late, so that many are done at once.
+    /// When the next stream may have to be expired, or messages are too old, ms; a little late, so that many are done at once.
     pub fn next_due_ms(&self) -> Option<u64> {
-        self.due.first().map(|(due_ms, _)| {
+        let first =
+            [self.due.first(), self.looks.first()].into_iter().flatten().map(|(due_ms, _)| due_ms).min();
+        first.map(|due_ms| {
             due_ms.saturating_add(DURABLE_EXPIRY_STEP_MS).next_multiple_of(DURABLE_EXPIRY_STEP_MS)
         })
     }
 
-    /// Ends the streams whose time is over.
+    /// Ends the streams whose time is over, and drops messages whose time is.
     pub fn expire(&mut self, now: Now) {
+        self.drop_old(now);
         while let Some(&(due_ms, id)) = self.due.first()
             && due_ms <= now.ms
         {
@@ -311,6 +317,7 @@ impl Store {
             }
         }
         self.record_create(id, &messages);
+        self.watch_age(id, now);
         self.used(id, now);
         self.settle_bytes(id);
         Ok(self.created(201, id, request))
@@ -465,6 +472,7 @@ impl Store {
             self.counters.append_bytes += body.len() as u64;
         }
         self.record_append(id, append, at, &messages);
+        self.watch_age(id, now);
         self.used(id, now);
         self.settle_bytes(id);
         self.tell(id);

@@ -10,6 +10,7 @@
 use super::journal::Image;
 use super::journal::record::Facts;
 use super::request::{Create, Expiry, Fork, ProducerTag};
+use super::retention::Marks;
 use super::store::Id;
 use super::{Form, Offset, refusals};
 use crate::fault::Fault;
@@ -86,6 +87,9 @@ pub(super) struct Stream {
     /// Where it stands in the store's orders.
     pub(super) queued: Option<(super::room::Class, u64)>,
     pub(super) queued_due_ms: Option<u64>,
+    /// When it is looked at for old messages, in the clock of the requests.
+    pub(super) queued_look_ms: Option<u64>,
+    pub(super) marks: Marks,
     /// What readers may be shown, where that is not all.
     pub(super) hidden: Option<Hidden>,
     /// The first segment of the journal that it needs.
@@ -150,6 +154,8 @@ impl Stream {
             counted: 0,
             queued: None,
             queued_due_ms: None,
+            queued_look_ms: None,
+            marks: Marks::default(),
             hidden: None,
             segment: 0,
         }
@@ -168,6 +174,7 @@ impl Stream {
             expiry: facts.expiry,
         };
         let mut stream = Stream::new(&facts.path, image.created, &create, origin, now);
+        stream.marks = Marks::restored(&image.marks);
         for tag in &facts.producers {
             stream.note_producer(tag, now.ms);
         }
@@ -312,10 +319,22 @@ impl Stream {
 
     /// Drops its oldest messages until it holds no more bytes than that; true when it dropped any.
     pub(super) fn trim(&mut self, bytes_max: u64) -> bool {
+        let tail = self.tail();
+        self.drop_oldest(|earliest, _| tail - earliest > bytes_max)
+    }
+
+    /// Drops the messages that end at a position or before it; true when it dropped any.
+    pub(super) fn trim_below(&mut self, position: u64) -> bool {
+        self.drop_oldest(|_, end| end <= position)
+    }
+
+    /// Drops its oldest messages for as long as is said, of where the oldest begins and ends.
+    fn drop_oldest(&mut self, goes: impl Fn(u64, u64) -> bool) -> bool {
         let before = self.earliest;
-        while self.tail() - self.earliest > bytes_max
-            && let Some(end) = self.ends.pop_front()
+        while let Some(&end) = self.ends.front()
+            && goes(self.earliest, end)
         {
+            self.ends.pop_front();
             self.earliest = end;
         }
         if self.earliest == before {
@@ -334,6 +353,11 @@ impl Stream {
             return None;
         }
         self.log.lend(at - self.log_base, u32::try_from(end - at).unwrap_or(u32::MAX))
+    }
+
+    /// How many of its own messages are held.
+    pub(super) fn held_messages(&self) -> usize {
+        self.ends.len()
     }
 
     /// Where the message of its own ends that the byte at `at` belongs to; `None` at the tail.

@@ -71,6 +71,8 @@ refusals! {
     PlainOnTls 400 "plain_on_tls" "This port speaks TLS: use https:// instead of http://."
     TlsOnPlain 400 "tls_on_plain" "This port speaks plain HTTP: use http:// instead of https://."
     BadDemoQuery 400 "bad_demo_query" "The demo model takes tokens_per_s and tokens from 1 to 100000 and first_token_ms from 0 to 600000."
+    BadOnLeave 400 "bad_on_leave" "Tokenring-On-Leave must be cancel, detach, detach;ttl=SECONDS or finish, once."
+    OnLeaveForbidden 403 "on_leave_forbidden" "Requests to this route may not choose what Tokenring-On-Leave asks for."
     LengthRequired 411 "length_required" "This request needs a body with Content-Length or chunked transfer coding."
     BodyTooLarge 413 "body_too_large" "The message body has more bytes than this server accepts."
     BadChunkSize 400 "bad_chunk_size" "A chunk size must be hexadecimal digits without sign, prefix or whitespace."

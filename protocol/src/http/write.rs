@@ -5,6 +5,7 @@ use super::fields::length;
 use super::response::is_bodiless;
 use super::scan::list;
 use super::{CONNECTION_TOKENS_MAX, Framing, RequestHead, ResponseHead, Version};
+use crate::resume::ON_LEAVE_FIELD;
 
 /// Fields that concern one connection only (RFC 9110 section 7.6.1), or that we write ourselves.
 const NOT_FORWARDED: &[&str] = &[
@@ -27,8 +28,8 @@ const SET_BY_EVENT_STREAM: &[&str] =
 
 /// Writes the head of a request to a backend.
 ///
-/// End-to-end fields keep their order and case. Hop-by-hop fields, those that Connection names, Host and Expect are
-/// left out, also when spelled with `_` for `-`, which CGI-like backends read as the same name. The framing is
+/// End-to-end fields keep their order and case. Hop-by-hop fields, those that Connection names, Host, Expect and what is said
+/// to us alone are left out, also when spelled with `_` for `-`, which CGI-like backends read as the same name. The framing is
 /// written anew from `head.framing`. With `identity_encoding`, Accept-Encoding is replaced by `identity`.
 ///
 /// `upstream_authority` and `base_path` are the operator's, in visible ASCII. The base path precedes the target (but
@@ -50,7 +51,7 @@ pub fn write_upstream_request(
     let named = ConnectionTokens::of(head.headers);
     for header in head.headers {
         let left_out = is_one_of(header.name, NOT_FORWARDED)
-            || is_one_of(header.name, &["host", "expect"])
+            || is_one_of(header.name, &["host", "expect", ON_LEAVE_FIELD])
             || (identity_encoding && is_one_of(header.name, &["accept-encoding"]))
             || named.contains(header.name);
         if !left_out {

@@ -1,9 +1,10 @@
-//! The admin listener: /live, /ready, /metrics, /status. Runs on the control thread; asks the control loop for views.
+//! The admin listener: /live, /ready, /metrics, /status, /streams. Runs on the control thread; asks the control loop for views.
 
 mod families;
 mod metrics;
 mod process;
 pub(crate) mod status;
+mod streams;
 pub(crate) mod view;
 
 pub(crate) use families::metrics_page;
@@ -15,9 +16,11 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use shard::listing::{Inquiry, Page};
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use view::View;
 
@@ -26,11 +29,23 @@ pub(crate) const QUESTIONS_MAX: usize = 64;
 /// Admin connections at a time: a handful of scrapers and probes; the rest waits in the backlog.
 const CONNECTIONS_MAX: usize = 64;
 
+/// How long a shard may take to tell of some of its streams.
+const SHARD_LIMIT: Duration = Duration::from_secs(1);
+
 /// A question to the control loop.
-pub(crate) struct Question {
-    /// Ask the shards, too; without it the answer comes at once and has no shards.
-    pub(crate) ask_shards: bool,
-    pub(crate) answer: oneshot::Sender<Arc<View>>,
+pub(crate) enum Question {
+    View {
+        /// Ask the shards, too; without it the answer comes at once and has no shards.
+        ask_shards: bool,
+        answer: oneshot::Sender<Arc<View>>,
+    },
+    /// Some streams of one shard.
+    Streams {
+        shard: usize,
+        inquiry: Inquiry,
+        /// Dropped where no answer can come.
+        answer: oneshot::Sender<Page>,
+    },
 }
 
 /// A bound admin listener; a unix socket's file is removed on drop.
@@ -183,8 +198,15 @@ impl Control {
     /// `None` when the control loop has ended.
     async fn view(&self, ask_shards: bool) -> Option<Arc<View>> {
         let (answer, wait) = oneshot::channel();
-        self.0.send(Question { ask_shards, answer }).await.ok()?;
+        self.0.send(Question::View { ask_shards, answer }).await.ok()?;
         wait.await.ok()
+    }
+
+    /// `None` when the shard is gone, or does not answer in time.
+    async fn streams(&self, shard: usize, inquiry: Inquiry) -> Option<Page> {
+        let (answer, wait) = oneshot::channel();
+        self.0.send(Question::Streams { shard, inquiry, answer }).await.ok()?;
+        tokio::time::timeout(SHARD_LIMIT, wait).await.ok()?.ok()
     }
 }
 
@@ -195,6 +217,8 @@ fn router(questions: mpsc::Sender<Question>) -> Router {
         .route("/ready", get(ready))
         .route("/metrics", get(metrics_handler))
         .route("/status", get(status_handler))
+        .route("/streams", get(streams::list))
+        .route("/streams/{*which}", get(streams::show))
         .with_state(Control(questions))
 }
 
@@ -203,7 +227,8 @@ async fn index() -> &'static str {
         "tokenring ",
         env!("CARGO_PKG_VERSION"),
         "\n\n/live     200 while the process runs\n/ready    200 while clients should be sent here, else 503 and why\n",
-        "/metrics  Prometheus\n/status   shards, streams, upstreams, slowest connections (JSON)\n"
+        "/metrics  Prometheus\n/status   shards, streams, upstreams, slowest connections (JSON)\n",
+        "/streams  streams that can be read by id, and durable ones (JSON)\n"
     )
 }
 

@@ -20,9 +20,10 @@ use crate::logs::Logs;
 use keeper::Keeper;
 use resolve::Answer;
 use round::Round;
+use shard::listing::Page;
 use shard::mesh::{Command, ControlPort, Report};
 use shard::settings::UpstreamSet;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 /// How long shards may take beyond the drain deadline to deliver what the deadline made them say.
 const DRAIN_GRACE: Duration = Duration::from_secs(5);
@@ -70,6 +71,8 @@ pub(crate) struct Control {
     /// When the stage is given up.
     until: Option<Instant>,
     round: Option<Round>,
+    /// Who waits for some streams of a shard, by ticket; as many as there are admin connections, and few that have gone.
+    inquiries: HashMap<u64, oneshot::Sender<Page>>,
     tickets: u64,
     /// Streams that did not end in peace.
     forced: u64,
@@ -102,6 +105,7 @@ impl Control {
             stage: Stage::Serving,
             until: None,
             round: None,
+            inquiries: HashMap::new(),
             tickets: 0,
             forced: 0,
             failures: Vec::new(),
@@ -223,6 +227,11 @@ impl Control {
                     round.answer(shard, ticket, snapshot);
                 }
             }
+            Report::Streams { ticket, page } => {
+                if let Some(answer) = self.inquiries.remove(&ticket) {
+                    answer.send(*page).unwrap_or(());
+                }
+            }
             Report::Ended(record) => access::log(shard, &record, &self.fixed.plan.settings, &self.upstreams),
             Report::TlsFailed(failure) => {
                 let upstream = failure.upstream.and_then(|index| self.upstreams.upstreams.get(index));
@@ -245,12 +254,27 @@ impl Control {
     }
 
     fn question(&mut self, question: Question) {
-        if !question.ask_shards {
-            let view = self.view(Vec::new());
-            // The asker may have gone.
-            return question.answer.send(Arc::new(view)).unwrap_or(());
+        match question {
+            Question::View { ask_shards: true, answer } => self.begin_round().wait(answer),
+            Question::View { ask_shards: false, answer } => {
+                let view = self.view(Vec::new());
+                // The asker may have gone.
+                answer.send(Arc::new(view)).unwrap_or(());
+            }
+            Question::Streams { shard, inquiry, answer } => {
+                // Who waited for what never came has gone.
+                self.inquiries.retain(|_, answer| !answer.is_closed());
+                let link = self.links.get_mut(shard);
+                let Some(link) = link.filter(|link| link.state != LinkState::Gone && link.owed.is_empty())
+                else {
+                    return;
+                };
+                self.tickets += 1;
+                if link.port.send(Command::Streams { ticket: self.tickets, inquiry }).is_ok() {
+                    self.inquiries.insert(self.tickets, answer);
+                }
+            }
         }
-        self.begin_round().wait(question.answer);
     }
 
     fn begin_round(&mut self) -> &mut Round {

@@ -11,7 +11,7 @@ use protocol::http::HeadLimits;
 use protocol::phase::Deadlines;
 use shard::memory::WorstCase;
 use shard::settings::{
-    HalfClose, Listener, OnLeave, Resume, Route, Settings, Sleep, SlowReader, UpstreamTls,
+    HalfClose, LeaveChoices, Listener, OnLeave, Resume, Route, Settings, Sleep, SlowReader, UpstreamTls,
 };
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -104,6 +104,7 @@ impl Plan {
                 prefix: values.prefix(&table::DURABLE_PREFIX).map(str::to_owned),
                 body_bytes_max: values.integer(&table::DURABLE_BODY_BYTES_MAX),
                 stream_bytes_max: values.integer(&table::DURABLE_STREAM_BYTES_MAX),
+                retention_ms: values.integer(&table::DURABLE_RETENTION_MS),
                 store_bytes_max: values.integer(&table::DURABLE_STORE_BYTES_MAX),
                 long_poll_ms: narrow(values.integer(&table::DURABLE_LONG_POLL_MS)),
                 events_ms: narrow(values.integer(&table::DURABLE_EVENTS_MS)),
@@ -213,10 +214,34 @@ fn resume(values: &Values) -> Option<Resume> {
         "skip" => SlowReader::Skip,
         _ => SlowReader::Auto,
     };
+    let (own, most) = (values.choice(&table::ON_LEAVE), values.choice(&table::ON_LEAVE_MAX));
+    let most = if most == "own" { own } else { most };
+    let detach_ms: u32 = narrow(values.integer(&table::DETACH_MS));
+    let detach_ms_max = match narrow(values.integer(&table::DETACH_MS_MAX)) {
+        0 => detach_ms,
+        longest => longest,
+    };
+    let leave_choices = LeaveChoices {
+        cancel: most != "off",
+        detach_ms,
+        detach_ms_max: if matches!(most, "detach" | "finish") { detach_ms_max } else { 0 },
+        finish: most == "finish",
+    };
     let keep_ms = narrow(values.integer(&table::KEEP_MS));
+    let window_ms = narrow(values.integer(&table::RESUME_WINDOW_MS));
+    let reader_lag_ms = narrow(values.integer(&table::READER_LAG_MS));
     let on = window_bytes > 0 && values.switch(&table::EVENT_IDS);
     let durable = values.switch(&table::DURABLE);
-    on.then_some(Resume { window_bytes, on_leave, keep_ms, slow_reader, durable })
+    on.then_some(Resume {
+        window_bytes,
+        window_ms,
+        on_leave,
+        leave_choices,
+        keep_ms,
+        slow_reader,
+        reader_lag_ms,
+        durable,
+    })
 }
 
 /// The table's ranges fit the types they go to; a mistake there is ours.

@@ -242,7 +242,7 @@ settings! {
         "A model backend: any server that speaks the OpenAI or Anthropic API. Repeatable; a path in the URL is put before every request's path. Without any upstream, a built-in demo model answers.");
     ADMIN = Setting::new("admin", Group::Serving, Kind::Admin,
         || Value::Admin(AdminAddress::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 9180)))),
-        "Where /live, /ready, /metrics and /status are served. It has no authentication: keep it off public networks.");
+        "Where /live, /ready, /metrics, /status and /streams are served. It has no authentication: keep it off public networks.");
     DRAIN_DEADLINE_MS = Setting::new("drain-deadline-ms", Group::Serving, milliseconds(0, DEADLINE_MS_MAX),
         || Value::Integer(30_000),
         "How long streams may go on after SIGTERM or SIGINT. Those left are ended with an error in their own dialect; 0 ends them at once.")
@@ -383,11 +383,20 @@ settings! {
     RESUME_WINDOW = Setting::new("resume-window", Group::Streams, bytes(0, GIB), || Value::Integer(limits::RESUME_WINDOW_BYTES),
         "Bytes of a streamed answer that are kept behind its readers, so that clients can come back for them (`GET /v1/streams/{id}`); 0 switches that off, as does event-ids off.")
         .per_route();
+    RESUME_WINDOW_MS = Setting::new("resume-window-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(limits::RESUME_WINDOW_MS.into()),
+        "How long what was delivered of a stream under way is kept, to a quarter; 0 keeps it as long as resume-window has room. When the stream is over, keep-ms counts. It does not hold for responses in background.")
+        .per_route();
     ON_LEAVE = Setting::new("on-leave", Group::Streams, Kind::Choice(&["cancel", "detach", "finish"]), || Value::Choice("detach"),
         "What becomes of a stream that can be resumed when its last client leaves. It is cancelled at once; goes on for detach-ms; or goes on to its end.")
         .per_route();
     DETACH_MS = Setting::new("detach-ms", Group::Streams, milliseconds(1, DEADLINE_MS_MAX), || Value::Integer(limits::DETACH_MS.into()),
         "How long a stream goes on without a client before its backend is cancelled.")
+        .per_route();
+    ON_LEAVE_MAX = Setting::new("on-leave-max", Group::Streams, Kind::Choice(&["own", "off", "cancel", "detach", "finish"]), || Value::Choice("own"),
+        "The most that a request may choose instead, by `Tokenring-On-Leave`: cancel costs a backend least, finish most. own is what on-leave says, and what costs less; with off requests choose nothing.")
+        .per_route();
+    DETACH_MS_MAX = Setting::new("detach-ms-max", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(0),
+        "The longest time that a request may choose for detach; one that asks for more gets this. 0 is detach-ms.")
         .per_route();
     KEEP_MS = Setting::new("keep-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(limits::KEEP_MS.into()),
         "How long a stream that is over can still be read.")
@@ -397,6 +406,9 @@ settings! {
         .per_route();
     DURABLE = Setting::new("durable", Group::Streams, Kind::Switch, || Value::Switch(false),
         "Writes the streamed answers of a route that can be resumed to --data-dir, so that they can be resumed when the server was restarted, too (docs/resume.md).")
+        .per_route();
+    READER_LAG_MS = Setting::new("reader-lag-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(0),
+        "How long a reader by id may be behind a stream under way, to a quarter, before slow-reader holds for it as if the window had left it behind, and with block its backend is paused; 0 is for ever. One that begins with what is older has this long to catch up.")
         .per_route();
     BACKGROUND_KEEP_MS = Setting::new("background-keep-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(limits::BACKGROUND_KEEP_MS.into()),
         "How long a response in background can still be read when it is over, at least; keep-ms of its route may say more.");
@@ -430,6 +442,8 @@ settings! {
     DURABLE_STREAM_BYTES_MAX = Setting::new("durable-stream-bytes-max", Group::Durable, bytes(KIB, 1 << 40),
         || Value::Integer(limits::DURABLE_STREAM_BYTES_MAX),
         "Bytes of one stream that are held. Beyond, its oldest messages are dropped, and reading from before them is answered with 410.");
+    DURABLE_RETENTION_MS = Setting::new("durable-retention-ms", Group::Durable, milliseconds(0, 365 * 86_400_000), || Value::Integer(0),
+        "How long a message is held, to a quarter; then it is dropped like one that is beyond durable-stream-bytes-max, from memory and disk. What forks share with their source goes for all of them. 0 holds it as long as there is room.");
     DURABLE_STORE_BYTES_MAX = Setting::new("durable-store-bytes-max", Group::Durable, bytes(64 * KIB, 1 << 40),
         || Value::Integer(limits::DURABLE_STORE_BYTES_MAX),
         "Memory of all streams. For more, closed streams are given up, then the oldest messages of open ones, least recently used first and none that is being read; if that is not enough, publishing is answered with 503.");

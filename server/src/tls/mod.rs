@@ -21,7 +21,7 @@ use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::SingleCertAndKey;
 use rustls::{ClientConfig, ServerConfig, SupportedProtocolVersion, version};
 use shard::settings::TlsSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tickets::Keys;
 use watch::Stamp;
@@ -345,6 +345,15 @@ fn read_roots(trust: &Trust) -> Result<Roots, String> {
         Trust::File(path) => files::roots(path),
         Trust::Everybody => unreachable!("nothing is read to trust everybody"),
     }
+}
+
+/// How `tokenring streams` speaks to a server: trusting these authorities, or the system's.
+pub(crate) fn client(authorities: Option<&Path>) -> Result<Arc<ClientConfig>, String> {
+    let roots = match authorities {
+        Some(path) => files::roots(path)?,
+        None => files::system_roots()?,
+    };
+    client_config(None, Some(&roots), &Arc::new(rustls::crypto::ring::default_provider()))
 }
 
 fn server_config(

@@ -93,6 +93,7 @@ impl<I: Io> Shard<I> {
             self.audit_stream(key)?;
         }
         timers += usize::from(self.kept.waiting_timer.is_some()) + self.audit_kept()? + self.audit_stored();
+        timers += usize::from(self.kept.ages.timer.is_some());
         demand!(handshakes == self.handshakes.count, "{handshakes} handshakes: {}", self.handshakes.count);
         demand!(clients == self.clients, "{clients} clients hold {} slots", self.clients);
         for (upstream, (state, active)) in self.pool.upstreams.iter().zip(active).enumerate() {

@@ -28,7 +28,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn resume_of_source(&self, source: &Source) -> Option<Resume> {
         let resume = self.resume_of(source.route)?;
         if !source.background {
-            return Some(resume);
+            return Some(Resume { on_leave: source.on_leave.unwrap_or(resume.on_leave), ..resume });
         }
         Some(Resume {
             window_bytes: resume.window_bytes.max(self.settings.background_window_bytes),

@@ -5,7 +5,7 @@ use super::conn::State;
 use super::relay::waits_for_line_end;
 use super::stream::{Answer, Stream};
 use crate::io::{Close, Io};
-use crate::settings::Route;
+use crate::settings::{LeaveChoices, Route};
 use crate::tls::{HANDSHAKE_FAILURE, HELLO_BYTE};
 use protocol::background::NEEDS_STREAM;
 use protocol::cors;
@@ -16,7 +16,7 @@ use protocol::http::{
 };
 use protocol::limits::{BODY_PROGRESS_BYTES, FACTS_PREFIX_BYTES_MAX, LINGER_BYTES_MAX};
 use protocol::phase::{End, Step};
-use protocol::resume::Ask;
+use protocol::resume::{Ask, Leave, NotALeave};
 use protocol::slots::Key;
 
 /// What the start of some input is.
@@ -273,6 +273,9 @@ impl<I: Io> Shard<I> {
         if let Some((source, want)) = self.response_asked_for(index, head) {
             return self.ask_response(stream_key, source, want);
         }
+        if !durable && !self.take_on_leave(stream_key, head) {
+            return;
+        }
         if durable {
             self.begin_durable(stream_key, head);
         } else if route.upstreams.is_empty() {
@@ -314,6 +317,28 @@ impl<I: Io> Shard<I> {
         }
         self.request_complete(key);
         self.ask(key, Ask::parse(head));
+    }
+
+    /// What a request says of its last client's leave. False: it was refused.
+    fn take_on_leave(&mut self, key: Key, head: &RequestHead<'_, '_>) -> bool {
+        let leave = match Leave::of(head) {
+            Ok(Some(leave)) => leave,
+            Ok(None) => return true,
+            Err(NotALeave) => {
+                self.refuse(key, Refusal::BadOnLeave);
+                return false;
+            }
+        };
+        let Some(stream) = self.streams.get_mut(key) else { return false };
+        let resume = self.settings.routes[stream.route].resume;
+        let choices = resume.map_or(LeaveChoices::CANCEL, |resume| resume.leave_choices);
+        let chosen = choices.choose(leave);
+        if chosen.is_none() {
+            self.refuse(key, Refusal::OnLeaveForbidden);
+            return false;
+        }
+        stream.request_mut().on_leave = chosen;
+        true
     }
 
     fn describe(&mut self, key: Key, head: &RequestHead<'_, '_>) {

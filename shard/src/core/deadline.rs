@@ -49,6 +49,7 @@ impl<I: Io> Shard<I> {
                     }
                 }
                 TimerOf::Resumes => self.kept.waiting_timer = None,
+                TimerOf::Ages => self.kept.ages.timer = None,
                 TimerOf::Moves => self.moves.timer_armed = false,
                 TimerOf::Mirrors => self.mirrors.timer = None,
                 TimerOf::Acceptor(_) => {}
@@ -68,6 +69,7 @@ impl<I: Io> Shard<I> {
                 TimerOf::Stored => self.stored_due(),
                 TimerOf::Source(source) => self.source_due(source),
                 TimerOf::Resumes => self.begin_waiting(),
+                TimerOf::Ages => self.ages_due(),
             }
         }
         self.fired = fired;

@@ -10,6 +10,7 @@
 //! Here: their names, what becomes of them when their clients leave and when they end, and the memory they take. `resume` has
 //! the requests for them, `reader` those who read them.
 
+use super::ages::{Round, SourceAges};
 use super::background::notes_bytes;
 use super::mirror::Mirrored;
 use super::relay::ExtraLines;
@@ -59,6 +60,7 @@ pub(super) struct Kept {
     /// Where the next attempt to make room is worth it.
     make_room_at: u64,
     pub(super) detached: usize,
+    pub(super) ages: Round,
 }
 
 /// A stream as those know it who come by its id.
@@ -99,6 +101,11 @@ pub(super) struct Source {
     pub(super) tail: Option<Box<Tail>>,
     /// It is a mirror, or has some.
     pub(super) mirrored: Option<Box<Mirrored>>,
+    /// What its request chose for when its last client has left.
+    pub(super) on_leave: Option<OnLeave>,
+    /// Everything below is older than a reader may be behind; 0: that is not limited, or nothing is.
+    pub(super) stale_below: u64,
+    pub(super) ages: Option<Box<SourceAges>>,
     /// A response in background.
     pub(super) background: bool,
     /// It has been told its id, by which it is found.
@@ -140,6 +147,9 @@ impl Source {
             expired: false,
             tail: None,
             mirrored: None,
+            on_leave: None,
+            stale_below: 0,
+            ages: None,
             background: false,
             found_by_id: false,
             waiter: None,
@@ -194,6 +204,7 @@ impl Kept {
             bytes: 0,
             make_room_at: settings.resume_bytes_max,
             detached: 0,
+            ages: Round::new(settings),
         }
     }
 
@@ -283,7 +294,8 @@ impl<I: Io> Shard<I> {
         let chunked = stream.events_chunked();
         let background = stream.background != Background::No;
         let source = Source::new(number, key, stream.route, stream.dialect, chunked, now_ms);
-        let source = Source { background, ..source };
+        let on_leave = stream.request().and_then(|request| request.on_leave).filter(|_| !background);
+        let source = Source { background, on_leave, ..source };
         let Ok(source) = self.kept.sources.insert(source) else { return };
         self.kept.next_number += 1;
         self.kept.by_number.insert(number, source);
@@ -295,6 +307,9 @@ impl<I: Io> Shard<I> {
         stream.charged = RESUME_STREAM_COST_BYTES;
         self.kept.bytes += RESUME_STREAM_COST_BYTES;
         push_id_line(lines, &self.kept.id(number));
+        if let Some(on_leave) = on_leave {
+            push_on_leave_line(lines, on_leave);
+        }
     }
 
     /// From here on a named stream's log is kept; what it holds so far is the head.
@@ -305,6 +320,7 @@ impl<I: Io> Shard<I> {
             stream.response.keep(resume.window_bytes);
             self.begin_storing(key);
         }
+        self.follow_ages();
     }
 
     /// Something was appended for whoever reads a stream.
@@ -624,5 +640,12 @@ pub(super) fn numbered(shard: u16, number: u64) -> u64 {
 pub(super) fn push_id_line(lines: &mut ExtraLines, id: &StreamId) {
     lines.push("Tokenring-Stream: ");
     lines.push(&id.to_string());
+    lines.push("\r\n");
+}
+
+/// Tells what a request has chosen, and how much it got of it.
+fn push_on_leave_line(lines: &mut ExtraLines, on_leave: OnLeave) {
+    lines.push("Tokenring-On-Leave: ");
+    lines.push(&on_leave.to_string());
     lines.push("\r\n");
 }

@@ -4,6 +4,7 @@
 //! One turn: all completions out of the ring, each to its connection, due timers, then the sends that have become possible.
 
 mod accept;
+mod ages;
 mod audit;
 mod backend;
 mod background;
@@ -16,6 +17,7 @@ mod durable;
 mod finish;
 mod journal;
 mod kept;
+mod listing;
 mod mirror;
 mod moves;
 mod reader;
@@ -82,6 +84,8 @@ enum TimerOf {
     Resumes,
     /// The journal of kept streams has something to do.
     Stored,
+    /// Limits in time of streams that can be resumed.
+    Ages,
 }
 
 /// What the shard has been told about its end.
@@ -377,6 +381,10 @@ impl<I: Io> Shard<I> {
             Command::Snapshot { ticket } => {
                 let snapshot = Box::new(self.snapshot());
                 self.reports.push_back(Report::Snapshot { ticket, snapshot });
+            }
+            Command::Streams { ticket, inquiry } => {
+                let page = Box::new(self.list_streams(&inquiry));
+                self.reports.push_back(Report::Streams { ticket, page });
             }
             Command::Drain { deadline_ms } => self.drain(deadline_ms),
             Command::Stop => self.stop(),

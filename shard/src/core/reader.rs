@@ -30,6 +30,8 @@ pub(crate) struct Reader {
     pub(super) own_lent: bool,
     /// Waits for its turn to begin.
     pub(super) waits: bool,
+    /// When it began, or was last told of a gap, ms.
+    pub(super) began_ms: u64,
     /// Of one that shares a tail: its position in the durable stream behind what it was lent, if that ends between two events.
     pub(super) behind: Option<u64>,
 }
@@ -81,8 +83,8 @@ impl<I: Io> Shard<I> {
             if stream.produced || reader.waits {
                 return None;
             }
-            let (source, at) = (reader.source, reader.at);
-            match self.supply(source, at) {
+            let (source, at, began_ms) = (reader.source, reader.at, reader.began_ms);
+            match self.supply(source, at, began_ms) {
                 Supply::Range(range) => {
                     let behind = self.position_behind(source, at + range.len() as u64);
                     let reader = self.streams.get_mut(key)?.reader.as_mut()?;
@@ -99,10 +101,10 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    fn supply(&self, source: Key, at: u64) -> Supply {
-        let Some(source) = self.kept.sources.get(source) else { return Supply::Over(End::Gone) };
+    fn supply(&self, key: Key, at: u64, began_ms: u64) -> Supply {
+        let Some(source) = self.kept.sources.get(key) else { return Supply::Over(End::Gone) };
         let Some(log) = self.source_log(source) else { return Supply::Over(End::Gone) };
-        if at < log.start() {
+        if at < log.start() || at < source.stale_below && self.is_too_late(key, source, began_ms) {
             return Supply::Dropped;
         }
         let end = match source.producer.and_then(|producer| self.streams.get(producer)) {
@@ -125,7 +127,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn has_all_of_its_source(&mut self, key: Key) -> bool {
         let Some(stream) = self.streams.get(key) else { return false };
         let Some(reader) = stream.reader.as_ref().filter(|_| stream.end.is_none()) else { return false };
-        let Supply::Over(end) = self.supply(reader.source, reader.at) else { return false };
+        let Supply::Over(end) = self.supply(reader.source, reader.at, reader.began_ms) else { return false };
         let client = stream.client;
         self.reader_over(key, end);
         if let Some(client) = client {
@@ -165,7 +167,7 @@ impl<I: Io> Shard<I> {
         self.stats.counters.readers_skipped += 1;
         let Some(stream) = self.streams.get_mut(key) else { return };
         let Some(reader) = &mut stream.reader else { return };
-        reader.at = at;
+        (reader.at, reader.began_ms) = (at, now_us / 1000);
         // A name of its own, so that only who knows it sees it.
         let gap = format!("event: tokenring.gap\ndata: {{\"last_event_id\":{last}}}\n\n");
         if is_planted(Bug::GapUntold) {
@@ -248,6 +250,12 @@ impl<I: Io> Shard<I> {
         }
         self.kept.stir(reader.source);
         self.orphan(reader.source);
+        // Nobody holds it up any more.
+        if let Some(source) = self.kept.sources.get(reader.source).filter(|source| source.detached)
+            && let Some(producer) = source.producer
+        {
+            self.follow_marks(producer);
+        }
     }
 
     // ---- once per turn
@@ -359,6 +367,10 @@ impl<I: Io> Shard<I> {
             true => self.settings.lag_high_bytes.max(window_bytes / 2),
             false => self.settings.lag_high_bytes,
         };
+        if source.owed_from < source.stale_below && !source.detached {
+            // However little it is: its reader is further behind than it may be.
+            return Some((u64::MAX, high));
+        }
         Some((stream.response.end() - source.owed_from.min(stream.response.end()), high))
     }
 
@@ -383,6 +395,7 @@ impl<I: Io> Shard<I> {
     }
 
     pub(super) fn begin_waiting(&mut self) {
+        let now_ms = self.now_ms();
         while let Some(&key) = self.kept.waiting.front() {
             let waits = self
                 .streams
@@ -395,13 +408,13 @@ impl<I: Io> Shard<I> {
             self.kept.waiting.pop_front();
             let Some(stream) = self.streams.get_mut(key).filter(|_| waits) else { continue };
             if let Some(reader) = &mut stream.reader {
-                reader.waits = false;
+                (reader.waits, reader.began_ms) = (false, now_ms);
             }
             if let Some(client) = stream.client {
                 self.mark_dirty(client);
             }
         }
-        self.follow_waiting(self.now_ms());
+        self.follow_waiting(now_ms);
     }
 
     pub(super) fn follow_waiting(&mut self, now_ms: u64) {
@@ -433,7 +446,7 @@ impl<I: Io> Shard<I> {
         let source = self.kept.sources.get(reader.source);
         let served = source.is_some_and(|source| source.stirred || source.served > 0);
         let waits = stream.produced || reader.waits || served;
-        match self.supply(reader.source, reader.at) {
+        match self.supply(reader.source, reader.at, reader.began_ms) {
             Supply::Later => Ok(()),
             _ if waits => Ok(()),
             _ => Err(format!("a reader at {} is owed something, and is sent nothing", reader.at)),

@@ -8,14 +8,13 @@ use super::relay::{EVENT_STREAM_HEADERS, ExtraLines};
 use super::stream::{Answer, Stream};
 use crate::io::Io;
 use crate::mesh::Neighbours;
-use protocol::fault::{Fault, write_json_string};
+use protocol::fault::Fault;
 use protocol::http::{Framing, RequestHead, Version, write_own_response_head};
 use protocol::log::{Log, Place};
 use protocol::phase::{End, Phase, Step};
 use protocol::planted::{Bug, is_planted};
 use protocol::resume::{self, Ask, StreamId, Want};
 use protocol::slots::Key;
-use std::fmt::Write;
 
 impl<I: Io> Shard<I> {
     /// The shard that a stream's path names, if that is another one.
@@ -63,72 +62,6 @@ impl<I: Io> Shard<I> {
             Some(producer) => self.streams.get(producer).map(|stream| &stream.response),
             None => Some(&source.log),
         }
-    }
-
-    fn answer_status(&mut self, key: Key, source_key: Key) {
-        let now_ms = self.now_ms();
-        let Some(source) = self.kept.sources.get(source_key) else { return };
-        let Some(log) = self.source_log(source) else { return };
-        let producer = source.producer.and_then(|producer| self.streams.get(producer));
-        let pending = |reader: &Key| {
-            let stream = self.streams.get(*reader)?;
-            Some(self.owed_to(stream.reader.as_ref()?, stream))
-        };
-        let client = producer.and_then(|stream| self.conns.get(stream.client?));
-        let client_pending = client.map(|conn| conn.ledger.lag(log.end()));
-        let mut readers: Vec<u64> = source.readers.iter().filter_map(pending).chain(client_pending).collect();
-        let (elsewhere, pending_elsewhere) = source.read_elsewhere(log);
-        let reading = readers.len() + elsewhere;
-        // Of each mirror the one that is behind most.
-        readers.extend(pending_elsewhere);
-        readers.sort_unstable_by(|a, b| b.cmp(a));
-        let phase = match producer {
-            Some(_) if source.detached => "detached",
-            Some(stream) => stream.phase.name(),
-            None => "over",
-        };
-        let earliest = match log.behind(0, source.chunked) {
-            Place::Gone(first) => first + 1,
-            _ => 1,
-        };
-        let quiet_since_ms = producer.map_or(source.ended_ms, |stream| stream.last_token_us / 1000);
-        let mut body = String::from("{\"id\":\"");
-        // Into a string nothing fails.
-        write!(body, "{}\",\"phase\":\"{phase}\",\"end\":", self.kept.id(source.number)).ok();
-        match source.end {
-            Some(end) => {
-                write!(body, "\"{}\"", end.name()).ok();
-            }
-            None => body.push_str("null"),
-        }
-        write!(
-            body,
-            ",\"dialect\":\"{}\",\"earliest_event_id\":{earliest},\"last_event_id\":{},\"bytes\":{},\"held_bytes\":{},\
-             \"age_ms\":{},\"quiet_ms\":{},\"readers\":{},\"pending_bytes\":[",
-            source.dialect.name(),
-            log.last_event_id(),
-            log.end(),
-            log.end() - log.start(),
-            now_ms - source.began_ms,
-            now_ms.saturating_sub(quiet_since_ms),
-            reading,
-        )
-        .ok();
-        // The worst are enough to see who is stuck.
-        for (nth, pending) in readers.iter().take(10).enumerate() {
-            write!(body, "{}{pending}", if nth > 0 { "," } else { "" }).ok();
-        }
-        body.push_str("],\"model\":");
-        match producer.and_then(|stream| stream.model()) {
-            Some(model) => {
-                let mut text = Vec::new();
-                write_json_string(&mut text, model);
-                body.push_str(std::str::from_utf8(&text).unwrap_or("null"));
-            }
-            None => body.push_str("null"),
-        }
-        body.push_str("}\n");
-        self.answer_json(key, 200, body.as_bytes());
     }
 
     /// Somebody wants a stream to end.
@@ -246,6 +179,7 @@ impl<I: Io> Shard<I> {
             own_at: 0,
             own_lent: false,
             waits: !may_begin,
+            began_ms: now_ms,
             behind: None,
         }));
         let client = stream.client;
@@ -291,6 +225,7 @@ impl<I: Io> Shard<I> {
             own_at: 0,
             own_lent: false,
             waits: false,
+            began_ms: now_us / 1000,
             behind: None,
         }));
         let Ok(reader_key) = self.streams.insert(stream) else { return };

@@ -3,6 +3,7 @@
 
 use super::durable::Durable;
 use super::reader::Reader;
+use crate::settings::OnLeave;
 use protocol::background::Notes;
 use protocol::cors::Lines;
 use protocol::demo::DemoModel;
@@ -67,6 +68,8 @@ pub(crate) struct Request {
     pub(crate) connect_due_ms: u64,
     /// It waits to be told the id of the response in background that this source produces.
     pub(crate) waits_for: Option<Key>,
+    /// What it chose for when the last client has left; `None`: what its route says.
+    pub(crate) on_leave: Option<OnLeave>,
     /// The body of a backend's error that came after an early commit.
     pub(crate) late_error: Option<Vec<u8>>,
 }

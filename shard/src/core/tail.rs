@@ -152,6 +152,7 @@ impl<I: Io> Shard<I> {
             own_at: conn.ledger.sent(),
             own_lent: conn.ledger.in_flight() > 0,
             waits: false,
+            began_ms: 0,
             behind: at,
         }));
         source.readers.push(key);

@@ -24,6 +24,8 @@ pub(crate) struct Image {
     /// Those of a snapshot that is not yet known to be whole, where it began, and up to where it goes.
     fresh: Option<(BTreeMap<u64, Messages>, u64, u64)>,
     producers: BTreeMap<Box<str>, (u64, u64)>,
+    /// How old its messages are: positions, and when it had come so far.
+    pub(crate) marks: Vec<(u64, u64)>,
     /// The first segment that it needs.
     pub(crate) segment: u64,
     /// The last record of it.
@@ -62,6 +64,7 @@ impl Image {
             deleted: false,
             pieces: BTreeMap::new(),
             fresh: None,
+            marks: Vec::new(),
             segment,
             last_number: number,
             damaged: false,

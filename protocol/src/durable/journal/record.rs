@@ -409,8 +409,20 @@ pub(crate) fn put_relay_told(out: &mut Vec<u8>, told: &RelayTold, at: u64) {
     }
 }
 
-pub(crate) fn put_trimmed(out: &mut Vec<u8>, earliest: u64) {
+/// `marks` are positions, and when the stream had come so far, ms since 1970.
+pub(crate) fn put_trimmed(
+    out: &mut Vec<u8>,
+    earliest: u64,
+    marks: impl ExactSizeIterator<Item = (u64, u64)>,
+) {
     put(out, earliest);
+    if marks.len() > 0 {
+        put(out, marks.len() as u64);
+    }
+    for (position, unix_ms) in marks {
+        put(out, position);
+        put(out, unix_ms);
+    }
 }
 
 pub(crate) fn put_seal(out: &mut Vec<u8>, entries: impl ExactSizeIterator<Item = Sealed>) {
@@ -549,8 +561,16 @@ impl<'a> Payload<'a> {
         Some((RelayTold { earliest, end, response, ids }, Messages { at, lengths, bytes }))
     }
 
-    pub(crate) fn trimmed(&mut self) -> Option<u64> {
-        self.number()
+    /// Where it begins, and the marks; records without any have nothing behind that.
+    pub(crate) fn trimmed(&mut self) -> Option<(u64, Vec<(u64, u64)>)> {
+        let earliest = self.number()?;
+        let mut marks = Vec::new();
+        if !self.0.is_empty() {
+            for _ in 0..self.number()? {
+                marks.push((self.number()?, self.number()?));
+            }
+        }
+        Some((earliest, marks))
     }
 
     pub(crate) fn seal(&mut self) -> Option<Vec<Sealed>> {

@@ -348,8 +348,9 @@ impl Recovery {
                 image.append(deed, appended);
             }
             (Kind::Trim, Some(image)) => {
-                let Some(earliest) = payload.trimmed() else { return false };
+                let Some((earliest, marks)) = payload.trimmed() else { return false };
                 image.trim(earliest);
+                image.marks = marks;
             }
             (Kind::Data, Some(image)) => {
                 let Some(messages) = payload.messages() else { return false };

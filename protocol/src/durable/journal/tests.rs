@@ -427,6 +427,73 @@ fn where_memory_is_scarce_the_same_holds() {
     }
 }
 
+#[test]
+fn where_messages_grow_old_the_same_holds() {
+    let mut dropped = 0;
+    for seed in 2000..2060 {
+        println!("seed {seed}");
+        let mut run = Run::new(seed, Settings { retention_ms: 1_500, ..small(0) });
+        for _ in 0..500 {
+            match run.random.below(40) {
+                0 => run.crash(),
+                1..15 => run.change(),
+                15..18 => run.with.wait_ms(300),
+                _ => run.work(false),
+            }
+        }
+        dropped += run.with.store.counters().trimmed_bytes;
+        run.settle();
+        run.crash();
+    }
+    assert!(dropped > 20_000, "{dropped}");
+}
+
+#[test]
+fn a_restart_makes_no_message_younger_and_brings_none_back() {
+    let settings = Settings { retention_ms: 40_000, ..small(0) };
+    let mut run = Run::new(1, settings.clone());
+    let messages = |run: &Run| run.with.store.line_of("/v1/durable/a", run.with.now.ms).unwrap().messages;
+    let pass = |run: &mut Run, ms: u64| {
+        for _ in 0..ms / 1_000 {
+            run.with.wait_ms(1_000);
+            run.with.store.expire(run.with.now);
+            run.work(false);
+        }
+    };
+    let restart = |run: &mut Run, away_ms: u64| {
+        run.settle();
+        run.with.wait_ms(away_ms);
+        run.with.store = store_on(&run.disk.contents(), &settings, 5, run.with.now);
+    };
+    run.ask("PUT /v1/durable/a", "Content-Type: text/plain\n", b"");
+    run.ask("POST /v1/durable/a", "Content-Type: text/plain\n", b"old");
+    // Again and again, each time for less than a message lives.
+    for _ in 0..3 {
+        pass(&mut run, 12_000);
+        restart(&mut run, 0);
+        assert_eq!(messages(&run), 1);
+    }
+    run.ask("POST /v1/durable/a", "Content-Type: text/plain\n", b"new");
+    // What else is written makes that its segments are written anew, and the notes with them.
+    for _ in 0..30 {
+        run.ask("PUT /v1/durable/b", "Content-Type: text/plain\n", &[b'x'; 1_000]);
+        run.ask("DELETE /v1/durable/b", "", b"");
+        pass(&mut run, 1_000);
+    }
+    assert!(run.with.store.journal_counters().1 > 0, "something was written anew");
+    assert_eq!(messages(&run), 1, "the old one was there for 66 s");
+    restart(&mut run, 0);
+    assert_eq!(messages(&run), 1);
+    let read = run.with.store.line_of("/v1/durable/a", run.with.now.ms).unwrap();
+    assert_eq!(run.ask(&format!("GET /v1/durable/a?offset={}", read.earliest), "", b"").text(), "new");
+    // While nobody was there, time has passed as well.
+    restart(&mut run, 30_000);
+    pass(&mut run, 2_000);
+    assert_eq!(messages(&run), 0);
+    restart(&mut run, 0);
+    assert_eq!(messages(&run), 0);
+}
+
 /// A journal of some streams, all of it synced, and what it holds.
 fn journal(seed: u64) -> (BTreeMap<u64, Vec<u8>>, State) {
     let mut run = Run::new(seed, small(0));
@@ -633,7 +700,11 @@ fn records_that_make_no_sense_are_read_without_a_panic() {
                     _ if random.one_in(8) => out.extend_from_slice(&vec![0xff; random.below(60)]),
                     Kind::Create | Kind::Snapshot => record::put_facts(out, &facts),
                     Kind::Append => record::put_appended(out, odd(&mut random), None, None),
-                    Kind::Trim => record::put_trimmed(out, odd(&mut random)),
+                    Kind::Trim => {
+                        let marks: Vec<_> =
+                            (0..random.below(3)).map(|_| (odd(&mut random), odd(&mut random))).collect();
+                        record::put_trimmed(out, odd(&mut random), marks.into_iter());
+                    }
                     Kind::Seal => record::put_seal(out, vec![(odd(&mut random), is); count].into_iter()),
                     _ => {}
                 }

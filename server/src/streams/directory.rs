@@ -1,34 +1,24 @@
-//! `tokenring streams`: what a data directory holds, without a server.
+//! What a data directory holds, without a server.
 
+use super::{Out, Stopped, Tail, What, table};
 use crate::data_dir;
 use crate::exit::{Exit, Fatal};
 use protocol::durable::journal::{Recovered, StreamFacts};
 use protocol::durable::relayed::RelayedFacts;
 use protocol::resume::StreamId;
+use serde_json::{Value, json};
 use shard::core::stream_id;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-/// What is asked of a data directory.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Question {
-    pub(crate) directory: PathBuf,
-    pub(crate) what: What,
-}
-
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum What {
-    List,
-    /// One stream, by its path.
-    Show(String),
-    /// What a read of it from its start would give.
-    Export(String),
-    Verify,
-}
-
-/// What is printed, and the exit code.
-pub(crate) fn answer(question: &Question) -> Result<(Vec<u8>, Exit), Fatal> {
-    let directory = &question.directory;
+pub(super) fn answer(directory: &Path, what: &What, out: &mut Out<'_>) -> Result<Exit, Stopped> {
+    if matches!(what, What::Tail(Tail { follow: true, .. })) {
+        return Err(Fatal::new(
+            Exit::Usage,
+            "a data directory does not tell when something is appended: to follow a stream, name its server (--server URL)",
+        )
+        .into());
+    }
     let recovered = data_dir::read(directory)?;
     let relayed = Relayed::read(directory)?;
     let found = |path: &str| {
@@ -44,36 +34,65 @@ pub(crate) fn answer(question: &Question) -> Result<(Vec<u8>, Exit), Fatal> {
         })
     };
     let mut text = String::new();
-    Ok(match &question.what {
-        What::List => {
-            list(&recovered, &mut text);
-            relayed.list(&mut text);
-            (text.into_bytes(), Exit::Success)
+    match what {
+        What::List { json: true } => {
+            let streams: Vec<Value> = sorted(&recovered).into_iter().map(facts).collect();
+            text = format!("{:#}\n", json!({ "streams": streams, "relayed": relayed.all() }));
         }
-        What::Show(id) | What::Export(id) if relayed.find(id).is_some() => {
-            let Some(stream) = relayed.find(id) else { return Ok((Vec::new(), Exit::Success)) };
-            match question.what {
-                What::Export(_) => (stream.content(), Exit::Success),
-                _ => {
-                    relayed.show(stream, &mut text);
-                    (text.into_bytes(), Exit::Success)
-                }
+        What::List { json: false } => {
+            text = list(&recovered);
+            relayed.list(&mut text);
+        }
+        What::Show { which, json } if relayed.find(which).is_some() => {
+            let Some(stream) = relayed.find(which) else { return Ok(Exit::Success) };
+            match json {
+                true => text = format!("{:#}\n", relayed.facts(stream)),
+                false => relayed.show(stream, &mut text),
             }
         }
-        What::Show(path) => {
-            show(found(path)?, &mut text);
-            (text.into_bytes(), Exit::Success)
+        What::Tail(Tail { which, .. }) | What::Export(which) if relayed.find(which).is_some() => {
+            // The events, with their ids.
+            let content = relayed.find(which).map(|stream| stream.content()).unwrap_or_default();
+            let from = match what {
+                What::Tail(tail) => start_of_last(&content, tail.last),
+                _ => 0,
+            };
+            return out.put(&content[from..]).map(|()| Exit::Success);
         }
+        What::Show { which, json: true } => text = format!("{:#}\n", facts(found(which)?)),
+        What::Show { which, json: false } => show(found(which)?, &mut text),
+        What::Tail(tail) => return last(found(&tail.which)?, tail, out),
         What::Export(path) => {
             found(path)?;
-            (recovered.content(path).unwrap_or_default(), Exit::Success)
+            out.put(&recovered.content(path).unwrap_or_default())?;
         }
         What::Verify => {
             let exits = [verify(directory, &recovered, &mut text), relayed.verify(&mut text)];
-            let damaged = exits.contains(&Exit::Damaged);
-            (text.into_bytes(), if damaged { Exit::Damaged } else { Exit::Success })
+            let exit = if exits.contains(&Exit::Damaged) { Exit::Damaged } else { Exit::Success };
+            return out.put(text.as_bytes()).map(|()| exit);
         }
-    })
+    }
+    out.put(text.as_bytes()).map(|()| Exit::Success)
+}
+
+/// Where the last so many events begin, each of which ends with a blank line.
+fn start_of_last(content: &[u8], events: usize) -> usize {
+    let ends: Vec<usize> =
+        content.windows(2).enumerate().filter(|(_, two)| *two == b"\n\n").map(|(at, _)| at + 2).collect();
+    if events < ends.len() { ends[ends.len() - 1 - events] } else { 0 }
+}
+
+/// The last messages that are held of its own, a line each.
+fn last(stream: StreamFacts<'_>, tail: &Tail, out: &mut Out<'_>) -> Result<Exit, Stopped> {
+    let messages: Vec<&[u8]> = stream.messages().collect();
+    let mut lines = Vec::new();
+    for message in &messages[messages.len().saturating_sub(tail.last)..] {
+        lines.extend_from_slice(message);
+        if !message.ends_with(b"\n") {
+            lines.push(b'\n');
+        }
+    }
+    out.put(&lines).map(|()| Exit::Success)
 }
 
 fn state(stream: StreamFacts<'_>) -> &'static str {
@@ -90,26 +109,44 @@ fn held(stream: StreamFacts<'_>) -> (usize, u64) {
     (stream.messages().count(), bytes)
 }
 
-// Writing to a String does not fail.
-fn list(recovered: &Recovered, out: &mut String) {
-    let width = recovered.streams().map(|stream| stream.path().len()).max().unwrap_or(0).max(4);
-    writeln!(out, "{:<width$}  {:>10}  {:>12}  {:<6}  CONTENT TYPE", "PATH", "MESSAGES", "BYTES", "STATE")
-        .ok();
+fn sorted(recovered: &Recovered) -> Vec<StreamFacts<'_>> {
     let mut streams: Vec<_> = recovered.streams().collect();
     streams.sort_by_key(|stream| stream.path());
-    for stream in streams {
-        let (messages, bytes) = held(stream);
-        writeln!(
-            out,
-            "{:<width$}  {messages:>10}  {bytes:>12}  {:<6}  {}",
-            stream.path(),
-            state(stream),
-            stream.content_type()
-        )
-        .ok();
-    }
+    streams
 }
 
+fn facts(stream: StreamFacts<'_>) -> Value {
+    let (messages, bytes) = held(stream);
+    json!({
+        "path": stream.path(),
+        "state": state(stream),
+        "content_type": stream.content_type(),
+        "created_unix_ms": stream.created_unix_ms(),
+        "forked_from": stream.forked_from(),
+        "earliest": stream.earliest().to_string(),
+        "tail": stream.tail().to_string(),
+        "messages": messages,
+        "bytes": bytes,
+        "segment": stream.segment(),
+    })
+}
+
+fn list(recovered: &Recovered) -> String {
+    let mut rows = vec![["PATH", "MESSAGES", "BYTES", "STATE", "CONTENT TYPE"].map(str::to_owned).to_vec()];
+    for stream in sorted(recovered) {
+        let (messages, bytes) = held(stream);
+        rows.push(vec![
+            stream.path().to_owned(),
+            messages.to_string(),
+            bytes.to_string(),
+            state(stream).to_owned(),
+            stream.content_type().to_owned(),
+        ]);
+    }
+    table(&rows, &[1, 2])
+}
+
+// Writing to a String does not fail.
 fn show(stream: StreamFacts<'_>, out: &mut String) {
     let (messages, bytes) = held(stream);
     let mut line = |name: &str, value: &dyn std::fmt::Display| _ = writeln!(out, "{name:<13} {value}");
@@ -179,6 +216,27 @@ impl Relayed {
         self.streams().find(|stream| self.id(*stream) == Some(id))
     }
 
+    fn all(&self) -> Vec<Value> {
+        self.streams().map(|stream| self.facts(stream)).collect()
+    }
+
+    fn facts(&self, stream: RelayedFacts<'_>) -> Value {
+        let ((shard, _), (first, last), facts) = (stream.stream(), stream.ids(), stream.facts());
+        json!({
+            "id": self.id(stream).map(|id| id.to_string()),
+            "shard": shard,
+            "state": relayed_state(stream),
+            "route": facts.route,
+            "dialect": facts.dialect,
+            "began_unix_ms": facts.began_unix_ms,
+            "ended_unix_ms": stream.end().map(|(_, unix_ms)| unix_ms),
+            "earliest_event_id": first,
+            "last_event_id": last,
+            "bytes": stream.bytes(),
+            "segment": stream.segment(),
+        })
+    }
+
     fn list(&self, out: &mut String) {
         if self.streams().next().is_none() {
             return;
@@ -246,5 +304,22 @@ fn relayed_state(stream: RelayedFacts<'_>) -> &str {
         _ if stream.is_damaged() => "damaged",
         Some((end, _)) => end,
         None => "under way",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_events_are_whole() {
+        let content = b"id: 1\ndata: a\n\nid: 2\ndata: b\ndata:\n\nid: 3\ndata: c\n\n";
+        let last =
+            |events| content[start_of_last(content, events)..].split(|byte| *byte == b'\n').next().unwrap();
+        assert_eq!(
+            (last(1), last(2), last(3), last(9)),
+            (&b"id: 3"[..], &b"id: 2"[..], &b"id: 1"[..], &b"id: 1"[..])
+        );
+        assert_eq!((start_of_last(content, 0), start_of_last(b"", 3)), (content.len(), 0));
     }
 }
