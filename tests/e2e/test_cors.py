@@ -43,7 +43,7 @@ def test_preflights(start):
             assert told.headers[ALLOWED] == origin and told.headers["vary"] == "Origin"
             assert "DELETE" in told.headers["access-control-allow-methods"]
             named = told.headers["access-control-allow-headers"].split(", ")
-            assert {"Authorization", "Content-Type", "Last-Event-ID", "*"} == set(named)
+            assert {"Authorization", "Content-Type", "Last-Event-ID", "Tokenring-On-Leave", "*"} == set(named)
             assert int(told.headers["access-control-max-age"]) > 0
     for origin in ("https://other.example", "http://localhost:3001", "null"):
         told = preflight(tokenring, origin=origin)

@@ -376,3 +376,27 @@ def test_what_is_published_lies_on_the_disk(serve, data):
     server = serve()
     httpx.put(url_of(server), headers=TEXT, content="on the disk")
     assert b"on the disk" in segments(data)[0].read_bytes()
+
+
+def test_messages_go_when_they_are_old_and_a_restart_brings_none_back(serve, data):
+    server = serve(more=["--durable-retention-ms", "2000"])
+    url = url_of(server)
+    text = {"Content-Type": "text/plain"}
+    httpx.put(url, headers=text).raise_for_status()
+    old = httpx.post(url, headers=text, content="old").headers["stream-next-offset"]
+
+    def gone():
+        answer = httpx.get(url)
+        return answer if answer.status_code == 410 else None
+
+    assert httpx.get(url).text == "old"
+    wait_until(gone, 20, "it is old", every=0.2)
+    assert gone().json()["error"]["code"] == "offset_gone" and gone().headers["stream-earliest-offset"] == old
+    httpx.post(url, headers=text, content="new").raise_for_status()
+    assert httpx.get(url, params={"offset": old}).text == "new"
+    kill(server)
+    server = serve(more=["--durable-retention-ms", "2000"])
+    url = url_of(server)
+    assert httpx.get(url).headers["stream-earliest-offset"] >= old
+    wait_until(lambda: httpx.get(url, params={"offset": old}).status_code == 410, 20, "the other is old, too", every=0.2)
+    assert streams(data, "verify").returncode == 0

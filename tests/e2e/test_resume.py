@@ -13,7 +13,7 @@ import sse
 from certificates import Authority
 from harness import free_port, wait_until
 from openai.types.chat import ChatCompletionChunk
-from streams import Answer, Crowd, HeldBackend, ask_chat, assert_words, resume, status
+from streams import Answer, Crowd, HeldBackend, ask_chat, assert_words, come_back, resume, status
 
 pytestmark = pytest.mark.relay
 
@@ -522,3 +522,22 @@ def read(body):
     reader.feed(body)
     assert not reader.unfinished()
     return [(event.id, event.event, event.data) for event in reader.events]
+
+
+def test_what_is_too_old_leaves_the_window(start, backend):
+    tokenring = start("--resume-window-ms", 800, "--resume-window", "16MiB")
+    client, said = begin(tokenring, backend)
+    said.say(10, size=20_000)
+    client.read(10)
+    wait_until(lambda: status(tokenring.port, client.stream)["earliest_event_id"] > 6, 20, "it is old", every=0.2)
+    told = come_back(tokenring.port, client.stream, 1, fields="Connection: close\r\n").read_all()
+    assert (told.status, told.code) == (410, "before_window")
+    earliest = int(told.headers["tokenring-earliest-event-id"])
+    assert 5 < earliest <= 10
+    said.say(1)
+    back = resume(tokenring.port, client.stream, earliest)
+    back.read(11 - earliest)
+    assert back.ids() == list(range(earliest + 1, 12))
+    said.done()
+    assert metric(tokenring, "tokenring_kept_aged_bytes_total") > 50_000
+    assert metric(tokenring, "tokenring_kept_forgotten_bytes_total") == 0

@@ -213,6 +213,8 @@ def test_a_durable_stream_is_followed_until_it_is_closed(start):
     rest = tail.communicate(timeout=30)[0]
     assert [json.loads(line) for line in lines] == ["one", "two", *range(10)] and rest == ""
     assert tail.returncode == 0
+    assert streams("tail", "/v1/durable/a", "--after", "now", "--server", clients(tokenring)).stdout == ""
+    streams("tail", "/v1/durable/none", "--after", "now", "--server", clients(tokenring), exits=64)
     whole = streams("export", "/v1/durable/a", "--server", admin(tokenring)).stdout
     assert json.loads(whole) == ["one", "two", *range(10)]
     durable(tokenring, "long", *["x" * 1_000_000] * 3, content_type="text/plain")

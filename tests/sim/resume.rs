@@ -12,10 +12,12 @@ use crate::rng::Rng;
 use crate::run::{Finished, Sim, settings};
 use crate::tls;
 use protocol::dialect::Dialect;
-use protocol::limits::READERS_PER_TURN_MAX;
+use protocol::limits::{LISTED_PER_TURN_MAX, READERS_PER_TURN_MAX};
 use protocol::phase::End;
 use protocol::planted::Bug;
 use shard::core::JournalOf;
+use shard::listing::{Inquiry, Place};
+use shard::mesh::Command;
 use shard::settings::{LeaveChoices, OnLeave, Resume, Settings, SlowReader};
 
 pub(crate) const RESUME: Resume = Resume {
@@ -445,6 +447,50 @@ fn a_stopped_stream_ends_for_all_and_never_goes_on() {
     );
     let finished = sim.finish();
     check(&finished, &tale);
+}
+
+#[test]
+fn all_streams_are_listed_some_in_a_turn() {
+    let mut sim = sim_with(34, |settings| settings.resume_bytes_max = 16 << 20);
+    let at = |nth: u64| move |plan| ClientPlan { start_us: nth * 1_000, ..plan };
+    let mut tales: Vec<Tale> = (0..600).map(|nth| chat(&mut sim, 3, 0, at(nth))).collect();
+    tales.push(chat(&mut sim, 4_000, 20_000, at(600)));
+    sim.run_ms(3_000);
+    let mut known: Vec<String> = Vec::new();
+    for tale in &mut tales {
+        assert!(tale.learn(&sim));
+        known.extend(tale.id.clone());
+    }
+    let (mut listed, mut place, mut ticket) = (Vec::new(), Some(Place::default()), 0);
+    while let Some(from) = place {
+        ticket += 1;
+        sim.shard.command(Command::Streams { ticket, inquiry: Inquiry::From(from) });
+        sim.run_ms(1);
+        let (answered, page) = sim.pages.pop().unwrap();
+        assert_eq!((answered, sim.pages.len()), (ticket, 0));
+        assert!(page.kept.len() <= LISTED_PER_TURN_MAX && page.durable.is_empty());
+        listed.extend(page.kept);
+        place = page.next;
+    }
+    assert!(ticket > 3, "some at a time");
+    let mut ids: Vec<String> = listed.iter().map(|stream| stream.id.clone()).collect();
+    ids.sort();
+    known.sort();
+    assert_eq!(ids, known);
+    let over = listed.iter().filter(|stream| stream.end == Some(End::Done) && stream.phase == "over").count();
+    assert_eq!((over, listed.iter().filter(|stream| stream.readers == 1).count()), (600, 1));
+    // One alone, with what its readers are behind by; and one that there is not.
+    let ask = |sim: &mut Sim, id: &str| {
+        sim.shard.command(Command::Streams { ticket: 0, inquiry: Inquiry::Id(id.parse().unwrap()) });
+        sim.run_ms(1);
+        sim.pages.pop().unwrap().1.kept
+    };
+    let live = tales.last().unwrap().id.clone().unwrap();
+    let one = ask(&mut sim, &live);
+    assert_eq!((one.len(), one[0].pending_bytes.len(), one[0].phase), (1, 1, "streaming"));
+    let other = live.replace(&live[20..21], if &live[20..21] == "A" { "B" } else { "A" });
+    assert!(ask(&mut sim, &other).is_empty());
+    sim.finish();
 }
 
 #[test]

@@ -55,12 +55,26 @@ pub(super) fn follow(
         which,
         data_only: tail.data,
         begun: false,
-        cursor: tail.after.clone(),
+        cursor: begins_behind(client, which, tail)?,
         lost: false,
         failed: None,
         until: None,
     };
     following.run(out)
+}
+
+/// What it is to begin behind; where that is the end, the place where that is now.
+fn begins_behind(client: &Client, which: &Which, tail: &Tail) -> Result<Option<String>, Fatal> {
+    match (which, tail.after.as_deref()) {
+        (Which::Path(path), Some("now")) => {
+            let metadata = client.ask("HEAD", path, "").map_err(|error| unreachable(client, &error))?;
+            match metadata.field("stream-next-offset").filter(|_| metadata.status == 200) {
+                Some(end) => Ok(Some(end.to_owned())),
+                None => Err(refusal(client, which, metadata.status, None)),
+            }
+        }
+        (_, after) => Ok(after.map(str::to_owned)),
+    }
 }
 
 /// What is held of a stream now.

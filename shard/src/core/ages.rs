@@ -50,6 +50,15 @@ impl<I: Io> Shard<I> {
         }
     }
 
+    /// Without a stream there is nothing to wake up for.
+    pub(super) fn rest_ages(&mut self) {
+        if self.kept.sources.is_empty()
+            && let Some(timer) = self.kept.ages.timer.take()
+        {
+            self.wheel.remove(timer);
+        }
+    }
+
     pub(super) fn ages_due(&mut self) {
         let now_ms = self.now_ms();
         let round = &mut self.kept.ages;

@@ -494,6 +494,7 @@ impl<I: Io> Shard<I> {
         if let Some(stored) = self.kept.stored.as_mut().filter(|_| source.stored && !stays) {
             stored.journal.forget(source.number);
         }
+        self.rest_ages();
         self.forget_response(key, source.notes.as_deref());
         self.kept.bytes -= source.charged;
         // Names of those that are gone are not kept for ever.
