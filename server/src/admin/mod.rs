@@ -29,8 +29,8 @@ pub(crate) const QUESTIONS_MAX: usize = 64;
 /// Admin connections at a time: a handful of scrapers and probes; the rest waits in the backlog.
 const CONNECTIONS_MAX: usize = 64;
 
-/// How long a shard may take to tell of some of its streams.
-const SHARD_LIMIT: Duration = Duration::from_secs(1);
+/// How long a shard may take to tell of some of its streams. Whoever asks waits; nobody is alarmed by it.
+const SHARD_LIMIT: Duration = Duration::from_secs(5);
 
 /// A question to the control loop.
 pub(crate) enum Question {

@@ -95,11 +95,19 @@ pub(super) async fn show(State(control): State<Control>, uri: Uri) -> Response {
         Ok(id) => (usize::from(id.shard)..usize::from(id.shard) + 1, Inquiry::Id(id)),
         Err(_) => (0..view.fixed.plan.cpus.len(), Inquiry::Path(format!("/{which}"))),
     };
+    let mut silent = None;
     for shard in shards {
-        let Some(page) = control.streams(shard, inquiry.clone()).await else { continue };
+        let Some(page) = control.streams(shard, inquiry.clone()).await else {
+            silent = Some(shard);
+            continue;
+        };
         if let Some(entry) = entries(&page, shard, &settings.routes, now_unix_ms()).next() {
             return json(StatusCode::OK, &entry);
         }
+    }
+    if let Some(shard) = silent.filter(|&shard| shard < view.fixed.plan.cpus.len()) {
+        let message = format!("No answer from shard {shard}, which may have it.");
+        return refused(StatusCode::SERVICE_UNAVAILABLE, "shard_silent", &message);
     }
     refused(StatusCode::NOT_FOUND, "stream_not_found", "There is no such stream, or none any more.")
 }
