@@ -308,7 +308,7 @@ def test_a_full_disk_refuses_publishers_and_recovers_by_itself(start_tokenring, 
         ready = client.get(f"{server.admin_url}/ready")
         assert ready.status_code == 503 and ready.json()["reason"] == "disk_failed"
         assert "No space left on device" in ready.json()["message"]
-        assert "durable streams cannot be written" in server.log()
+        wait_until(lambda: "durable streams cannot be written" in server.log(), 5, "the log says so")
 
         subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
         wait_until(lambda: client.get(f"{server.admin_url}/ready").status_code == 200, 20, "recovery")

@@ -267,6 +267,9 @@ def test_a_response_in_background_is_found_after_a_restart(serve, interval):
     whole = list(client(first).responses.create(**asked, extra_query=quick))
     slow = client(first).responses.create(**asked, extra_query={**quick, "tokens": 2000, "tokens_per_s": 50})
     begun = [event for _, event in zip(range(10), slow)]
+    deleted = list(client(first).responses.create(**asked, extra_query=quick))[0].response.id
+    client(first).responses.delete(deleted)
+    synced(first)
     kill(first)
     second = client(serve(*flags, shards=2))
     found = second.responses.retrieve(whole[0].response.id)
@@ -276,6 +279,8 @@ def test_a_response_in_background_is_found_after_a_restart(serve, interval):
     assert [event.sequence_number for event in rest] == [event.sequence_number for event in whole[4:]]
     half = second.responses.retrieve(begun[0].response.id)
     assert half.status == "failed" and half.error.code == "interrupted"
+    with pytest.raises(openai.NotFoundError):
+        second.responses.retrieve(deleted)
     with pytest.raises(openai.APIError):
         list(second.responses.retrieve(begun[0].response.id, stream=True, starting_after=1))
 
@@ -373,7 +378,7 @@ def test_streams_go_on_when_the_disk_is_full_and_are_stored_again_when_it_is_not
     ready = httpx.get(f"{server.admin_url}/ready")
     assert ready.status_code == 503 and ready.json()["reason"] == "disk_failed"
     assert "No space left on device" in ready.json()["message"]
-    assert "streams cannot be written, and go on without" in server.log()
+    wait_until(lambda: "streams cannot be written, and go on without" in server.log(), SOON_S, "the log says so")
     beside, other = begin(server, backend, 2)
 
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)

@@ -1,10 +1,12 @@
-//! A journal of durable streams whose files were damaged: bytes changed, stretches lost or copied elsewhere, ends cut off, whole
+//! Journals of durable and of relayed streams whose files were damaged: bytes changed, stretches lost or copied elsewhere, ends cut off, whole
 //! segments gone. Reading it never panics, and whatever it still gives out under an old offset is what was there.
 
 use super::input::Choices;
-use protocol::durable::journal::{Job, Recovered, Recovery};
+use protocol::durable::journal::{Job, Recovered, Recovery, RelayFacts};
+use protocol::durable::relayed::RelayJournal;
 use protocol::durable::{Now, Reply, Request, Settings, Store};
 use protocol::http::{HeadLimits, header_slots, parse_request};
+use protocol::log::{Log, Place};
 use protocol::slots::Key;
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -58,6 +60,91 @@ fn journal() -> (Files, Vec<Vec<u8>>) {
     (files, contents)
 }
 
+/// The same of relayed streams: what each log got.
+static RELAYED: LazyLock<(Files, Vec<Vec<u8>>)> = LazyLock::new(relayed);
+
+fn relay_facts(stream: u64) -> RelayFacts {
+    let (route, dialect) = ("default".into(), "responses".into());
+    RelayFacts { route, dialect, chunked: stream % 2 == 0, background: true, began_unix_ms: 1, begin: 10 }
+}
+
+fn relayed() -> (Files, Vec<Vec<u8>>) {
+    let (mut journal, _) = RelayJournal::new(Recovered::default(), 3_000, 0, 9, 1 << 20, |_| 1 << 30);
+    let mut files = Files::new();
+    let mut logs: Vec<Log> = Vec::new();
+    for stream in 0..STREAMS {
+        let mut log = Log::new();
+        log.append(&[b"the head\r\n"]);
+        log.keep(1 << 30);
+        logs.push(log);
+        journal.begin(stream, relay_facts(stream));
+    }
+    for number in 0..80_u64 {
+        let stream = (number * number) % 7 % STREAMS;
+        let log = &mut logs[stream as usize];
+        let text = format!("{number} ").repeat((number % 5) as usize * 9 + 1);
+        let event =
+            format!("id: {}\nevent: response.created\ndata: {{\"a\":\"{text}\"}}\n\n", log.next_event_id());
+        match stream % 2 {
+            0 => log.append(&[format!("{:x}\r\n", event.len()).as_bytes(), event.as_bytes(), b"\r\n"]),
+            _ => log.append(&[event.as_bytes()]),
+        };
+        log.event_ends();
+        journal.follow(stream, log, None, None);
+        while let Some(job) = journal.next_job(|stream| logs.get(stream as usize), number) {
+            if let Job::Write { segment, at, bytes, .. } = job {
+                let file = files.entry(segment).or_default();
+                file.truncate(at as usize);
+                file.extend_from_slice(&bytes);
+            }
+            journal.job_done(Ok(()), number);
+        }
+    }
+    let bytes = |log: &Log| {
+        let mut bytes = Vec::new();
+        while let Some(lent) = log.lend(bytes.len() as u64, u32::MAX) {
+            bytes.extend(lent.to_vec());
+        }
+        bytes
+    };
+    (files, logs.iter().map(bytes).collect())
+}
+
+fn run_relayed(data: &[u8]) {
+    let (files, contents) = &*RELAYED;
+    let mut files = files.clone();
+    let mut choices = Choices::of(data);
+    for _ in 0..8 {
+        if files.is_empty() || !choices.any_left() {
+            break;
+        }
+        damage(&mut files, &mut choices);
+    }
+    let recovered = recover(&files);
+    for stream in recovered.relayed() {
+        assert!(stream.content().len() as u64 <= stream.bytes());
+    }
+    let (mut journal, restored) = RelayJournal::new(recovered, 3_000, 0, 11, 1 << 20, |_| 1 << 30);
+    for restored in &restored {
+        let content = &contents[restored.stream as usize];
+        let mut from = restored.log.start();
+        while let Some(lent) = restored.log.lend(from, u32::MAX) {
+            let to = from + lent.len() as u64;
+            assert_eq!(lent.to_vec(), &content[from as usize..to as usize], "stream {}", restored.stream);
+            from = to;
+        }
+        for id in 0..=restored.log.last_event_id() {
+            assert!(restored.log.behind(id, restored.facts.chunked) != Place::Ahead);
+        }
+        restored.retell();
+    }
+    // A server would go on with it.
+    let log_of = |stream: u64| restored.iter().find(|known| known.stream == stream).map(|known| &known.log);
+    while journal.next_job(log_of, 1).is_some() {
+        journal.job_done(Ok(()), 1);
+    }
+}
+
 fn recover(files: &Files) -> Recovered {
     let mut recovery = Recovery::new();
     for (number, bytes) in files {
@@ -71,6 +158,7 @@ fn recover(files: &Files) -> Recovered {
 
 /// The target.
 pub fn run(data: &[u8]) {
+    run_relayed(data);
     let (files, contents) = &*JOURNAL;
     let whole = recover(files);
     assert!(whole.findings.is_empty(), "{:?}", whole.findings);

@@ -103,6 +103,7 @@ impl<I: Io> Shard<I> {
             Ok(Want::Delete) => {
                 let id = self.notes_of(source).and_then(|(notes, _)| notes.id()).map(Box::<str>::from);
                 self.cancel(source);
+                self.store_no_more(source);
                 if let Some(id) = id {
                     self.kept.by_response.remove(&id);
                     self.answer_json(key, 200, &deleted_object(&id));

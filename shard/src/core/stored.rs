@@ -230,6 +230,16 @@ impl<I: Io> Shard<I> {
         }
     }
 
+    /// A stream is not to be found after a restart.
+    pub(super) fn store_no_more(&mut self, key: Key) {
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        if let Some(stored) = self.kept.stored.as_mut().filter(|_| std::mem::take(&mut source.stored)) {
+            source.shown = u64::MAX;
+            stored.journal.forget(source.number);
+            self.kept.stir(key);
+        }
+    }
+
     /// An answer that tells that a stream was stopped waits until that is recorded. False: it need not.
     pub(super) fn hold_stop(&mut self, key: Key, source: Key) -> bool {
         self.store(source);
@@ -287,7 +297,7 @@ impl<I: Io> Shard<I> {
             if record > acknowledged {
                 source.shown = u64::MAX;
                 stored.journal.leave_off(source.number);
-            } else if source.shown != u64::MAX {
+            } else if source.stored && source.shown != u64::MAX {
                 source.shown = to;
             }
             stirred.push(key);

@@ -257,8 +257,10 @@ impl Image {
     pub(crate) fn is_sound(&self) -> bool {
         let end = self.pieces.last_key_value().map_or(0, |(_, piece)| piece.end());
         let source = self.facts.source;
-        if self.relay.is_some() {
-            return self.facts.earliest <= self.tail && end <= self.tail;
+        if let Some(relay) = &self.relay {
+            let ids = relay.ids.values().all(|id| *id <= POSITION_MAX) && relay.last_id <= POSITION_MAX;
+            let within = self.facts.earliest <= self.tail && end <= self.tail && self.tail <= POSITION_MAX;
+            return ids && within;
         }
         self.facts.base <= self.facts.earliest
             && self.facts.earliest <= self.tail
