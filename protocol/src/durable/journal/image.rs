@@ -48,8 +48,8 @@ pub(crate) struct Relay {
     /// The ids of the events before the pieces, by the pieces' positions, and that of the last one.
     pub(crate) ids: BTreeMap<u64, u64>,
     pub(crate) last_id: u64,
-    /// What it was before the snapshot that is not known to be whole: its end, its last event, why it ended.
-    before: Option<(u64, u64, Option<Ended>)>,
+    /// What a snapshot tells that is not known to be whole.
+    fresh: RelayTold,
     /// It went on without the disk, and not all that it was then is there.
     holed: bool,
 }
@@ -85,22 +85,28 @@ impl Image {
         image
     }
 
-    /// A snapshot of a relayed stream begins.
-    pub(crate) fn begin_relay_snapshot(&mut self, deed: Deed, segment: u64) {
+    /// A snapshot of a relayed stream begins. What it tells counts when it is whole: of one that had gone on without the disk, the
+    /// rest is not there before.
+    pub(crate) fn begin_relay_snapshot(&mut self, deed: Deed, told: RelayTold, segment: u64) {
         if let Some(relay) = &mut self.relay {
-            relay.before = Some((self.tail, relay.last_id, relay.end.clone()));
+            relay.fresh = told;
+            self.fresh = Some((BTreeMap::new(), segment, deed.end));
         }
-        let facts = Facts { path: self.facts.path.clone(), ..Facts::default() };
-        self.begin_snapshot(deed, facts, segment);
     }
 
-    /// What a record of a relayed stream tells; of a `snapshot` it is the beginning or a piece.
-    pub(crate) fn relay(&mut self, deed: Deed, told: RelayTold, messages: Messages, snapshot: bool) {
-        let given_up = self.fresh.as_ref().is_some_and(|(_, _, end)| !snapshot && messages.at < *end);
-        if given_up {
+    /// A piece of it.
+    pub(crate) fn refresh_relay(&mut self, told: &RelayTold, messages: Messages) {
+        if let (Some(relay), false) = (&mut self.relay, messages.bytes.is_empty()) {
+            relay.ids.insert(messages.at, told.ids.0);
+            self.refresh(messages);
+        }
+    }
+
+    /// What was appended to a relayed stream.
+    pub(crate) fn append_relayed(&mut self, deed: Deed, told: RelayTold, messages: Messages) {
+        if self.fresh.as_ref().is_some_and(|(_, _, end)| messages.at < *end) {
             // Its process did not live to write the snapshot; the next one went on from before it.
             self.fresh = None;
-            self.return_to_before();
         }
         let Some(relay) = &mut self.relay else { return };
         relay.end = told.end.or(relay.end.take());
@@ -110,11 +116,7 @@ impl Image {
         }
         relay.last_id = relay.last_id.max(told.ids.1);
         self.tail = self.tail.max(deed.end);
-        if !snapshot {
-            self.hold(messages);
-        } else if !messages.bytes.is_empty() {
-            self.refresh(messages);
-        }
+        self.hold(messages);
         self.trim(told.earliest);
     }
 
@@ -161,7 +163,12 @@ impl Image {
     pub(crate) fn end_snapshot(&mut self) {
         let Some((fresh, segment, end)) = self.fresh.take() else { return };
         if let Some(relay) = &mut self.relay {
-            (relay.before, relay.holed) = (None, false);
+            let told = std::mem::take(&mut relay.fresh);
+            relay.end = told.end.or(relay.end.take());
+            relay.response = told.response.or(relay.response.take());
+            relay.last_id = relay.last_id.max(told.ids.1);
+            self.tail = self.tail.max(end);
+            self.facts.earliest = self.facts.earliest.max(told.earliest);
         }
         let later = self.pieces.split_off(&end);
         self.pieces = fresh;
@@ -172,33 +179,16 @@ impl Image {
 
     /// Takes a snapshot that was not finished for what it is, where there is nothing better.
     pub(crate) fn settle_snapshot(&mut self) {
-        if self.relay.is_some() {
-            return self.settle_relay_snapshot();
+        if let Some(relay) = &mut self.relay {
+            // It is what it was before, or what was recorded since, whichever is later.
+            relay.holed = self.fresh.take().is_some();
+            return;
         }
         let begins = self.pieces.first_key_value().map_or(self.tail, |(at, _)| *at);
         if begins > self.facts.earliest {
             self.end_snapshot();
         }
         self.fresh = None;
-    }
-
-    /// One that had gone on without the disk is what it was before, or what was recorded since, whichever is later.
-    fn settle_relay_snapshot(&mut self) {
-        let (Some((_, _, end)), Some(relay)) = (self.fresh.take(), &mut self.relay) else { return };
-        relay.holed = true;
-        if self.pieces.range(end..).next().is_none() {
-            self.return_to_before();
-        }
-    }
-
-    fn return_to_before(&mut self) {
-        if let Some(relay) = &mut self.relay
-            && let Some((tail, last_id, end)) = relay.before.take()
-        {
-            (self.tail, relay.last_id, relay.end) = (tail, last_id, end);
-            self.closed = relay.end.is_some();
-            self.facts.earliest = self.facts.earliest.min(tail);
-        }
     }
 
     /// Whether what is not there of it is known not to have been written.

@@ -394,15 +394,14 @@ impl Recovery {
                     return false;
                 }
                 let Some((told, messages)) = payload.relay_told() else { return false };
-                if kind == Kind::Snapshot {
-                    image.begin_relay_snapshot(deed, segment);
+                match kind {
+                    Kind::Snapshot => image.begin_relay_snapshot(deed, told, segment),
+                    Kind::Data => image.refresh_relay(&told, messages),
+                    _ => image.append_relayed(deed, told, messages),
                 }
-                image.relay(deed, told, messages, matches!(kind, Kind::Snapshot | Kind::Data));
             }
         }
         image.last_number = head.number;
-        image.tail = image.tail.max(deed.end);
-        image.closed |= deed.flags & record::CLOSED != 0;
         true
     }
 
