@@ -40,7 +40,7 @@ pub type Parse = fn(&RequestHead<'_, '_>) -> Result<Ask, Fault>;
 
 /// The target: a request's head.
 pub fn run(data: &[u8]) {
-    run_on(|head| Ask::parse(head), data);
+    run_on(Ask::parse, data);
 }
 
 /// The target, on another reading.
@@ -79,7 +79,7 @@ fn naive(head: &RequestHead<'_, '_>) -> Result<(String, Want), Fault> {
     let values: Vec<usize> =
         text.bytes().filter_map(|byte| letters.iter().position(|&letter| letter == byte)).collect();
     // 26 bytes are 35 letters, of whose last the last two bits are nothing.
-    if text.len() != 35 || values.len() != 35 || values[34] % 4 != 0 {
+    if text.len() != 35 || values.len() != 35 || !values[34].is_multiple_of(4) {
         return Err(NOT_FOUND);
     }
     let status = match rest {

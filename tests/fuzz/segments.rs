@@ -65,7 +65,14 @@ static RELAYED: LazyLock<(Files, Vec<Vec<u8>>)> = LazyLock::new(relayed);
 
 fn relay_facts(stream: u64) -> RelayFacts {
     let (route, dialect) = ("default".into(), "responses".into());
-    RelayFacts { route, dialect, chunked: stream % 2 == 0, background: true, began_unix_ms: 1, begin: 10 }
+    RelayFacts {
+        route,
+        dialect,
+        chunked: stream.is_multiple_of(2),
+        background: true,
+        began_unix_ms: 1,
+        begin: 10,
+    }
 }
 
 fn relayed() -> (Files, Vec<Vec<u8>>) {
