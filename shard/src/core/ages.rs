@@ -78,8 +78,16 @@ impl<I: Io> Shard<I> {
 
     fn look_at_ages(&mut self, key: Key, now_ms: u64) {
         let Some(source) = self.kept.sources.get_mut(key) else { return };
-        let (Some(producer), None) = (source.producer, &source.tail) else { return };
         let Some(resume) = self.settings.routes[source.route].resume else { return };
+        if source.is_mirror() && source.end.is_none() && resume.reader_lag_ms > 0 {
+            // What it holds is for its home to say; how far its readers may be behind is the same for all.
+            let ages = source.ages.get_or_insert_default();
+            if let Some(old) = ages.readers.look(source.log.end(), resume.reader_lag_ms, now_ms) {
+                source.stale_below = old;
+            }
+            return;
+        }
+        let (Some(producer), None) = (source.producer, &source.tail) else { return };
         let Some(stream) = self.streams.get_mut(producer) else { return };
         let end = stream.response.end();
         // A response in background has a window of its own, which ends with the response.
@@ -109,6 +117,6 @@ impl<I: Io> Shard<I> {
         let lag_ms = self.resume_of(source.route).map_or(0, |resume| resume.reader_lag_ms);
         // One that began with what was old already has the same time as any.
         let had_time = self.now_ms() >= began_ms + u64::from(lag_ms);
-        had_time && source.producer.is_some() && !self.is_held_up(key)
+        had_time && source.end.is_none() && !self.is_held_up(key)
     }
 }

@@ -39,7 +39,8 @@ impl<I: Io> Shard<I> {
         let end = self.kept.sources.slots();
         let mut slot = from;
         while slot < end && slot - from < LISTED_SLOTS_PER_TURN_MAX && page.kept.len() < LISTED_PER_TURN_MAX {
-            let key = self.kept.sources.at(slot).filter(|(_, source)| source.tail.is_none());
+            let key = self.kept.sources.at(slot);
+            let key = key.filter(|(_, source)| source.tail.is_none() && !source.is_mirror());
             page.kept.extend(key.and_then(|(key, _)| self.kept_stream(key, false)));
             slot += 1;
         }

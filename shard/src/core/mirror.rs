@@ -392,6 +392,7 @@ impl<I: Io> Shard<I> {
         };
         self.kept.bytes += RESUME_STREAM_COST_BYTES;
         self.kept.live_too(key);
+        self.follow_ages();
         self.mirrors.by_stream.insert(number, key);
         self.mirror_idle(key, MIRROR_IDLE_MS);
         // Its home hears that it is here.
