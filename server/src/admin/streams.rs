@@ -91,10 +91,13 @@ pub(super) async fn show(State(control): State<Control>, uri: Uri) -> Response {
     let settings = &view.fixed.plan.settings;
     // As it was sent: paths of streams are names.
     let which = uri.path().strip_prefix("/streams/").unwrap_or_default();
-    let (shards, inquiry) = match which.parse::<StreamId>() {
-        Ok(id) => (usize::from(id.shard)..usize::from(id.shard) + 1, Inquiry::Id(id)),
-        Err(_) => (0..view.fixed.plan.cpus.len(), Inquiry::Path(format!("/{which}"))),
+    // The shard that it names has it, unless the process before this one had more of them.
+    let (first, inquiry) = match which.parse::<StreamId>() {
+        Ok(id) => (usize::from(id.shard), Inquiry::Id(id)),
+        Err(_) => (0, Inquiry::Path(format!("/{which}"))),
     };
+    let all = view.fixed.plan.cpus.len();
+    let shards = (0..all).map(|nth| (first + nth) % all);
     let mut silent = None;
     for shard in shards {
         let Some(page) = control.streams(shard, inquiry.clone()).await else {
@@ -105,7 +108,7 @@ pub(super) async fn show(State(control): State<Control>, uri: Uri) -> Response {
             return json(StatusCode::OK, &entry);
         }
     }
-    if let Some(shard) = silent.filter(|&shard| shard < view.fixed.plan.cpus.len()) {
+    if let Some(shard) = silent {
         let message = format!("No answer from shard {shard}, which may have it.");
         return refused(StatusCode::SERVICE_UNAVAILABLE, "shard_silent", &message);
     }

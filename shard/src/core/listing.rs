@@ -2,7 +2,7 @@
 //! in a turn.
 
 use super::Shard;
-use super::kept::Source;
+use super::kept::{Source, numbered};
 use crate::io::Io;
 use crate::listing::{Inquiry, KeptStream, Page, Place};
 use protocol::fault::write_json_string;
@@ -60,8 +60,8 @@ impl<I: Io> Shard<I> {
     }
 
     fn source_of(&self, id: &StreamId) -> Option<Key> {
-        let here = self.kept.is_ours(id) && id.shard == self.kept.shard;
-        self.kept.by_number.get(&id.number).copied().filter(|_| here)
+        let known = self.kept.by_number.get(&numbered(id.shard, id.number)).copied();
+        known.filter(|_| self.kept.is_ours(id))
     }
 
     /// How a stream stands; `pending`: and how far its readers are behind, each of whom is looked at.
