@@ -5,7 +5,7 @@
 //! mirrors, and a word in which each tells its load. Nobody waits for anybody: who finds a queue full keeps what it has.
 
 use crate::listing::{Inquiry, Page};
-use crate::settings::{TlsSet, UpstreamSet};
+use crate::settings::{OnLeave, TlsSet, UpstreamSet};
 use crate::stats::{Snapshot, StreamRecord};
 use crate::tls::TlsAtRest;
 use crate::uring::{Bell, EventFd};
@@ -311,6 +311,8 @@ pub(crate) struct About {
     pub(crate) dialect: Dialect,
     pub(crate) chunked: bool,
     pub(crate) background: bool,
+    /// What its request chose.
+    pub(crate) on_leave: Option<OnLeave>,
     pub(crate) began_ms: u64,
 }
 

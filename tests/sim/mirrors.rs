@@ -11,6 +11,8 @@ use crate::shards::{self, shards_with};
 use protocol::dialect::Dialect;
 use protocol::planted::Bug;
 use shard::core::Shard;
+use shard::listing::{Inquiry, Place};
+use shard::mesh::Command;
 use shard::settings::{OnLeave, Settings, SlowReader};
 
 const ROOM: usize = 64;
@@ -129,6 +131,51 @@ fn a_reader_that_a_mirror_leaves_behind_is_told() {
             _ => assert!(whole >= 21 && told >= 4, "{policy:?}: {whole} whole, {told} told"),
         }
     }
+}
+
+#[test]
+fn a_stream_is_listed_at_its_home_and_nowhere_else() {
+    let mut homes = Vec::new();
+    for seed in 10..16 {
+        let (mut sim, tale) = mirrored(seed, 2_000, |_| {});
+        let (home, mirror) = both(&sim);
+        let id = tale.id.clone().unwrap();
+        sim.run_ms(1_200);
+        for (ring, found) in [(home, 1), (mirror, 0)] {
+            for inquiry in [Inquiry::Id(id.parse().unwrap()), Inquiry::From(Place::default())] {
+                sim.command_one(ring, Command::Streams { ticket: 0, inquiry });
+                sim.run_ms(1);
+                let (_, page) = sim.pages.pop().unwrap();
+                assert_eq!(page.kept.len(), found, "seed {seed}, shard {ring}");
+                assert!(page.kept.iter().all(|stream| (&stream.id, stream.readers) == (&id, 21)));
+            }
+        }
+        homes.push(home);
+    }
+    assert!(homes.contains(&0) && homes.contains(&1), "{homes:?}");
+}
+
+#[test]
+fn a_reader_of_a_mirror_may_be_behind_as_long_as_any() {
+    let (mut sim, mut tale) = mirrored(8, 2_000, |settings| {
+        settings.routes.iter_mut().for_each(|route| {
+            if let Some(resume) = &mut route.resume {
+                (resume.slow_reader, resume.reader_lag_ms) = (SlowReader::Drop, 2_000);
+                resume.window_bytes = 1 << 20;
+            }
+        });
+    });
+    let id = tale.id.clone().unwrap();
+    for _ in 0..6 {
+        let pace = Pace::Stuck { after_bytes: 3_000, for_us: 12_000_000 };
+        let plan = ClientPlan { pace, ..resume::resume(&id, 0) };
+        tale.readers.push((sim.client(plan), 0));
+    }
+    let finished = sim.finish();
+    let dropped: Vec<u64> =
+        finished.sim.shards().map(|shard| shard.stats().counters.readers_dropped).collect();
+    assert!(dropped.iter().all(|&dropped| dropped > 0), "{dropped:?}");
+    assert_eq!(resume::check(&finished, &tale), 21, "the others have all of it");
 }
 
 /// The stream's home, and the shard that mirrors it.

@@ -79,13 +79,22 @@ impl<I: Io> Shard<I> {
     fn look_at_ages(&mut self, key: Key, now_ms: u64) {
         let Some(source) = self.kept.sources.get_mut(key) else { return };
         let Some(resume) = self.settings.routes[source.route].resume else { return };
-        if source.is_mirror() && source.end.is_none() && resume.reader_lag_ms > 0 {
-            // What it holds is for its home to say; how far its readers may be behind is the same for all.
+        if source.is_mirror() && source.end.is_none() {
+            // What it holds, and how far its readers may be behind, is as at its home.
+            let (end, background) = (source.log.end(), source.background);
             let ages = source.ages.get_or_insert_default();
-            if let Some(old) = ages.readers.look(source.log.end(), resume.reader_lag_ms, now_ms) {
+            if resume.window_ms > 0
+                && !background
+                && let Some(old) = ages.window.look(end, resume.window_ms, now_ms)
+            {
+                source.log.forget(source.log.floor().saturating_sub(old));
+            }
+            if resume.reader_lag_ms > 0
+                && let Some(old) = ages.readers.look(end, resume.reader_lag_ms, now_ms)
+            {
                 source.stale_below = old;
             }
-            return;
+            return self.kept.stir(key);
         }
         let (Some(producer), None) = (source.producer, &source.tail) else { return };
         let Some(stream) = self.streams.get_mut(producer) else { return };

@@ -132,6 +132,7 @@ impl<I: Io> Shard<I> {
             dialect: source.dialect,
             chunked: source.chunked,
             background: source.background,
+            on_leave: source.on_leave,
             began_ms: source.began_ms,
         };
         let opening = self.mirrors.next_opening;
@@ -372,9 +373,9 @@ impl<I: Io> Shard<I> {
     }
 
     fn begin_mirror(&mut self, from: usize, number: u64, opening: u64, about: About, at: (u64, u64)) {
-        let About { route, dialect, chunked, background, began_ms } = about;
+        let About { route, dialect, chunked, background, on_leave, began_ms } = about;
         let mut source = Source::new(number, None, route, dialect, chunked, began_ms);
-        source.background = background;
+        (source.background, source.on_leave) = (background, on_leave);
         let window_bytes = self.resume_of_source(&source).map_or(0, |resume| resume.window_bytes);
         let (replica, log) = Replica::begin(opening, at.0, at.1, window_bytes);
         source.log = log;
