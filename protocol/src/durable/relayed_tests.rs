@@ -420,3 +420,74 @@ fn numbers_are_reserved_on_disk_before_they_are_given() {
     let (mut next, restored) = open(&disk.contents(), 0, recovered.numbers_given());
     assert!(restored.is_empty() && next.may_give(2 * BLOCK - 2));
 }
+
+/// A stream ends while the disk does not take it; when it is written anew, the process dies within that. What the snapshot told of
+/// it does not come back later, when more has been appended.
+#[test]
+fn a_snapshot_that_was_not_finished_tells_nothing_then_or_later() {
+    // With what was said unrecorded, or nothing but the end.
+    [2, 0].into_iter().for_each(snapshot_cut_short);
+}
+
+fn snapshot_cut_short(unrecorded: u64) {
+    let mut run = Run::new(1, 0);
+    for stream in [1, 2] {
+        run.told.insert(stream, Told::new(stream));
+        run.journal.begin(stream, facts(stream));
+    }
+    let say = |run: &mut Run, stream: u64, id: u64| {
+        let told = run.told.get_mut(&stream).unwrap();
+        told.append(format!("id: {id}\ndata: x\n\n").as_bytes(), true);
+    };
+    say(&mut run, 1, 1);
+    run.follow(1);
+    run.settle();
+    // From here on nothing is taken.
+    say(&mut run, 2, 1);
+    run.follow(2);
+    run.work(true);
+    run.work(true);
+    assert!(run.journal.is_failing());
+    (2..2 + unrecorded).for_each(|id| say(&mut run, 1, id));
+    run.told.get_mut(&1).unwrap().end = Some((End::Done, 9));
+    run.follow(1);
+    assert!(run.journal.is_off(1));
+    // Well again: what had failed, and then the snapshot.
+    let whole = run.told[&1].log.end();
+    let before = run.disk.contents();
+    let (mut halves, mut wholes) = (0, 0);
+    run.now_ms = 10_000;
+    while run.journal.is_off(1) || !run.journal.is_synced() {
+        let told = &run.told;
+        let job = run.journal.next_job(|number| told.get(&number).map(|told| &told.log), run.now_ms);
+        let Some(Job::Write { segment, at, bytes, .. }) = &job else { panic!("{job:?}") };
+        for cut in 0..=bytes.len() {
+            let mut contents = run.disk.contents();
+            let file = contents.entry(*segment).or_default();
+            file.truncate(*at as usize);
+            file.extend_from_slice(&bytes[..cut]);
+            let (mut next, mut restored) = open(&contents, 0, 1);
+            let restored = restored.remove(0);
+            assert!(restored.end.is_none() || restored.log.end() == whole);
+            let mut log = restored.log;
+            let event = format!("id: {}\ndata: more\n\n", log.next_event_id());
+            log.append(&[ChunkHead::new(event.len()).as_bytes(), event.as_bytes(), b"\r\n"]);
+            log.event_ends();
+            next.follow(1, &log, None, None);
+            let mut disk = Disk::default();
+            while let Some(job) = next.next_job(|_| Some(&log), 0) {
+                disk.work(&job, &mut Random::new(1), false).unwrap();
+                next.job_done(Ok(()), 0);
+            }
+            contents.extend(disk.contents());
+            let (_, later) = open(&contents, 0, 1);
+            assert_eq!(later[0].end, restored.end, "cut at {cut} of {}", bytes.len());
+            assert_eq!((later[0].log.end(), later[0].log.last_event_id()), (log.end(), log.last_event_id()));
+            *(if restored.end.is_none() { &mut halves } else { &mut wholes }) += 1;
+        }
+        run.disk.work(&job.unwrap(), &mut run.random, false).unwrap();
+        run.journal.job_done(Ok(()), run.now_ms);
+        run.now_ms += 10;
+    }
+    assert!(run.disk.contents() != before && halves > 200 && wholes > 0, "{halves} {wholes}");
+}
