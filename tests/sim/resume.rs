@@ -873,7 +873,7 @@ fn random_run_on(seed: u64, disk: Option<(u32, u64)>) -> Tally {
 #[test]
 fn readers_of_streams_on_disk_see_what_is_behind_their_cursors_too() {
     let mut all = Tally::default();
-    for seed in 0..150 {
+    for seed in 0..200 {
         let (interval_ms, latency_us) = [(0, 300), (0, 40_000), (30, 5_000)][seed as usize % 3];
         let one = random_run_on(seed, Some((interval_ms, latency_us)));
         all.whole += one.whole;
