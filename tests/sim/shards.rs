@@ -483,6 +483,12 @@ fn shards_keep_their_promises_together_whatever_happens() {
     }
 }
 
+/// It was stuck for longer than readers may be behind, with the newest event in what it was lent.
+#[test]
+fn a_late_reader_is_not_sent_again_what_it_was_lent() {
+    run(1150);
+}
+
 #[test]
 fn a_seed_of_several_shards_replays_bit_for_bit() {
     for seed in [1, 2, 3, 5] {
