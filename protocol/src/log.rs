@@ -299,13 +299,10 @@ impl Log {
         self.last_event_id += 1;
     }
 
-    /// Reads a little of the memory that history of about `bytes` will be copied to, so that it comes into the cache beside
-    /// what else is on its way there: it was last used a window ago, or never. The result means nothing.
-    pub fn touch_history(&self, bytes: usize) -> u8 {
-        let Some(history) = self.history() else { return 0 };
-        let filled = history.filled as usize;
-        let ahead = &history.memory[filled..history.memory.len().min(filled + bytes)];
-        ahead.iter().step_by(64).fold(0, |all, cell| all ^ cell.get())
+    /// Reads a little of what a release will need, so that it comes into the cache beside what else is on its way there. The
+    /// result means nothing. Not the memory that history is copied to: nothing waits for what is only written.
+    pub fn touch(&self) -> u64 {
+        self.kept.as_ref().map_or(0, |kept| kept.floor)
     }
 
     /// Bytes of memory held in segments, filled or not.
