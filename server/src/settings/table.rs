@@ -405,7 +405,7 @@ settings! {
         "What becomes of a reader that is slower than its stream. The backend is paused for it (block); or, when the window has left it behind, it is told so and closed (drop), or told which events it misses and given the newest (skip). auto blocks for a single reader and drops one of several.")
         .per_route();
     DURABLE = Setting::new("durable", Group::Streams, Kind::Switch, || Value::Switch(false),
-        "Writes the streamed answers of a route that can be resumed to --data-dir, so that they can be resumed when the server was restarted, too (docs/resume.md).")
+        "Writes the streamed answers of a route that can be resumed to --data-dir, so that they can be resumed when the server was restarted, too (docs/streams.md).")
         .per_route();
     READER_LAG_MS = Setting::new("reader-lag-ms", Group::Streams, milliseconds(0, DEADLINE_MS_MAX), || Value::Integer(0),
         "How long a reader by id may be behind a stream under way, to a quarter, before slow-reader holds for it as if the window had left it behind, and with block its backend is paused; 0 is for ever. One that begins with what is older has this long to catch up.")
