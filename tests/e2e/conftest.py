@@ -1,11 +1,13 @@
 """Fixtures: the backends, tokenring before each of them, and the logs of all of them when a test fails."""
 
 import shutil
+import subprocess
 import uuid
 
 import harness
 import pytest
 from harness import DIRECT, LlamaServer, Process, Tokenring, UvicornBackend
+from streams import HeldBackend
 
 
 def pytest_collection_modifyitems(config, items):
@@ -150,3 +152,33 @@ def start_tokenring(logs):
 def tag():
     """A name for one request, under which the uvicorn backend tells what became of it."""
     return uuid.uuid4().hex
+
+
+@pytest.fixture
+def backend():
+    """One whose answers a test says word by word."""
+    held = HeldBackend()
+    yield held
+    held.close()
+
+
+@pytest.fixture
+def start(start_tokenring, backend):
+    """tokenring before `backend`, with these flags."""
+
+    def start_it(*flags, shards=1):
+        return start_tokenring([backend.url], shards=shards, more=[str(flag) for flag in flags])
+
+    return start_it
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("file systems cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from streams import Crowd, ask_chat, assert_words, come_back, resume, status
-from test_resume import backend, begin, metric, start  # noqa: F401 (fixtures)
+from test_resume import begin, metric
 
 pytestmark = pytest.mark.relay
 

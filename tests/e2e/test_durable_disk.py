@@ -270,18 +270,6 @@ def test_a_directory_that_cannot_be_used_is_told_of_at_the_start(tmp_path):
                 assert f"data directory {place}: {why}" in ended.stderr
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip("file systems cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def test_a_full_disk_refuses_publishers_and_recovers_by_itself(start_tokenring, small_disk):
     start = lambda: start_tokenring(shards=1, more=["--data-dir", small_disk / "data"])  # noqa: E731
     server = start()

@@ -7,7 +7,7 @@ import time
 import pytest
 from harness import wait_until
 from streams import Crowd, assert_words, come_back, resume, status
-from test_resume import SOON_S, backend, begin, metric, start, tls  # noqa: F401 (fixtures)
+from test_resume import SOON_S, begin, metric, tls  # noqa: F401 (fixtures)
 from test_slow_readers import read_with_gaps, say_later
 
 pytestmark = pytest.mark.relay

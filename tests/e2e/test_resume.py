@@ -13,30 +13,13 @@ import sse
 from certificates import Authority
 from harness import free_port, wait_until
 from openai.types.chat import ChatCompletionChunk
-from streams import Answer, Crowd, HeldBackend, ask_chat, assert_words, come_back, resume, status
+from streams import Answer, Crowd, ask_chat, assert_words, come_back, resume, status
 
 pytestmark = pytest.mark.relay
 
 # What is to happen at once; a busy machine is late.
 SOON_S = 5
 GONE = {"stream_expired", "stream_stopped", "before_window"}
-
-
-@pytest.fixture
-def backend():
-    held = HeldBackend()
-    yield held
-    held.close()
-
-
-@pytest.fixture
-def start(start_tokenring, backend):
-    """tokenring before the backend, with these flags."""
-
-    def start_it(*flags, shards=1):
-        return start_tokenring([backend.url], shards=shards, more=[str(flag) for flag in flags])
-
-    return start_it
 
 
 @pytest.fixture

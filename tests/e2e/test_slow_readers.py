@@ -6,7 +6,7 @@ import time
 import pytest
 from harness import wait_until
 from streams import Crowd, ask_chat, assert_words, resume, status, words
-from test_resume import SOON_S, backend, begin, metric, start, tls  # noqa: F401 (fixtures)
+from test_resume import SOON_S, begin, metric, tls  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.relay
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 import sse
 from harness import EXIT_CONFIG, EXIT_OK, find_binary, wait_until
-from streams import Answer, Crowd, HeldBackend, ask_chat, assert_words, come_back, resume, status
+from streams import Answer, Crowd, ask_chat, assert_words, come_back, resume, status
 
 pytestmark = pytest.mark.relay
 
@@ -23,13 +23,6 @@ EXIT_DATA = 65
 @pytest.fixture
 def data(tmp_path):
     return tmp_path / "data"
-
-
-@pytest.fixture
-def backend():
-    held = HeldBackend()
-    yield held
-    held.close()
 
 
 @pytest.fixture
@@ -348,18 +341,6 @@ def test_a_route_that_is_not_durable_leaves_nothing_on_the_disk(start_tokenring,
     assert resume(second.port, client.stream, 1).read_all().code == "stream_expired"
     fresh, _ = begin(second, backend, 1)
     assert fresh.stream != client.stream
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip("file systems cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.parametrize("interval", ["0", "20"])

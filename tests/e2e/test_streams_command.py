@@ -7,24 +7,9 @@ import httpx
 import pytest
 from cutter import Cutter
 from harness import find_binary, wait_until
-from streams import HeldBackend, ask_chat, resume, status
+from streams import ask_chat, resume, status
 
 pytestmark = pytest.mark.relay
-
-
-@pytest.fixture
-def backend():
-    held = HeldBackend()
-    yield held
-    held.close()
-
-
-@pytest.fixture
-def start(start_tokenring, backend):
-    def start_it(*flags, shards=1):
-        return start_tokenring([backend.url], shards=shards, more=[str(flag) for flag in flags])
-
-    return start_it
 
 
 def command(*arguments):
