@@ -460,7 +460,7 @@ fn floods_of_pipelined_requests() {
 fn pipelined_bytes_beyond_all_budgets_are_dropped_and_the_connection_closes() {
     let backend = Backend::listen();
     let flags = ["--head-bytes-max", "2KiB", "--target-bytes-max", "256", "--event-bytes-max", "1KiB"];
-    let server = Server::before(&backend, &[&flags[..], &["--overdraft-bytes-max", "64KiB"]].concat());
+    let server = Server::before(&backend, &[&flags[..], &["--overdraft-bytes-max", "8KiB"]].concat());
     let mut client = server.connect();
     client.send(get("/first"));
     let (mut upstream, _) = backend.request();
