@@ -477,7 +477,8 @@ impl Log {
         if kept.history.as_ref().is_none_or(|history| history.room() < bytes) {
             let before = kept.history.take();
             let size = before.as_ref().map_or(0, |before| before.memory.len());
-            let size = (size * 2).clamp(LOG_SETTLED_BYTES_MAX, LOG_SEGMENT_BYTES_MAX);
+            // A stream that is idle behind its first words holds no more memory than those need.
+            let size = (size * 2).clamp(LOG_SEGMENT_FIRST_BYTES, LOG_SEGMENT_BYTES_MAX).max(bytes);
             self.older.extend(before);
             let history = Segment::with_capacity(last.base, last.first_id, size);
             self.memory_bytes += history.memory.len();
@@ -725,6 +726,30 @@ mod tests {
         third.append(&[b"third"]);
         assert_eq!(address_of(&third), taken, "the memory of the second");
         assert_eq!(read(&third, 0), b"third");
+    }
+
+    #[test]
+    fn history_takes_about_what_there_is_of_it() {
+        let mut log = Log::new();
+        log.append(&[&[1; 300]]);
+        log.keep(1 << 20);
+        log.release(log.end());
+        assert_eq!(log.memory_bytes(), LOG_SEGMENT_FIRST_BYTES, "a head");
+        for _ in 0..2_000 {
+            log.append(&[&[2; 100]]);
+            log.release(log.end());
+            let held = (log.end() - log.start()) as usize;
+            assert!(
+                log.memory_bytes() <= 2 * held + 4 * LOG_SEGMENT_FIRST_BYTES,
+                "{} for {held}",
+                log.memory_bytes()
+            );
+        }
+        assert_eq!(log.start(), 0);
+        let large = vec![3; 3_000];
+        log.append(&[&large]);
+        log.release(log.end());
+        assert_eq!(log.lend(log.end() - 3_000, u32::MAX).map(|lent| lent.to_vec()), Some(large));
     }
 
     #[test]
