@@ -64,7 +64,7 @@ impl<I: Io> Shard<I> {
             (Answer::Events { .. }, _) => {
                 if end != End::UpstreamError && !is_planted(Bug::SilentEnd) {
                     self.scratch.clear();
-                    let late = stream.request_mut().late_error.take().unwrap_or_default();
+                    let late = stream.late_error_mut().map(std::mem::take).unwrap_or_default();
                     let own_words = end == End::UpstreamStatus
                         && write_late_error(stream.dialect, &late, &mut self.scratch);
                     let next = stream.sequence_number.map(|last| last + 1);
@@ -84,10 +84,7 @@ impl<I: Io> Shard<I> {
             }
         }
         stream.produced = true;
-        if stream.request().is_some() {
-            let request = stream.request_mut();
-            (request.scanner, request.rewriter) = (None, None);
-        }
+        stream.stop_scanning();
         if stream.phase != Phase::Finishing {
             stream.step(Step::ProducerDone);
         }

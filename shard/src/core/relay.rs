@@ -246,9 +246,7 @@ impl<I: Io> Shard<I> {
                         {
                             break Flow::Broken(end);
                         }
-                    } else if stream.fails_late()
-                        && let Some(error) = &mut stream.request_mut().late_error
-                    {
+                    } else if let Some(error) = stream.late_error_mut() {
                         let room = LATE_ERROR_BYTES_MAX.saturating_sub(error.len());
                         error.extend_from_slice(&piece[..piece.len().min(room)]);
                     } else {

@@ -273,6 +273,18 @@ impl Stream {
         }
     }
 
+    /// The body so far of a backend's error that came after an early commit.
+    pub(crate) fn late_error_mut(&mut self) -> Option<&mut Vec<u8>> {
+        self.request.as_mut()?.late_error.as_mut()
+    }
+
+    /// Nothing more of the request's body is looked at.
+    pub(crate) fn stop_scanning(&mut self) {
+        if let Some(request) = &mut self.request {
+            (request.scanner, request.rewriter) = (None, None);
+        }
+    }
+
     /// Whether a backend's error came after an early commit.
     pub(crate) fn fails_late(&self) -> bool {
         self.request().is_some_and(|request| request.late_error.is_some())
