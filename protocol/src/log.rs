@@ -466,26 +466,33 @@ impl Log {
         spare::give(segment.memory);
     }
 
-    /// What is delivered of a small segment becomes history, and the segment is free for the next append, of whatever log.
+    /// What is delivered of a small segment becomes history, and the segment is free for the next append, of whatever log. The
+    /// head of the answer does not: nobody begins before the first event.
     fn settle(&mut self) {
         let Some(kept) = &mut self.kept else { return };
         let settled = |last: &mut Segment| {
             last.memory.len() <= LOG_SETTLED_BYTES_MAX && last.filled > 0 && last.end() <= kept.floor
         };
         let Some(last) = self.last.take_if(settled) else { return };
-        let bytes = last.filled as usize;
-        if kept.history.as_ref().is_none_or(|history| history.room() < bytes) {
+        let head = if self.older.is_empty() && kept.history.is_none() {
+            kept.begin.saturating_sub(last.base).min(u64::from(last.filled))
+        } else {
+            0
+        };
+        let bytes = last.filled as usize - head as usize;
+        if bytes > 0 && kept.history.as_ref().is_none_or(|history| history.room() < bytes) {
             let before = kept.history.take();
             let size = before.as_ref().map_or(0, |before| before.memory.len());
             // A stream that is idle behind its first words holds no more memory than those need.
             let size = (size * 2).clamp(LOG_SEGMENT_FIRST_BYTES, LOG_SEGMENT_BYTES_MAX).max(bytes);
             self.older.extend(before);
-            let history = Segment::with_capacity(last.base, last.first_id, size);
+            let history = Segment::with_capacity(last.base + head, last.first_id, size);
             self.memory_bytes += history.memory.len();
             kept.history = Some(history);
         }
+        kept.start += head;
         if let Some(history) = &mut kept.history {
-            history.push_cells(&last.memory[..bytes]);
+            history.push_cells(&last.memory[head as usize..last.filled as usize]);
             if self.older.is_empty() {
                 let end = history.end();
                 kept.follow_first(Some(end));
