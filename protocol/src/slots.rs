@@ -3,21 +3,22 @@
 
 use crate::planted::{Bug, is_planted};
 use slab::Slab;
+use std::num::NonZeroU32;
 
 /// Names one use of one slot.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub struct Key {
     /// Index of the slot, `< capacity`.
     pub slot: u32,
-    /// Which use of the slot.
-    pub generation: u32,
+    /// Which use of the slot; never 0, so that the absence of a key takes no room.
+    pub generation: NonZeroU32,
 }
 
 /// A bounded slab with generations.
 #[derive(Debug)]
 pub struct Slots<T> {
-    entries: Slab<(u32, T)>,
-    generation: u32,
+    entries: Slab<(NonZeroU32, T)>,
+    generation: NonZeroU32,
     capacity: usize,
 }
 
@@ -25,7 +26,7 @@ impl<T> Slots<T> {
     /// At most `capacity` entries at a time; memory grows with use.
     pub fn new(capacity: usize) -> Self {
         assert!(capacity < u32::MAX as usize, "slot numbers are 32 bits");
-        Slots { entries: Slab::new(), generation: 0, capacity }
+        Slots { entries: Slab::new(), generation: NonZeroU32::MAX, capacity }
     }
 
     /// Entries in use.
@@ -60,8 +61,11 @@ impl<T> Slots<T> {
         (self.free() > 0).then(|| Key { slot, generation: self.next_generation() })
     }
 
-    fn next_generation(&self) -> u32 {
-        if is_planted(Bug::SlotReuse) { 1 } else { self.generation.wrapping_add(1) }
+    fn next_generation(&self) -> NonZeroU32 {
+        if is_planted(Bug::SlotReuse) {
+            return NonZeroU32::MIN;
+        }
+        self.generation.checked_add(1).unwrap_or(NonZeroU32::MIN)
     }
 
     /// The entry, unless this use of the slot is over.

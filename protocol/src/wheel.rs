@@ -6,6 +6,7 @@
 //! caller's clock.
 
 use slab::Slab;
+use std::num::NonZeroU32;
 
 const LEVELS: usize = 5;
 const SLOT_BITS: u32 = 6;
@@ -14,7 +15,14 @@ const NONE: u32 = u32::MAX;
 
 /// Names an armed timer until it fires or is removed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct TimerId(u32);
+// One above its index: so that the absence of one takes no room, of which each connection and stream has one.
+pub struct TimerId(NonZeroU32);
+
+impl TimerId {
+    fn index(self) -> u32 {
+        self.0.get() - 1
+    }
+}
 
 struct Timer<K> {
     key: K,
@@ -55,13 +63,13 @@ impl<K: Copy> Wheel<K> {
         let index = self.timers.insert(Timer { key, due_ms, level: 0, slot: 0, previous: NONE, next: NONE });
         let index = u32::try_from(index).unwrap_or(NONE);
         self.link(index);
-        TimerId(index)
+        TimerId(NonZeroU32::MIN.saturating_add(index))
     }
 
     /// Disarms a timer that has neither fired nor been removed.
     pub fn remove(&mut self, timer: TimerId) -> K {
-        self.unlink(timer.0);
-        self.timers.remove(timer.0 as usize).key
+        self.unlink(timer.index());
+        self.timers.remove(timer.index() as usize).key
     }
 
     /// When the wheel must be advanced next, in ms: the time of the first non-empty slot, which is the earliest timer's own

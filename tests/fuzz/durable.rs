@@ -5,6 +5,7 @@
 use protocol::durable::{Answer, Now, Offset, Progress, Reading, Reply, Request, Settings, Store};
 use protocol::http::{HeadLimits, header_slots, parse_request};
 use protocol::slots::Key;
+use std::num::NonZeroU32;
 
 /// Lines of requests. Between two requests stands a NUL.
 pub const WORDS: &[&str] = &[
@@ -105,7 +106,7 @@ fn ask(
     }
     let body = &body[..body.len().min(settings.body_bytes_max as usize)];
     let reply = match Request::parse(&head, settings) {
-        Ok(request) => store.handle(&request, body, Key { slot: number, generation: 0 }, now),
+        Ok(request) => store.handle(&request, body, Key { slot: number, generation: NonZeroU32::MIN }, now),
         Err(fault) => Reply::Answer(store.refuse(&fault)),
     };
     hear(store, reply, now)

@@ -6,6 +6,7 @@ use protocol::log::Log;
 use protocol::slots::Key;
 use shard::io::OpId;
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use table::{FORGOTTEN, Memory, OpTable, Owner, Sending};
 
 // The table is private to the ring, and stays so: its source is compiled in once more.
@@ -23,7 +24,10 @@ pub fn run(data: &[u8]) {
     while choices.any_left() {
         match choices.below(9) {
             0..=3 => {
-                let conn = Key { slot: u32::from(choices.byte()), generation: u32::from(choices.byte()) };
+                let conn = Key {
+                    slot: u32::from(choices.byte()),
+                    generation: NonZeroU32::MIN.saturating_add(choices.byte().into()),
+                };
                 let fd = i32::from(choices.byte()) - 1;
                 let (owner, memory) = match choices.below(6) {
                     0 => (Owner::Accept { listener: 1 }, Memory::Nothing),

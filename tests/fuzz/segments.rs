@@ -29,7 +29,7 @@ fn ask(store: &mut Store, line: &str, body: &[u8]) {
     let head = parse_request(text.as_bytes(), &mut slots, &HeadLimits::default());
     let head = head.expect("a request").expect("a whole one");
     let request = Request::parse(&head, &settings()).expect("a request of the protocol");
-    let reader = Key { slot: 0, generation: 1 };
+    let reader = Key { slot: 0, generation: std::num::NonZeroU32::MIN };
     assert!(
         matches!(store.handle(&request, body, reader, NOW), Reply::Answer(answer) if answer.status < 300)
     );

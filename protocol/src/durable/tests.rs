@@ -65,7 +65,7 @@ impl Dialogue {
 
     /// Who the last request would be woken as.
     pub(super) fn reader(&self) -> Key {
-        Key { slot: self.readers, generation: 1 }
+        Key { slot: self.readers, generation: std::num::NonZeroU32::MIN }
     }
 
     pub(super) fn ask(&mut self, line: &str, fields: &str, body: &[u8]) -> Heard {

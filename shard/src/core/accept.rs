@@ -100,7 +100,7 @@ impl<I: Io> Shard<I> {
                     neighbours.remind();
                 }
                 acceptor.resting = true;
-                self.wheel.insert(self.now_us / 1000 + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener));
+                self.wheel.insert(self.now_us / 1000 + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener as u32));
                 return;
             }
             if !std::mem::replace(&mut acceptor.paused, true) {
@@ -254,7 +254,7 @@ impl<I: Io> Shard<I> {
             return self.serve_moved(socket, *moved);
         }
         let tls = self.settings.listeners.get(listener).and_then(|listener| listener.tls);
-        let handshake = tls.map_or(Handshake::None, Handshake::Awaited);
+        let handshake = tls.map_or(Handshake::None, |server| Handshake::Awaited(server as u16));
         let mut conn = Conn::new(socket, Role::Client(Client { handshake, ..Client::default() }));
         let first_ms = match (tls, self.settings.tls_handshake_ms) {
             (Some(_), 0) => u32::MAX,
@@ -334,7 +334,7 @@ impl<I: Io> Shard<I> {
             acceptor.cancel(&mut self.io);
             acceptor.probing = true;
             if !std::mem::replace(&mut acceptor.resting, true) {
-                self.wheel.insert(now_ms + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener));
+                self.wheel.insert(now_ms + ACCEPT_RETRY_MS, TimerOf::Acceptor(listener as u32));
             }
             return;
         }

@@ -47,6 +47,7 @@ impl Stream {
     /// Whether the request is still whole in its log and may be sent again.
     pub(super) fn may_repeat(&self, retry_bytes_max: u64) -> bool {
         (self.answer == Answer::None || is_planted(Bug::RetryTooLate))
+            && self.request().is_some()
             && self.request_start() == 0
             && self.request_end() <= retry_bytes_max
     }
@@ -125,11 +126,11 @@ impl<I: Io> Shard<I> {
             conn.stream = Some(stream_key);
             conn.ledger = Ledger::default();
             conn.due_ms = u64::MAX;
+            conn.body = None;
             if let Some(backend) = conn.backend() {
-                self.pool.upstreams[backend.upstream].active += 1;
+                self.pool.upstreams[backend.upstream as usize].active += 1;
                 backend.answered = false;
                 backend.interim = 0;
-                backend.body = None;
             }
         }
         if let Some(stream) = self.streams.get_mut(stream_key) {
@@ -153,15 +154,14 @@ impl<I: Io> Shard<I> {
             return self.end_stream(key, End::NoUpstream);
         };
         let backend = Backend {
-            upstream,
-            address,
+            upstream: upstream as u32,
+            address: address as u16,
             served: 0,
             opened_ms: now_ms,
             answered: false,
             interim: 0,
-            body: None,
             keep_alive: false,
-            keep_alive_s: None,
+            keep_alive_s: u32::MAX,
             idle: false,
         };
         let Some(conn_key) = self.conns.next_key() else {
@@ -208,7 +208,7 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get_mut(key) else { return };
         conn.due_ms = u64::MAX;
         let Some(backend) = conn.backend() else { return };
-        let state = &mut self.pool.upstreams[backend.upstream];
+        let state = &mut self.pool.upstreams[backend.upstream as usize];
         (state.failures, state.resting_until_ms) = (0, 0);
         self.ready(key);
     }
@@ -219,7 +219,7 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get_mut(key) else { return };
         let stream = conn.stream;
         let Some(backend) = conn.backend() else { return };
-        let (upstream, address) = (backend.upstream, backend.address);
+        let (upstream, address) = (backend.upstream as usize, usize::from(backend.address));
         self.stats.counters.upstream_connect_errors += 1;
         let addresses = self.upstreams.upstreams.get(upstream).map_or(1, |upstream| upstream.addresses.len());
         let state = &mut self.pool.upstreams[upstream];
@@ -326,7 +326,7 @@ impl<I: Io> Shard<I> {
         let Some(stream) = conn.stream.take() else { return };
         let Some(backend) = conn.backend() else { return };
         if !is_planted(Bug::PermitLost) {
-            self.pool.upstreams[backend.upstream].active -= 1;
+            self.pool.upstreams[backend.upstream as usize].active -= 1;
         }
         if let Some(stream) = self.streams.get_mut(stream) {
             stream.backend = None;
@@ -344,15 +344,15 @@ impl<I: Io> Shard<I> {
             conn.state == State::Open && !conn.peer_fin && conn.held.is_empty() && conn.ops.send.is_none();
         let Some(backend) = conn.backend() else { return };
         // A backend that names its own patience is left a second before it runs out.
-        let promised_ms = backend.keep_alive_s.map_or(u64::MAX, |s| u64::from(s.saturating_sub(1)) * 1000);
+        let promised_ms = u64::from(backend.keep_alive_s.saturating_sub(1)) * 1000;
         let idle_ms = pool_idle_ms.min(promised_ms);
         if !reusable || !backend.keep_alive || leaving || idle_ms == 0 || self.settings.pool_idle_max == 0 {
             return self.join(key, Close::Orderly);
         }
         backend.idle = true;
         backend.served += 1;
-        backend.body = None;
-        let upstream = backend.upstream;
+        let upstream = backend.upstream as usize;
+        conn.body = None;
         conn.due_ms = now_ms + idle_ms;
         conn.receive_wanted = true;
         self.follow_receive(key);
@@ -371,7 +371,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn leave_pool(&mut self, key: Key, by_peer: bool) {
         if let Some(backend) = self.conns.get_mut(key).and_then(Conn::backend) {
             backend.idle = false;
-            let upstream = backend.upstream;
+            let upstream = backend.upstream as usize;
             self.pool.upstreams[upstream].idle.retain(|&idle| idle != key);
         }
         let counters = &mut self.stats.counters;
@@ -404,7 +404,7 @@ impl<I: Io> Shard<I> {
         if backend.idle {
             return self.leave_pool(key, true);
         }
-        let (reused, answered, upstream) = (backend.served > 0, backend.answered, backend.upstream);
+        let (reused, answered, upstream) = (backend.served > 0, backend.answered, backend.upstream as usize);
         let retry_bytes_max = self.settings.retry_bytes_max;
         let Some(stream_key) = stream_key else { return self.join(key, Close::Orderly) };
         let repeat = self.streams.get_mut(stream_key).is_some_and(|stream| {

@@ -32,7 +32,9 @@ impl<I: Io> Shard<I> {
             self.look_later(key);
         }
         let Some(conn) = self.conns.get(key) else { return };
-        let wait = conn.waiting > 0 || (conn.excess.0 == turn && conn.excess.1 >= PIECES_EXCESS_PER_TURN_MAX);
+        let this = turn as u32;
+        let wait = conn.waiting > 0
+            || (conn.excess.0 == this && u64::from(conn.excess.1) >= PIECES_EXCESS_PER_TURN_MAX);
         let handshaking = conn.is_handshaking();
         if wait || (handshaking && !self.handshakes.may_step(turn, TLS_HANDSHAKE_STEPS_PER_TURN_MAX)) {
             self.stats.counters.receives_deferred += 1;
@@ -42,8 +44,8 @@ impl<I: Io> Shard<I> {
         if excess > 0
             && let Some(conn) = self.conns.get_mut(key)
         {
-            let so_far = if conn.excess.0 == turn { conn.excess.1 } else { 0 };
-            conn.excess = (turn, so_far + excess);
+            let so_far = if conn.excess.0 == this { conn.excess.1 } else { 0 };
+            conn.excess = (this, so_far.saturating_add(excess.try_into().unwrap_or(u32::MAX)));
         }
     }
 

@@ -41,10 +41,10 @@ impl<I: Io> Shard<I> {
             State::Moving(_) => return conn.held.extend_from_slice(bytes),
             State::Lingering => {
                 let dropped = conn.client().map_or(0, |client| {
-                    client.dropped += bytes.len() as u64;
+                    client.dropped = client.dropped.saturating_add(bytes.len() as u32);
                     client.dropped
                 });
-                if dropped > LINGER_BYTES_MAX {
+                if u64::from(dropped) > LINGER_BYTES_MAX {
                     self.join(key, Close::Orderly);
                 }
                 return;
@@ -88,7 +88,7 @@ impl<I: Io> Shard<I> {
     fn hold(&mut self, key: Key, held: Vec<u8>, from: usize) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         if from < held.len() && matches!(conn.state, State::Open | State::Moving(_)) {
-            (conn.held, conn.held_from) = (held, from);
+            (conn.held, conn.held_from) = (held, from as u32);
         }
         self.held_grew(key);
     }
@@ -109,7 +109,7 @@ impl<I: Io> Shard<I> {
             if conn.state != State::Open {
                 return 0;
             }
-            let in_body = conn.client().is_some_and(|client| client.body.is_some());
+            let in_body = conn.body.is_some();
             match conn.stream {
                 None => match self.client_head(key, &mut input) {
                     Start::Begun => {}
@@ -297,9 +297,11 @@ impl<I: Io> Shard<I> {
             stream.append_response(b"HTTP/1.1 100 Continue\r\n\r\n", self.now_us);
             self.mark_dirty(key);
         }
-        if let Some(client) = self.conns.get_mut(key).and_then(super::conn::Conn::client) {
-            client.body = Some(BodyDecoder::new(head.framing, settings.body_bytes_max));
-            client.body_progress = BODY_PROGRESS_BYTES;
+        if let Some(conn) = self.conns.get_mut(key) {
+            conn.body = Some(BodyDecoder::new(head.framing, settings.body_bytes_max));
+            if let Some(client) = conn.client() {
+                client.body_progress = BODY_PROGRESS_BYTES;
+            }
         }
         self.follow_stream_timer(stream_key);
     }
@@ -396,8 +398,7 @@ impl<I: Io> Shard<I> {
     fn client_body(&mut self, key: Key, input: &mut &[u8]) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         let Some(stream_key) = conn.stream else { return };
-        let Some(client) = conn.client() else { return };
-        let Some(body) = &mut client.body else { return };
+        let Some(body) = &mut conn.body else { return };
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
         // An answer that is already complete wants no more of the request.
         let wanted = !stream.produced;
@@ -416,6 +417,7 @@ impl<I: Io> Shard<I> {
                 Err(refusal) => break Err(refusal),
             }
         };
+        let Some(client) = conn.client() else { return };
         client.body_progress = client.body_progress.saturating_sub(progress);
         if client.body_progress == 0 {
             client.body_progress = BODY_PROGRESS_BYTES;
@@ -432,7 +434,7 @@ impl<I: Io> Shard<I> {
                 }
                 let refused = wanted && stream.background == Background::Undecided;
                 if done {
-                    client.body = None;
+                    conn.body = None;
                     if refused {
                         stream.request_done = true;
                     } else if wanted {
@@ -454,7 +456,7 @@ impl<I: Io> Shard<I> {
                 self.follow_marks(stream_key);
             }
             Err(refusal) => {
-                client.body = None;
+                conn.body = None;
                 *input = &[];
                 self.refuse(stream_key, refusal);
             }
@@ -567,7 +569,7 @@ impl<I: Io> Shard<I> {
         let fin = conn.peer_fin;
         self.follow_conn_timer(key);
         if !held.is_empty() {
-            self.client_held_input(key, held, from);
+            self.client_held_input(key, held, from as usize);
         }
         let Some(conn) = self.conns.get(key) else { return };
         if conn.state != State::Open {

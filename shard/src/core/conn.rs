@@ -22,7 +22,7 @@ pub(crate) enum State {
     /// Everything was sent and FIN too; what still arrives is read and dropped, so that no RST destroys what was sent.
     Lingering,
     /// On its way to another shard, as soon as the kernel holds nothing of it.
-    Moving(usize),
+    Moving(u16),
     /// Shut; its operations are ending.
     Joining(Close),
 }
@@ -67,17 +67,21 @@ pub(crate) struct Conn<S> {
     pub(crate) stream: Option<Key>,
     /// Completions of its receive that wait for a later turn.
     pub(crate) waiting: u32,
+    /// `0 <= held_from <= held.len()`; less than the latter unless both are 0.
+    pub(crate) held_from: u32,
     /// Cursor into the stream's response (client) or request (backend).
     pub(crate) ledger: Ledger,
     /// When something was last received, ms.
     pub(crate) heard_ms: u64,
     /// When to look whether its peer has reset it, ms; `u64::MAX`: nothing came since the last look.
     pub(crate) look_ms: u64,
-    /// Excess pieces, of the turn with that number.
-    pub(crate) excess: (u64, u64),
+    /// Excess pieces, of the turn with that number (its lower bits).
+    pub(crate) excess: (u32, u32),
     /// It speaks TLS; none before a client's hello.
     pub(crate) tls: Option<Box<Tls>>,
     pub(crate) role: Role,
+    /// The request body (client) or response body (backend) under way; none before its head.
+    pub(crate) body: Option<BodyDecoder>,
     /// From `held_from` on: a partial head, or the start of pipelined requests.
     pub(crate) held: Vec<u8>,
     pub(crate) ops: Ops,
@@ -90,10 +94,7 @@ pub(crate) struct Conn<S> {
     /// When the send in flight was started, or was last seen to have made progress, ms.
     pub(crate) progress_ms: u64,
     /// What the peer had acknowledged at the last look; none before the first.
-    pub(crate) acknowledged: Option<u64>,
-
-    /// `0 <= held_from <= held.len()`; less than the latter unless both are 0.
-    pub(crate) held_from: usize,
+    pub(crate) acknowledged: Maybe,
     /// Memory of it beyond the connection's share, bytes.
     pub(crate) drawn: u64,
 }
@@ -112,9 +113,9 @@ pub(crate) enum Handshake {
     #[default]
     None,
     /// Its hello is to come, on a listener with that configuration.
-    Awaited(usize),
+    Awaited(u16),
     /// Its hello waits until there is room for one more handshake.
-    Waiting(usize),
+    Waiting(u16),
     /// Under way.
     Active,
 }
@@ -122,8 +123,6 @@ pub(crate) enum Handshake {
 /// The client's side of a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Client {
-    /// The request body under way.
-    pub(crate) body: Option<BodyDecoder>,
     /// Body bytes until the body deadline is renewed.
     pub(crate) body_progress: u32,
     /// Requests begun.
@@ -138,33 +137,59 @@ pub(crate) struct Client {
     /// Shards that its request was moved on from, or that were passed over, in their order.
     pub(crate) hops: u16,
     /// The shard that it was moved here from.
-    pub(crate) moved_from: Option<usize>,
+    pub(crate) moved_from: Option<u16>,
     /// Bytes dropped while lingering.
-    pub(crate) dropped: u64,
+    pub(crate) dropped: u32,
 }
 
 /// The backend's side of a connection.
 #[derive(Debug)]
 pub(crate) struct Backend {
     /// Index in the upstream set.
-    pub(crate) upstream: usize,
+    pub(crate) upstream: u32,
     /// Which of its addresses.
-    pub(crate) address: usize,
+    pub(crate) address: u16,
     /// Requests sent before the one under way.
     pub(crate) served: u32,
     pub(crate) opened_ms: u64,
     /// Bytes of the response under way were received.
     pub(crate) answered: bool,
     /// Interim responses seen.
-    pub(crate) interim: u32,
-    /// The response body under way; none before its head.
-    pub(crate) body: Option<BodyDecoder>,
+    pub(crate) interim: u8,
     /// The backend allows another request.
     pub(crate) keep_alive: bool,
-    /// Its own promise of how long it waits for one, s.
-    pub(crate) keep_alive_s: Option<u32>,
+    /// Its own promise of how long it waits for one, s; `u32::MAX`: none.
+    pub(crate) keep_alive_s: u32,
     /// In the pool.
     pub(crate) idle: bool,
+}
+
+const _: () = assert!(size_of::<Conn<u32>>() <= 256, "every stream has two, and every reader one");
+
+/// A number, or none, in the room of a number. `u64::MAX` counts as one less.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Maybe(u64);
+
+impl Maybe {
+    pub(crate) const NONE: Maybe = Maybe(u64::MAX);
+
+    pub(crate) fn some(number: u64) -> Self {
+        Maybe(number.min(u64::MAX - 1))
+    }
+
+    pub(crate) fn get(self) -> Option<u64> {
+        (self != Maybe::NONE).then_some(self.0)
+    }
+
+    pub(crate) fn take(&mut self) -> Option<u64> {
+        std::mem::replace(self, Maybe::NONE).get()
+    }
+}
+
+impl From<Option<u64>> for Maybe {
+    fn from(number: Option<u64>) -> Self {
+        number.map_or(Maybe::NONE, Maybe::some)
+    }
 }
 
 impl<S> Conn<S> {
@@ -174,6 +199,7 @@ impl<S> Conn<S> {
             state: State::Open,
             tls: None,
             role,
+            body: None,
             stream: None,
             ledger: Ledger::default(),
             ops: Ops::default(),
@@ -193,19 +219,19 @@ impl<S> Conn<S> {
             due_ms: u64::MAX,
             progress_ms: 0,
             stall_check_ms: u64::MAX,
-            acknowledged: None,
+            acknowledged: Maybe::NONE,
         }
     }
 
     /// What was received and not yet looked at.
     pub(crate) fn held(&self) -> &[u8] {
-        &self.held[self.held_from..]
+        &self.held[self.held_from as usize..]
     }
 
     /// Takes it out, from its start.
     pub(crate) fn take_held(&mut self) -> Vec<u8> {
         let mut held = std::mem::take(&mut self.held);
-        held.drain(..std::mem::take(&mut self.held_from));
+        held.drain(..std::mem::take(&mut self.held_from) as usize);
         held
     }
 

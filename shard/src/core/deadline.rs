@@ -3,7 +3,7 @@
 //! Each has one timer, armed for the earliest of its deadlines. A deadline that moves later (every token moves one) does not
 //! touch the wheel: the timer fires at its old time, finds nothing due, and is armed again.
 
-use super::conn::{Conn, Role, State};
+use super::conn::{Conn, Maybe, Role, State};
 use super::stream::{Answer, Stream};
 use super::{Shard, TimerOf};
 use crate::io::{Close, Io};
@@ -59,7 +59,7 @@ impl<I: Io> Shard<I> {
             match whose {
                 TimerOf::Conn(key) => self.conn_timer_fired(key),
                 TimerOf::Stream(key) => self.stream_timer_fired(key),
-                TimerOf::Acceptor(listener) => self.accept_rested(listener),
+                TimerOf::Acceptor(listener) => self.accept_rested(listener as usize),
                 TimerOf::Handshakes => self.admit_handshakes(),
                 // They are looked at in every turn.
                 TimerOf::Moves => {}
@@ -94,9 +94,9 @@ impl<I: Io> Shard<I> {
         if conn.ops.send.is_none() || conn.stall_check_ms > now_ms || stall_ms == 0 {
             return false;
         }
-        let acknowledged = self.io.acknowledged(conn.socket);
+        let acknowledged = Maybe::from(self.io.acknowledged(conn.socket));
         let Some(conn) = self.conns.get_mut(key) else { return false };
-        if conn.acknowledged.is_some() && conn.acknowledged != acknowledged {
+        if conn.acknowledged.get().is_some() && conn.acknowledged != acknowledged {
             conn.progress_ms = now_ms;
         }
         conn.acknowledged = acknowledged;

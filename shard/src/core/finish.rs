@@ -67,7 +67,7 @@ impl<I: Io> Shard<I> {
                     let late = stream.late_error_mut().map(std::mem::take).unwrap_or_default();
                     let own_words = end == End::UpstreamStatus
                         && write_late_error(stream.dialect, &late, &mut self.scratch);
-                    let next = stream.sequence_number.map(|last| last + 1);
+                    let next = stream.sequence_number.get().map(|last| last + 1);
                     if !own_words {
                         stream.dialect.write_error_event_numbered(&end.fault(), next, &mut self.scratch);
                     }
@@ -265,7 +265,7 @@ impl<I: Io> Shard<I> {
                 upstream: description.upstream.map(|upstream| upstream as u16),
                 events: stream.events_sent,
                 sent_bytes,
-                first_token_us: stream.first_token_us,
+                first_token_us: stream.first_token_us.get(),
                 duration_us,
             })));
         }

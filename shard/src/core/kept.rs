@@ -112,6 +112,8 @@ pub(super) struct Source {
     pub(super) found_by_id: bool,
     /// Waits to be told that id.
     pub(super) waiter: Option<Key>,
+    /// The model that its request named.
+    pub(super) model: Option<Box<str>>,
     /// When it is over: what is remembered of a response in background.
     pub(super) notes: Option<Box<Notes>>,
 }
@@ -153,6 +155,7 @@ impl Source {
             background: false,
             found_by_id: false,
             waiter: None,
+            model: None,
             notes: None,
         }
     }

@@ -3,6 +3,7 @@
 
 use super::Shard;
 use super::kept::{Source, numbered};
+use super::stream::Stream;
 use crate::io::Io;
 use crate::listing::{Inquiry, KeptStream, Page, Place};
 use protocol::fault::write_json_string;
@@ -96,7 +97,7 @@ impl<I: Io> Shard<I> {
             },
             end: source.end,
             dialect: source.dialect.name(),
-            model: producer.and_then(|stream| stream.model()).map(str::to_owned),
+            model: producer.and_then(Stream::model).or(source.model.as_deref()).map(str::to_owned),
             on_leave: self.resume_of_source(source)?.on_leave,
             background: source.background,
             earliest_event_id,

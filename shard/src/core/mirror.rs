@@ -112,7 +112,9 @@ impl<I: Io> Shard<I> {
     /// A client that was moved here begins to read: if its stream has readers enough, the shard it came from is given a mirror.
     pub(super) fn mirror_for(&mut self, source_key: Key, client: Key) {
         let moved_from = self.conns.get_mut(client).and_then(|conn| conn.client()?.moved_from.take());
-        let (Some(shard), enough) = (moved_from, self.settings.mirror_readers) else { return };
+        let (Some(shard), enough) = (moved_from.map(usize::from), self.settings.mirror_readers) else {
+            return;
+        };
         let Some(source) = self.kept.sources.get(source_key) else { return };
         let wanted = enough > 0
             && source.readers.len() > enough

@@ -71,7 +71,7 @@ pub enum Sleepy {
 enum TimerOf {
     Conn(Key),
     Stream(Key),
-    Acceptor(usize),
+    Acceptor(u32),
     Handshakes,
     Moves,
     /// Letters to other shards found no room.

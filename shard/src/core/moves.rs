@@ -82,7 +82,7 @@ impl<I: Io> Shard<I> {
     /// A client leaves for another shard as soon as the kernel holds nothing of it.
     pub(super) fn begin_move(&mut self, key: Key, to: usize) {
         let Some(conn) = self.conns.get_mut(key) else { return };
-        conn.state = State::Moving(to);
+        conn.state = State::Moving(to as u16);
         conn.receive_wanted = false;
         (conn.due_ms, conn.look_ms) = (u64::MAX, u64::MAX);
         if let Some(op) = conn.ops.hangup {
@@ -103,6 +103,7 @@ impl<I: Io> Shard<I> {
         for key in std::mem::take(&mut self.moves.clients) {
             let Some(conn) = self.conns.get(key) else { continue };
             let State::Moving(to) = conn.state else { continue };
+            let to = usize::from(to);
             let open = self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_open(to));
             if !conn.ops.none() || conn.waiting > 0 || conn.tls.as_ref().is_some_and(|tls| tls.has_unsent()) {
                 self.moves.clients.push(key);
@@ -171,8 +172,14 @@ impl<I: Io> Shard<I> {
     /// Serves a client that comes with a request of its own.
     pub(super) fn serve_moved(&mut self, socket: I::Socket, moved: Moved) {
         let Moved { held, tls, peer_fin, requests, refused, hops, from } = moved;
-        let client =
-            Client { requests, refused, hops, moved_from: Some(from), at_home: true, ..Client::default() };
+        let client = Client {
+            requests,
+            refused,
+            hops,
+            moved_from: Some(from as u16),
+            at_home: true,
+            ..Client::default()
+        };
         let mut conn = Conn::new(socket, Role::Client(client));
         conn.tls = tls.map(|tls| Box::new(Tls::from(tls)));
         conn.due_ms = self.now_ms() + u64::from(self.idle_ms());

@@ -2,6 +2,7 @@
 //! the log of the stream that it reads, which is the same memory for all. One whose next bytes the window has dropped finishes
 //! what it was lent, which ends between two events, and is told there.
 
+use super::conn::Maybe;
 use super::kept::Source;
 use super::stream::Stream;
 use super::{Shard, TimerOf};
@@ -19,7 +20,7 @@ use std::hint::black_box;
 pub(crate) struct Reader {
     pub(super) source: Key,
     /// Where among the source's readers.
-    pub(super) place: usize,
+    pub(super) place: u32,
     /// Next byte of the source's log to be lent.
     pub(super) at: u64,
     /// Of what was lent of it, which ends between two events: what is not confirmed, or with TLS not sealed.
@@ -33,7 +34,7 @@ pub(crate) struct Reader {
     /// When it began, or was last told of a gap, ms.
     pub(super) began_ms: u64,
     /// Of one that shares a tail: its position in the durable stream behind what it was lent, if that ends between two events.
-    pub(super) behind: Option<u64>,
+    pub(super) behind: Maybe,
 }
 
 impl Reader {
@@ -89,7 +90,7 @@ impl<I: Io> Shard<I> {
                     let behind = self.position_behind(source, at + range.len() as u64);
                     let reader = self.streams.get_mut(key)?.reader.as_mut()?;
                     reader.at += range.len() as u64;
-                    (reader.lent, reader.behind) = (Some(range), behind);
+                    (reader.lent, reader.behind) = (Some(range), behind.into());
                 }
                 Supply::Later => return None,
                 Supply::Over(end) => {
@@ -241,8 +242,8 @@ impl<I: Io> Shard<I> {
     /// A reader's stream is over, for whatever reason.
     pub(super) fn reader_left(&mut self, reader: &Reader) {
         let Some(source) = self.kept.sources.get_mut(reader.source) else { return };
-        source.readers.swap_remove(reader.place);
-        if let Some(&moved) = source.readers.get(reader.place)
+        source.readers.swap_remove(reader.place as usize);
+        if let Some(&moved) = source.readers.get(reader.place as usize)
             && let Some(moved) = self.streams.get_mut(moved).and_then(|stream| stream.reader.as_mut())
         {
             moved.place = reader.place;
@@ -480,7 +481,7 @@ impl<I: Io> Shard<I> {
             }
             for (place, &reader) in source.readers.iter().enumerate() {
                 let known = self.streams.get(reader).and_then(|stream| stream.reader.as_ref());
-                if known.is_none_or(|reader| reader.source != key || reader.place != place) {
+                if known.is_none_or(|reader| reader.source != key || reader.place as usize != place) {
                     return Err(format!("reader {place} does not know its place"));
                 }
             }

@@ -2,7 +2,7 @@
 
 use super::Shard;
 use super::background::note;
-use super::conn::{Conn, State};
+use super::conn::{Conn, Maybe, State};
 use super::stream::{Answer, Stream};
 use crate::io::Io;
 use protocol::cors;
@@ -12,6 +12,7 @@ use protocol::http::{
     BodyDecoder, ClientHead, Framing, Piece, ResponseHead, Version, header_slots, parse_response,
     write_client_response, write_own_response_head,
 };
+use protocol::ledger::Ledger;
 use protocol::limits::{INTERIM_RESPONSES_MAX, LATE_ERROR_BYTES_MAX};
 use protocol::phase::{End, Phase, Step};
 use protocol::planted::{Bug, is_planted};
@@ -72,7 +73,7 @@ impl<I: Io> Shard<I> {
             return self.leave_pool(key, true);
         }
         let reused = conn.backend().is_some_and(|backend| backend.served > 0);
-        if reused && conn.ledger.sent() == 0 && conn.ledger.may_lend() {
+        if reused && conn.body.is_none() && conn.ledger.sent() == 0 && conn.ledger.may_lend() {
             // It was taken out of the pool in this turn, and not a byte of the request has left yet.
             self.stats.counters.upstream_surplus += 1;
             return self.backend_lost(key, End::UpstreamMalformed);
@@ -101,8 +102,7 @@ impl<I: Io> Shard<I> {
         loop {
             let Some(conn) = self.conns.get_mut(key) else { return };
             let Some(stream) = conn.stream else { return };
-            let Some(backend) = conn.backend() else { return };
-            if backend.body.is_some() {
+            if conn.body.is_some() {
                 return self.backend_body(key, stream, input);
             }
             let Some(head_only) = self.streams.get(stream).map(|stream| stream.head_only) else { return };
@@ -129,19 +129,20 @@ impl<I: Io> Shard<I> {
         let now_us = self.now_us;
         let leaving = self.leaving != super::Leaving::No;
         let unix_time_s = self.unix_time_s();
-        let Some(backend) = self.conns.get_mut(key).and_then(Conn::backend) else { return false };
+        let Some(conn) = self.conns.get_mut(key) else { return false };
+        let Some(backend) = conn.backend() else { return false };
         if (100..200).contains(&head.status) {
             backend.interim += 1;
             // 101 answers an Upgrade that was never forwarded.
-            if head.status == 101 || backend.interim > INTERIM_RESPONSES_MAX {
+            if head.status == 101 || u32::from(backend.interim) > INTERIM_RESPONSES_MAX {
                 self.end_stream(stream_key, End::UpstreamMalformed);
                 return false;
             }
             return true;
         }
-        backend.body = Some(BodyDecoder::new(head.framing, u64::MAX));
         backend.keep_alive = head.keep_alive && head.framing != Framing::UntilClose;
-        backend.keep_alive_s = head.keep_alive_timeout_s;
+        backend.keep_alive_s = head.keep_alive_timeout_s.unwrap_or(u32::MAX);
+        conn.body = Some(BodyDecoder::new(head.framing, u64::MAX));
         let Some(stream) = self.streams.get_mut(stream_key) else { return false };
         let events = head.event_stream && head.status == 200 && head.framing != Framing::None;
         // Nothing of the request will be sent again.
@@ -218,23 +219,46 @@ impl<I: Io> Shard<I> {
             // An ordinary body has no tokens, even if an event stream was asked for.
             stream.token_due_ms = u64::MAX;
         }
-        if events && stream.token_due_ms == u64::MAX && stream.first_token_us.is_none() {
+        if events && stream.token_due_ms == u64::MAX && stream.first_token_us.get().is_none() {
             // The request did not say that it would stream; its answer does.
             let first_token_ms = self.settings.routes[stream.route].deadlines.first_token_ms;
             if first_token_ms > 0 {
                 stream.token_due_ms = stream.asked_us / 1000 + u64::from(first_token_ms);
             }
         }
+        if events {
+            self.forget_request(key, stream_key);
+        }
         self.appended(stream_key);
         self.follow_stream_timer(stream_key);
         true
+    }
+
+    /// Once a model begins to answer, nothing of the request is needed any more, if it has all of it.
+    fn forget_request(&mut self, key: Key, stream_key: Key) {
+        let (Some(conn), Some(stream)) = (self.conns.get_mut(key), self.streams.get_mut(stream_key)) else {
+            return;
+        };
+        let sent = conn.ledger.may_lend() && conn.ledger.lag(stream.request_end()) == 0;
+        let owned = stream
+            .request()
+            .is_none_or(|request| request.waits_for.is_some() || request.late_error.is_some());
+        if !sent || owned || !stream.request_done || is_planted(Bug::RetryTooLate) {
+            return;
+        }
+        let model = stream.forget_request();
+        if let Some(source) = stream.source.and_then(|source| self.kept.sources.get_mut(source)) {
+            source.model = model;
+        }
+        // It counted the bytes of a log that is no more.
+        conn.ledger = Ledger::default();
     }
 
     /// Takes bytes of a body as far as they go.
     fn backend_body(&mut self, key: Key, stream_key: Key, mut input: &[u8]) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         let Some(stream) = self.streams.get_mut(stream_key) else { return };
-        let Some(body) = conn.backend().and_then(|backend| backend.body.as_mut()) else { return };
+        let Some(body) = conn.body.as_mut() else { return };
         let first_token = stream.first_token_us;
         let flow = loop {
             match body.next(&mut input) {
@@ -306,8 +330,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn backend_fin(&mut self, key: Key) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         let Some(stream_key) = conn.stream else { return self.backend_lost(key, End::UpstreamTruncated) };
-        let Some(backend) = conn.backend() else { return };
-        match &backend.body {
+        match &conn.body {
             None => self.backend_lost(key, End::UpstreamTruncated),
             Some(body) if body.eof_is_end() => {
                 let open_ended = conn.is_cut();
@@ -449,7 +472,7 @@ pub(super) fn relay_event(
     stats: &mut crate::stats::Stats,
 ) {
     stats.counters.pieces += 1;
-    let meaning = match stream.first_token_us {
+    let meaning = match stream.first_token_us.get() {
         None => stream.dialect.meaning(block),
         Some(_) => stream.dialect.meaning_after_first_token(block),
     };
@@ -460,8 +483,8 @@ pub(super) fn relay_event(
     let ended = stream.end_mark;
     if stream.note_event(meaning) {
         if meaning == Meaning::Token {
-            if stream.first_token_us.is_none() {
-                stream.first_token_us = Some(now_us - stream.asked_us);
+            if stream.first_token_us.get().is_none() {
+                stream.first_token_us = Maybe::some(now_us - stream.asked_us);
                 stream.token_due_ms = u64::MAX;
                 stats.histograms.first_token_us.saturating_record(now_us - stream.asked_us);
                 if stream.phase == Phase::AwaitFirstToken {
@@ -480,7 +503,8 @@ pub(super) fn relay_event(
         stream.finish_due_ms = if finish_ms == 0 { u64::MAX } else { now_us / 1000 + u64::from(finish_ms) };
     }
     if stream.dialect == Dialect::Responses {
-        stream.sequence_number = stream.dialect.sequence_number(block).or(stream.sequence_number);
+        stream.sequence_number =
+            stream.dialect.sequence_number(block).map_or(stream.sequence_number, Maybe::some);
     }
     stats.counters.events += u64::from(block.dispatches);
     stream.events_sent += u64::from(block.dispatches);

@@ -2,6 +2,7 @@
 //! a reader as well, so that neither can hold up the other.
 
 use super::Shard;
+use super::conn::Maybe;
 use super::kept::{Source, numbered, push_id_line};
 use super::reader::Reader;
 use super::relay::{EVENT_STREAM_HEADERS, ExtraLines};
@@ -173,14 +174,14 @@ impl<I: Io> Shard<I> {
         stream.step(Step::FirstToken);
         stream.reader = Some(Box::new(Reader {
             source: source_key,
-            place,
+            place: place as u32,
             at,
             lent: None,
             own_at: 0,
             own_lent: false,
             waits: !may_begin,
             began_ms: now_ms,
-            behind: None,
+            behind: Maybe::NONE,
         }));
         let client = stream.client;
         self.stats.counters.mirror_reads += u64::from(mirror);
@@ -219,14 +220,14 @@ impl<I: Io> Shard<I> {
         stream.description = producer.split_description();
         stream.reader = Some(Box::new(Reader {
             source: source_key,
-            place: source.readers.len(),
+            place: source.readers.len() as u32,
             at,
             lent,
             own_at: 0,
             own_lent: false,
             waits: false,
             began_ms: now_us / 1000,
-            behind: None,
+            behind: Maybe::NONE,
         }));
         let Ok(reader_key) = self.streams.insert(stream) else { return };
         source.readers.push(reader_key);

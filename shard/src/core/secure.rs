@@ -1,7 +1,7 @@
 //! TLS on connections of both sides: hellos, handshakes and their bound, what was decrypted on its way to HTTP, batches on
 //! their way to the socket, and how it ends: with `close_notify`, with an alert, or cut.
 
-use super::conn::{Conn, Handshake, Role, State};
+use super::conn::{Conn, Handshake, Maybe, Role, State};
 use super::{Shard, TimerOf};
 use crate::io::{Close, Confirm, Errno, Half, Io};
 use crate::mesh::{Report, TlsFailure};
@@ -109,9 +109,9 @@ impl<I: Io> Shard<I> {
                     return self.refuse_plain(key, bytes);
                 }
                 if bytes[0] == HELLO_BYTE && !self.may_begin_handshake() {
-                    return self.delay_handshake(key, server, bytes);
+                    return self.delay_handshake(key, usize::from(server), bytes);
                 }
-                self.begin_handshake(key, server, bytes);
+                self.begin_handshake(key, usize::from(server), bytes);
             }
         }
     }
@@ -153,7 +153,7 @@ impl<I: Io> Shard<I> {
 
     fn is_waiting_to_begin(&mut self, key: Key) -> Option<usize> {
         match self.conns.get_mut(key)?.client()?.handshake {
-            Handshake::Waiting(server) => Some(server),
+            Handshake::Waiting(server) => Some(usize::from(server)),
             _ => None,
         }
     }
@@ -164,7 +164,7 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get_mut(key) else { return };
         conn.held.extend_from_slice(bytes);
         if let Some(client) = conn.client() {
-            client.handshake = Handshake::Waiting(server);
+            client.handshake = Handshake::Waiting(server as u16);
         }
         self.handshakes.waiting.push_back(key);
         self.want_receive(key, false);
@@ -307,7 +307,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn begin_upstream_tls(&mut self, key: Key) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         let Some(backend) = conn.backend() else { return };
-        let upstream = self.upstreams.upstreams.get(backend.upstream);
+        let upstream = self.upstreams.upstreams.get(backend.upstream as usize);
         let Some(how) = upstream.and_then(|upstream| upstream.tls.as_ref()) else {
             return self.stands(key);
         };
@@ -376,7 +376,7 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get(key) else { return };
         let upstream = match &conn.role {
             Role::Client(_) => None,
-            Role::Backend(backend) => Some(backend.upstream),
+            Role::Backend(backend) => Some(backend.upstream as usize),
         };
         let peer = self.io.peer(conn.socket);
         self.reports.push_back(Report::TlsFailed(Box::new(TlsFailure { upstream, peer, error })));
@@ -441,7 +441,7 @@ impl<I: Io> Shard<I> {
         conn.deferred = confirm == Confirm::Deferred;
         conn.ops.send = Some(self.io.send(key, conn.socket, range, confirm));
         conn.progress_ms = self.now_us / 1000;
-        conn.acknowledged = None;
+        conn.acknowledged = Maybe::NONE;
         self.follow_conn_timer(key);
         true
     }

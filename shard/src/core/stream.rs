@@ -1,6 +1,7 @@
 //! A stream: one request and its answer. Its request log feeds the backend, its response log feeds the client; this file
 //! holds what a stream knows and how bytes get into its logs, ready for the wire.
 
+use super::conn::Maybe;
 use super::durable::Durable;
 use super::reader::Reader;
 use crate::settings::OnLeave;
@@ -98,18 +99,16 @@ pub(crate) struct Stream {
     /// When something was last appended for the client, ms.
     pub(crate) spoke_ms: u64,
     /// When the oldest byte not yet lent was appended.
-    pub(crate) pending_since_us: Option<u64>,
+    pub(crate) pending_since_us: Maybe,
     /// The same of the bytes lent.
     pub(crate) lent_since_us: u64,
-    pub(crate) first_token_us: Option<u64>,
+    pub(crate) first_token_us: Maybe,
     /// Events appended.
     pub(crate) events_sent: u64,
     /// Memory beyond the stream's share, bytes.
     pub(crate) drawn: u64,
     /// Memory of what is kept of it, accounted for, bytes.
     pub(crate) charged: u64,
-    /// Its source is told what is appended: somebody reads it by its id, or did, or it goes on to its end without a reader.
-    pub(crate) followed: bool,
     /// Those who know its id find it there.
     pub(crate) source: Option<Key>,
     /// It reads another stream.
@@ -120,6 +119,8 @@ pub(crate) struct Stream {
     pub(crate) answer: Answer,
     pub(crate) client: Option<Key>,
     pub(crate) backend: Option<Key>,
+    /// Its source is told what is appended: somebody reads it by its id, or did, or it goes on to its end without a reader.
+    pub(crate) followed: bool,
     pub(crate) dialect: Dialect,
     pub(crate) phase: Phase,
     pub(crate) version: Version,
@@ -166,7 +167,7 @@ pub(crate) struct Stream {
     /// A request of the Durable Streams protocol.
     pub(crate) durable: Option<Box<Durable>>,
     /// The `sequence_number` of the last event that had one (Responses).
-    pub(crate) sequence_number: Option<u64>,
+    pub(crate) sequence_number: Maybe,
     /// None where nothing of it is needed any more: a reader's.
     request: Option<Box<Request>>,
     pub(crate) description: Option<Box<Description>>,
@@ -178,7 +179,7 @@ pub(crate) struct Stream {
 }
 
 const _: () =
-    assert!(size_of::<Stream>() <= 480, "every reader has one, and what each event needs must lie together");
+    assert!(size_of::<Stream>() <= 400, "every reader has one, and what each event needs must lie together");
 
 impl Stream {
     pub(crate) fn new(client: Key, route: usize, dialect: Dialect, version: Version, now_us: u64) -> Self {
@@ -214,7 +215,7 @@ impl Stream {
             end: None,
             paused: false,
             upload_paused: false,
-            sequence_number: None,
+            sequence_number: Maybe::NONE,
             events_sent: 0,
             cors: None,
             drawn: 0,
@@ -224,9 +225,9 @@ impl Stream {
             reader: None,
             started_us: now_us,
             asked_us: now_us,
-            first_token_us: None,
+            first_token_us: Maybe::NONE,
             last_token_us: now_us,
-            pending_since_us: None,
+            pending_since_us: Maybe::NONE,
             lent_since_us: now_us,
             spoke_ms: now_us / 1000,
             phase_due_ms: u64::MAX,
@@ -246,14 +247,14 @@ impl Stream {
         self.request.get_or_insert_default()
     }
 
-    /// Nothing of the request is needed any more, but what the access log wants to know.
-    pub(crate) fn forget_request(&mut self) {
-        if let Some(request) = self.request.take()
-            && let Some(description) = &mut self.description
-        {
-            description.model = request.facts.model.or(description.model.take());
+    /// Nothing of the request is needed any more, but what the access log wants to know. Gives the model that it named.
+    pub(crate) fn forget_request(&mut self) -> Option<Box<str>> {
+        let request = self.request.take()?;
+        if let Some(description) = &mut self.description {
+            description.model = request.facts.model.clone().or(description.model.take());
             description.upstream = request.upstream.or(description.upstream);
         }
+        request.facts.model
     }
 
     /// Bytes of the request for the backend so far.
@@ -358,7 +359,9 @@ impl Stream {
     }
 
     fn spoke(&mut self, now_us: u64) {
-        self.pending_since_us.get_or_insert(now_us);
+        if self.pending_since_us == Maybe::NONE {
+            self.pending_since_us = Maybe::some(now_us);
+        }
         self.spoke_ms = now_us / 1000;
     }
 

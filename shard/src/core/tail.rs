@@ -8,6 +8,7 @@
 //! A tail is a stream without a client, which is itself a reader of the store and fills its log; those who share it are its
 //! readers, as of any stream that is read by its id (`reader`). It is made for the second, and goes with the last.
 
+use super::conn::Maybe;
 use super::durable::Durable;
 use super::kept::Source;
 use super::stream::{Answer, Stream};
@@ -146,14 +147,14 @@ impl<I: Io> Shard<I> {
         stream.forget_request();
         stream.reader = Some(Box::new(super::reader::Reader {
             source: source_key,
-            place: source.readers.len(),
+            place: source.readers.len() as u32,
             at: end,
             lent: None,
             own_at: conn.ledger.sent(),
             own_lent: conn.ledger.in_flight() > 0,
             waits: false,
             began_ms: 0,
-            behind: at,
+            behind: at.into(),
         }));
         source.readers.push(key);
         self.stats.counters.durable_shared += 1;
@@ -196,9 +197,9 @@ impl<I: Io> Shard<I> {
             durable.shared_bytes += conn.ledger.sent() - reader.own_at;
             conn.ledger = Ledger::at(reader.own_at);
         }
-        stream.pending_since_us = Some(now_us);
+        stream.pending_since_us = Maybe::some(now_us);
         self.stats.counters.durable_parted += 1;
-        if let Some(behind) = reader.behind {
+        if let Some(behind) = reader.behind.get() {
             durable.end_sharing(self.durable.store.part(shared, behind, key));
             self.reader_left(&reader);
             self.durable_fill(key);

@@ -2,7 +2,7 @@
 //! pause and resume the other side, and the three steps in which a connection ends.
 
 use super::Shard;
-use super::conn::{Handshake, Role, State};
+use super::conn::{Handshake, Maybe, Role, State};
 use crate::io::{Close, Confirm, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
 use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, RESET_LOOK_MS, RESET_LOOK_STEP_MS, STALL_CHECKS};
@@ -233,7 +233,7 @@ impl<I: Io> Shard<I> {
         let stall_ms = u64::from(self.settings.routes[stream.route].deadlines.write_stall_ms);
         conn.progress_ms = self.now_us / 1000;
         conn.stall_check_ms = stall_check_ms(conn.progress_ms, stall_ms);
-        conn.acknowledged = None;
+        conn.acknowledged = Maybe::NONE;
         if client {
             stream.lent_since_us = stream.pending_since_us.take().unwrap_or(self.now_us);
         }
@@ -258,7 +258,7 @@ impl<I: Io> Shard<I> {
         conn.ops.send = Some(self.io.send(key, conn.socket, range, confirm));
         conn.progress_ms = self.now_us / 1000;
         conn.stall_check_ms = stall_check_ms(conn.progress_ms, stall_ms);
-        conn.acknowledged = None;
+        conn.acknowledged = Maybe::NONE;
         self.follow_conn_timer(key);
     }
 
@@ -323,9 +323,9 @@ impl<I: Io> Shard<I> {
                 let relayed_us = taken_us.saturating_sub(stream.lent_since_us);
                 self.stats.histograms.relay_us.saturating_record(relayed_us);
             }
-            if stream.response.end() > sent && stream.pending_since_us.is_none() {
+            if stream.response.end() > sent && stream.pending_since_us == Maybe::NONE {
                 // The rest of a longer backlog: it was appended no later than now.
-                stream.pending_since_us = Some(now_us);
+                stream.pending_since_us = Maybe::some(now_us);
             }
         } else if !reused || !stream.may_repeat(self.settings.retry_bytes_max) {
             // Only a reused connection may have been closed by its backend before it saw the request.

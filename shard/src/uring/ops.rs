@@ -5,6 +5,7 @@ use crate::io::OpId;
 use protocol::log::Lent;
 use protocol::slots::{Key, Slots};
 use std::cell::Cell;
+use std::num::NonZeroU32;
 use std::os::fd::RawFd;
 
 /// Marks the completions of deferred sends: a bit of an id that no slot number reaches.
@@ -150,12 +151,14 @@ impl OpTable {
 
 // Slot numbers count from 1 in an id, so that no id is `FORGOTTEN` whatever the generation.
 fn id_of(key: Key) -> OpId {
-    OpId::new(u64::from(key.generation) << 32 | u64::from(key.slot + 1))
+    OpId::new(u64::from(key.generation.get()) << 32 | u64::from(key.slot + 1))
 }
 
 fn key_of(op: OpId) -> Key {
-    assert!(op.number() as u32 > 0, "not an operation's id");
-    Key { slot: op.number() as u32 - 1, generation: (op.number() >> 32) as u32 }
+    match NonZeroU32::new((op.number() >> 32) as u32) {
+        Some(generation) if op.number() as u32 > 0 => Key { slot: op.number() as u32 - 1, generation },
+        _ => panic!("not an operation's id"),
+    }
 }
 
 #[cfg(test)]
@@ -163,7 +166,7 @@ mod tests {
     use super::*;
     use protocol::log::Log;
 
-    const CONN: Key = Key { slot: 3, generation: 9 };
+    const CONN: Key = Key { slot: 3, generation: NonZeroU32::MIN };
 
     #[test]
     fn memory_is_held_until_the_last_completion_and_not_longer() {
@@ -189,7 +192,7 @@ mod tests {
         let second = ops.start(Owner::Receive(CONN), 7, Memory::Nothing);
         assert_eq!(first.number() as u32, second.number() as u32, "the slot is used again");
         assert!(!ops.contains(first) && ops.contains(second) && !ops.contains(OpId::new(FORGOTTEN)));
-        assert_ne!(id_of(Key { slot: 0, generation: 0 }).number(), FORGOTTEN);
+        assert_ne!(id_of(Key { slot: 0, generation: NonZeroU32::MIN }).number(), FORGOTTEN);
     }
 
     #[test]

@@ -77,7 +77,7 @@ struct Bench {
 }
 
 fn conn(slot: u32) -> Key {
-    Key { slot, generation: 1 }
+    Key { slot, generation: std::num::NonZeroU32::MIN }
 }
 
 fn lent(bytes: &[u8]) -> Lent {

@@ -41,7 +41,7 @@ impl World {
         if let Some(named) = self.sockets.get_mut(socket) {
             assert!(named.conn.is_none_or(|known| known == conn), "s{socket} changes its connection");
             named.conn = Some(conn);
-            let owner = *self.rings[ring].owners.entry((conn.slot, conn.generation)).or_insert(socket);
+            let owner = *self.rings[ring].owners.entry((conn.slot, conn.generation.get())).or_insert(socket);
             assert!(owner == socket, "{conn:?} names s{socket}, and was s{owner}");
             let holding = &mut named.holding;
             match &kind {
@@ -64,7 +64,7 @@ impl World {
         let with_multishot = multishot || self.listeners[listener].multishot;
         let alone = self.listeners[listener].accepts.is_empty();
         assert!(alone || !with_multishot, "a multishot accept is alone on its listener");
-        let conn = Key { slot: u32::MAX, generation: 0 };
+        let conn = Key { slot: u32::MAX, generation: std::num::NonZeroU32::MIN };
         let ring = self.listeners[listener].ring;
         let op = self.op(ring, Kind::Accept { listener, multishot }, usize::MAX, conn);
         self.listeners[listener].accepts.push_back(op);
