@@ -299,10 +299,14 @@ impl Log {
         self.last_event_id += 1;
     }
 
-    /// Reads a little of what a release will need, so that it comes into the cache beside what else is on its way there. The
-    /// result means nothing. Not the memory that history is copied to: nothing waits for what is only written.
+    /// Reads a little of what a release will need, so that it comes into the cache beside what else is on its way there: where
+    /// it stands, and the lines that history is copied to next. The result means nothing.
     pub fn touch(&self) -> u64 {
-        self.kept.as_ref().map_or(0, |kept| kept.floor)
+        let Some(kept) = &self.kept else { return 0 };
+        let Some(history) = &kept.history else { return kept.floor };
+        let next = history.filled as usize;
+        let read = |at: usize| history.memory.get(at).map_or(0, Cell::get);
+        kept.floor + u64::from(read(next) ^ read(next + 64) ^ read(next + 128) ^ read(next + 192))
     }
 
     /// Bytes of memory held in segments, filled or not.

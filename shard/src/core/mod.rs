@@ -294,7 +294,8 @@ impl<I: Io> Shard<I> {
         };
         for stream in streams() {
             black_box((stream.response.end(), stream.first_token_us, stream.phase, stream.client));
-            black_box(stream.response.touch());
+            black_box((stream.response.touch(), stream.timer));
+            black_box(stream.events.as_ref().map(|events| events.memory_bytes()));
         }
         // Whom it will be sent to.
         for conn in streams().filter_map(|stream| self.conns.get(stream.client?)) {

@@ -115,6 +115,8 @@ pub(crate) struct Stream {
     pub(crate) reader: Option<Box<Reader>>,
     /// What is remembered of a response in background.
     pub(crate) notes: Option<Box<Notes>>,
+    /// A request of the Durable Streams protocol.
+    pub(crate) durable: Option<Box<Durable>>,
     pub(crate) route: usize,
     pub(crate) answer: Answer,
     pub(crate) client: Option<Key>,
@@ -164,8 +166,6 @@ pub(crate) struct Stream {
     /// When the whole stream is overdue, ms.
     pub(crate) total_due_ms: u64,
     pub(crate) demo: Option<Box<Demo>>,
-    /// A request of the Durable Streams protocol.
-    pub(crate) durable: Option<Box<Durable>>,
     /// The `sequence_number` of the last event that had one (Responses).
     pub(crate) sequence_number: Maybe,
     /// None where nothing of it is needed any more: a reader's.
