@@ -1,12 +1,13 @@
 //! The command line, made from the table of settings: commands, flags, help, man page, completions.
 
 use crate::exit::{Exit, Fatal};
+use crate::settings::address::ServerAddress;
 use crate::settings::file::{self, File};
 use crate::settings::load::{self, Effective, Layers};
 use crate::settings::table::{ALL, Group, Setting};
 use crate::settings::value::Value;
 use crate::settings::{Machine, Problem};
-use crate::streams::{Address, Client, Of, Question, Tail, What};
+use crate::streams::{Client, Of, Question, Tail, What};
 use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use std::collections::HashMap;
@@ -93,7 +94,7 @@ fn streams_command() -> Command {
     let server = Arg::new("server")
         .long("server")
         .value_name("URL")
-        .value_parser(|text: &str| Address::parse(text))
+        .value_parser(|text: &str| ServerAddress::parse(text))
         .global(true)
         .help("A server that runs: its admin address (http://127.0.0.1:9180, unix:PATH), or one that clients use");
     let ca =
@@ -159,7 +160,7 @@ Exit codes:
 fn streams_question(matches: &ArgMatches) -> Result<Question, clap::Error> {
     let refuse = |kind: ErrorKind, why: &str| Err(streams_command().error(kind, why));
     let named = matches.get_one::<PathBuf>("data-dir").cloned();
-    let server = matches.get_one::<Address>("server").cloned();
+    let server = matches.get_one::<ServerAddress>("server").cloned();
     let variable =
         || std::env::var_os("TOKENRING_DATA_DIR").filter(|path| !path.is_empty()).map(PathBuf::from);
     let of = match (server, named) {

@@ -191,7 +191,8 @@ fn chunk_line(line: &[u8], whole: bool) -> Result<u64, Stop> {
         && is_content(extension)
         && (extension.is_empty() || (extension[0] == b';' && digits > 0))
         && !(whole && digits == 0)
-        && line.len() + 2 <= CHUNK_LINE_BYTES_MAX;
+        // A line that can only become too long is told of with its next byte.
+        && line.len() + if whole { 2 } else { 1 } <= CHUNK_LINE_BYTES_MAX;
     legal.then_some(()).ok_or(Stop::Illegal)?;
     let text = std::str::from_utf8(&line[..digits]).unwrap_or_default();
     Ok(u64::from_str_radix(text, 16).unwrap_or(0))

@@ -191,7 +191,7 @@ fn writes_errors_that_are_read_as_errors(data: &[u8]) {
     assert_eq!(serde_json::from_slice::<Value>(&json).ok(), Some(Value::from(&*text)));
     assert!(!json.iter().any(|byte| matches!(byte, b'\r' | b'\n' | 0)), "fits on one data line");
 
-    let status = 400 + data.iter().map(|byte| u16::from(*byte)).sum::<u16>() % 200;
+    let status = 400 + (data.iter().map(|byte| u32::from(*byte)).sum::<u32>() % 200) as u16;
     const MESSAGES: [&str; 3] = ["The backend \"a\" is gone.\r\n\n", "\u{0}\u{2028}é", "data: [DONE]\n\n"];
     let message = MESSAGES[data.len() % MESSAGES.len()];
     let fault = Fault { status, code: "a_code", message, culprit: Culprit::Upstream, retry_helps: false };

@@ -80,8 +80,10 @@ targets! {
     response_head 100000
     resume 100000
     segments 8000
+    settings 20000
     slots 100000
     sse 100000
+    values 100000
     wheel 100000
 }
 

@@ -18,9 +18,16 @@ pub mod request_head;
 pub mod response_head;
 pub mod resume;
 pub mod segments;
+pub mod settings;
 pub mod slots;
 pub mod sse;
+pub mod values;
 pub mod wheel;
+
+// The settings belong to the binary, which is no library: their sources are compiled in once more.
+#[allow(dead_code, unreachable_pub, unused_imports, reason = "the server uses what is not used here")]
+#[path = "../../server/src/settings/mod.rs"]
+mod configuration;
 
 /// One fuzz target.
 pub struct Target {
@@ -45,8 +52,10 @@ pub const TARGETS: &[Target] = &[
     Target { name: "response_head", run: response_head::run, words: heads::WORDS },
     Target { name: "resume", run: resume::run, words: resume::WORDS },
     Target { name: "segments", run: segments::run, words: &[] },
+    Target { name: "settings", run: settings::run, words: settings::WORDS },
     Target { name: "slots", run: slots::run, words: &[] },
     Target { name: "sse", run: sse::run, words: sse::WORDS },
+    Target { name: "values", run: values::run, words: values::WORDS },
     Target { name: "wheel", run: wheel::run, words: &[] },
 ];
 

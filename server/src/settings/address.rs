@@ -164,6 +164,34 @@ impl fmt::Display for AdminAddress {
     }
 }
 
+/// Where `tokenring streams` asks.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum ServerAddress {
+    Url(UpstreamUrl),
+    Unix(PathBuf),
+}
+
+impl ServerAddress {
+    /// `http[s]://host[:port]` or `unix:PATH`.
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("unix:") {
+            Some("") => Err("expected unix:PATH, found no path".to_owned()),
+            Some(path) => Ok(ServerAddress::Unix(path.into())),
+            None if text.contains("://") => UpstreamUrl::parse(text).map(ServerAddress::Url),
+            None => UpstreamUrl::parse(&format!("http://{text}")).map(ServerAddress::Url),
+        }
+    }
+}
+
+impl fmt::Display for ServerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ServerAddress::Url(url) => url.fmt(f),
+            ServerAddress::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
 /// Parses an address to listen on. `localhost` is 127.0.0.1.
 pub(crate) fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     let literal = match text.strip_prefix("localhost:") {
@@ -191,7 +219,7 @@ pub(crate) fn parse_cpus(text: &str) -> Result<Vec<usize>, String> {
             None => (number(part)?, number(part)?),
         };
         if last < first {
-            return Err(expected(&format!("the range {part} runs backwards")));
+            return Err(expected(&format!("the range {part:?} runs backwards")));
         }
         for cpu in first..=last {
             if cpus.contains(&cpu) {
@@ -294,5 +322,20 @@ mod tests {
             AdminAddress::Unix("/run/t.sock".into())
         );
         assert!(AdminAddress::parse("9180").unwrap_err().contains("expected off, ADDRESS:PORT"));
+    }
+
+    #[test]
+    fn addresses_of_servers_are_read_and_written() {
+        for (text, expected) in [
+            ("127.0.0.1:9180", "http://127.0.0.1:9180"),
+            ("http://Localhost:80/", "http://localhost"),
+            ("https://[::1]:8443/base", "https://[::1]:8443/base"),
+            ("unix:/run/tokenring.sock", "unix:/run/tokenring.sock"),
+        ] {
+            assert_eq!(ServerAddress::parse(text).unwrap().to_string(), expected);
+        }
+        for text in ["", "unix:", "ftp://a", "a b", "http://a:0"] {
+            assert!(ServerAddress::parse(text).is_err(), "{text}");
+        }
     }
 }

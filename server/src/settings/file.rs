@@ -66,28 +66,68 @@ const ROUTE_UPSTREAMS: &str =
     "expected a list of URLs, tables with a `url`, or indexes into `upstream` from 0";
 /// Keys of a listener that are not settings.
 const LISTENER_KEYS: [&str; 2] = ["address", "tls"];
-/// Listeners of one file: every shard binds each of them.
-const LISTENERS_MAX: usize = 64;
+/// Listeners of a server: every shard binds each of them.
+pub(super) const LISTENERS_MAX: usize = 64;
 /// Routes of one file: every request is compared with each in turn.
 const ROUTES_MAX: usize = 256;
+/// Backends of one list: every request is compared with each in turn, too.
+const UPSTREAMS_MAX: usize = 1024;
+/// Mistakes that are told of one file, and of which the key that was meant is looked for; the others are counted.
+const PROBLEMS_MAX: usize = 100;
+/// Bytes of a key for which a similar one is looked for.
+const GUESS_BYTES_MAX: usize = 64;
+/// Bytes between two places of which line and column are kept.
+const MARK_BYTES: usize = 256;
 
 /// Parses the whole file and reports every mistake in it, in order of place.
 pub(crate) fn read(name: &str, text: &str) -> Result<File, Vec<Problem>> {
-    let mut reader = Reader { name, text, problems: Vec::new() };
+    let mut reader = Reader { name, text, marks: marks(text), problems: Vec::new() };
     let file = reader.file();
-    if reader.problems.is_empty() {
-        Ok(file)
-    } else {
-        reader.problems.sort_by_key(|(offset, _)| *offset);
-        Err(reader.problems.into_iter().map(|(_, problem)| problem).collect())
-    }
+    if reader.problems.is_empty() { Ok(file) } else { Err(reader.told()) }
 }
 
 struct Reader<'t> {
     name: &'t str,
     text: &'t str,
+    /// In order; the first is the start.
+    marks: Vec<Mark>,
     /// With the byte at which each was found, to report them in order.
-    problems: Vec<(usize, Problem)>,
+    problems: Vec<(usize, String)>,
+}
+
+/// A place whose line and column are known, both from 1.
+#[derive(Clone, Copy)]
+struct Mark {
+    offset: usize,
+    line: usize,
+    column: usize,
+}
+
+impl Mark {
+    /// Behind `text`, which begins here. Columns count characters.
+    fn behind(self, text: &str) -> Mark {
+        let lines = text.bytes().filter(|byte| *byte == b'\n').count();
+        let last = text.rfind('\n').map_or(text, |newline| &text[newline + 1..]);
+        let from = if lines == 0 { self.column } else { 1 };
+        Mark {
+            offset: self.offset + text.len(),
+            line: self.line + lines,
+            column: from + last.chars().count(),
+        }
+    }
+}
+
+/// A mark about every [`MARK_BYTES`].
+fn marks(text: &str) -> Vec<Mark> {
+    let mut last = Mark { offset: 0, line: 1, column: 1 };
+    let mut marks = vec![last];
+    for end in (MARK_BYTES..text.len()).step_by(MARK_BYTES) {
+        if text.is_char_boundary(end) {
+            last = last.behind(&text[last.offset..end]);
+            marks.push(last);
+        }
+    }
+    marks
 }
 
 /// A complaint about a part of the file.
@@ -115,7 +155,7 @@ impl Reader<'_> {
             } else if let Some(setting) = table::by_key(name) {
                 self.setting(setting, value, &mut file.values);
             } else {
-                let message = unknown_overall(name, value.get_ref());
+                let message = self.unknown_overall(name, value.get_ref());
                 self.complain(key.span(), &message);
             }
         }
@@ -179,6 +219,10 @@ impl Reader<'_> {
                     let message = format!("name: expected text of 1 to 64 bytes, found {}", describe(other));
                     self.complain(value.span(), &message);
                 }
+                ("upstreams", DeValue::Array(items)) if items.len() > UPSTREAMS_MAX => {
+                    let message = format!("upstreams: at most {UPSTREAMS_MAX}, found {}", items.len());
+                    self.complain(value.span(), &message);
+                }
                 ("upstreams", DeValue::Array(items)) => {
                     let mut references = Vec::new();
                     for item in items.iter() {
@@ -205,7 +249,7 @@ impl Reader<'_> {
                     ),
                     None => {
                         let keys = table::ALL.iter().filter(|setting| setting.per_route).map(|s| s.key());
-                        let message = unknown(name, keys.chain(ROUTE_KEYS.map(str::to_owned)));
+                        let message = self.unknown(name, keys.chain(ROUTE_KEYS.map(str::to_owned)));
                         self.complain(key.span(), &message);
                     }
                 },
@@ -250,6 +294,10 @@ impl Reader<'_> {
         let DeValue::Array(items) = value.get_ref() else {
             return self.complain(value.span(), "upstreams are written as [[upstream]], with two brackets");
         };
+        if items.len() > UPSTREAMS_MAX {
+            let message = format!("upstream: at most {UPSTREAMS_MAX}, found {}", items.len());
+            return self.complain(value.span(), &message);
+        }
         let mut urls = Vec::new();
         for item in items.iter() {
             if let DeValue::Table(table) = item.get_ref() {
@@ -385,7 +433,7 @@ impl Reader<'_> {
             None => {
                 let keys =
                     table::ALL.iter().filter_map(|setting| inner(setting)).chain(others.iter().copied());
-                unknown(name, keys.map(str::to_owned))
+                self.unknown(name, keys.map(str::to_owned))
             }
         };
         self.complain(key.span(), &message);
@@ -417,19 +465,51 @@ impl Reader<'_> {
     }
 
     fn complain(&mut self, span: Range<usize>, message: &str) {
-        let place = self.place(span.start);
-        self.problems.push((span.start, Problem::at(&place, message)));
+        self.problems.push((span.start, message.to_owned()));
     }
 
-    /// Lines and columns count from 1; columns count characters.
-    fn place(&self, offset: usize) -> Place {
-        let before = self.text.get(..offset).unwrap_or(self.text);
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        Place {
-            file: self.name.to_owned(),
-            line: before.matches('\n').count() + 1,
-            column: before[line_start..].chars().count() + 1,
+    /// The mistakes in order of place, as far as they are told.
+    fn told(&mut self) -> Vec<Problem> {
+        self.problems.sort_by_key(|(offset, _)| *offset);
+        let more = self.problems.split_off(self.problems.len().min(PROBLEMS_MAX));
+        let mut problems: Vec<_> = self
+            .problems
+            .iter()
+            .map(|(offset, message)| Problem::at(&self.place(*offset), message))
+            .collect();
+        if let Some((offset, _)) = more.first() {
+            problems.push(Problem::at(
+                &self.place(*offset),
+                &format!("and {} mistakes from here on", more.len()),
+            ));
         }
+        problems
+    }
+
+    fn unknown_overall(&self, name: &str, value: &DeValue<'_>) -> String {
+        if matches!(value, DeValue::Table(_)) && name != "routes" {
+            return format!(
+                "unknown table `{name}`: settings stand at the top level, and there are [[route]], [[listener]] and [[upstream]]"
+            );
+        }
+        let keys = table::ALL.iter().map(|setting| setting.key());
+        self.unknown(name, keys.chain(["route".to_owned(), "listener".to_owned()]))
+    }
+
+    /// Complains of an unknown key and names the one that was probably meant.
+    fn unknown(&self, name: &str, candidates: impl Iterator<Item = String>) -> String {
+        // Comparing it with every key takes longer than all else.
+        let wanted = self.problems.len() < PROBLEMS_MAX && name.len() <= GUESS_BYTES_MAX;
+        match wanted.then(|| guess(name, candidates)).flatten() {
+            Some(guess) => format!("unknown key `{name}`; did you mean `{guess}`?"),
+            None => format!("unknown key `{name}`; docs/CONFIG.md (`tokenring config-doc`) lists them all"),
+        }
+    }
+
+    fn place(&self, offset: usize) -> Place {
+        let mark = self.marks[self.marks.partition_point(|mark| mark.offset <= offset).saturating_sub(1)];
+        let Mark { line, column, .. } = mark.behind(self.text.get(mark.offset..offset).unwrap_or_default());
+        Place { file: self.name.to_owned(), line, column }
     }
 }
 
@@ -495,24 +575,6 @@ fn describe(value: &DeValue<'_>) -> String {
         DeValue::Datetime(_) => "a date".to_owned(),
         DeValue::Array(_) => "a list".to_owned(),
         DeValue::Table(_) => "a table".to_owned(),
-    }
-}
-
-fn unknown_overall(name: &str, value: &DeValue<'_>) -> String {
-    if matches!(value, DeValue::Table(_)) && name != "routes" {
-        return format!(
-            "unknown table `{name}`: settings stand at the top level, and there are [[route]], [[listener]] and [[upstream]]"
-        );
-    }
-    let keys = table::ALL.iter().map(|setting| setting.key());
-    unknown(name, keys.chain(["route".to_owned(), "listener".to_owned()]))
-}
-
-/// Complains of an unknown key and names the one that was probably meant.
-fn unknown(name: &str, candidates: impl Iterator<Item = String>) -> String {
-    match guess(name, candidates) {
-        Some(guess) => format!("unknown key `{name}`; did you mean `{guess}`?"),
-        None => format!("unknown key `{name}`; docs/CONFIG.md (`tokenring config-doc`) lists them all"),
     }
 }
 
@@ -588,6 +650,49 @@ mod tests {
             problems("half_close = 'maybe'"),
             ["tokenring.toml:1:14: half_close: expected one of leave, serve, found \"maybe\""]
         );
+    }
+
+    #[test]
+    fn of_many_mistakes_the_first_are_told_and_the_others_counted() {
+        // Some other program's file, as long as may be.
+        let lines = (4 << 20) / 12;
+        let text: String = (0..lines).map(|line| format!("a{line:06} = 1\n")).collect();
+        let problems = problems(&text);
+        assert_eq!(problems.len(), PROBLEMS_MAX + 1);
+        assert!(problems[99].starts_with("tokenring.toml:100:1: unknown key `a000099`"), "{}", problems[99]);
+        assert_eq!(problems[100], format!("tokenring.toml:101:1: and {} mistakes from here on", lines - 100));
+    }
+
+    #[test]
+    fn a_mistake_is_one_line_that_can_be_read() {
+        let long = "a".repeat(1 << 20);
+        let told = problems(&format!("{long} = 1\n\"\\n\\u0007\" = 2"));
+        assert!(told[0].len() <= 1024 && told[0].ends_with("aaa..."), "{}", told[0].len());
+        assert!(told[1].starts_with("tokenring.toml:2:1: unknown key `\\n\\u{7}`"), "{}", told[1]);
+    }
+
+    #[test]
+    fn places_are_counted_in_characters_however_far_they_are() {
+        for (before, line) in [("", 1), ("# \u{e4}\n\n", 3), (&*"#\u{20ac}\n".repeat(999), 1000)] {
+            let told = problems(&format!("{before}upstream = [{}]", "\"\u{e4}\u{20ac}\", ".repeat(90)));
+            assert_eq!(told.len(), 90);
+            for (number, complaint) in told.iter().enumerate() {
+                let expected = format!("tokenring.toml:{line}:{}: upstream: ", 13 + 6 * number);
+                assert!(complaint.starts_with(&expected), "{complaint}");
+            }
+        }
+    }
+
+    #[test]
+    fn lists_of_backends_have_an_end() {
+        let many = |count: usize| (0..count).map(|n| format!("\"http://a{n}\", ")).collect::<String>();
+        assert!(read("f", &format!("upstream = [{}]", many(UPSTREAMS_MAX))).is_ok());
+        for text in [
+            format!("upstream = [{}]", many(UPSTREAMS_MAX + 1)),
+            format!("[[route]]\npath = \"/\"\nupstreams = [{}]", many(UPSTREAMS_MAX + 1)),
+        ] {
+            assert!(problems(&text)[0].ends_with("at most 1024, found 1025"));
+        }
     }
 
     #[test]

@@ -616,6 +616,14 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn listeners_have_an_end() {
+        let many = |count: u16| (1..=count).map(|port| format!("\"[::]:{port}\",")).collect::<String>();
+        assert!(load_with(&[], &[], &format!("listen = [{}]", many(64))).is_ok());
+        let problems = load_with(&[], &[], &format!("listen = [{}]", many(65))).unwrap_err();
+        assert_eq!(problems, ["listen: at most 64 listeners, found 65"]);
+    }
+
+    #[test]
     fn mistakes_between_routes() {
         let error = |text: &str| load_with(&[], &[], text).unwrap_err().join("\n");
         assert!(error("[[route]]\npath = \"/a\"\n").contains("no route matches every path"));

@@ -11,6 +11,7 @@ pub(crate) mod tls;
 pub(crate) mod value;
 
 use protocol::limits::ACCEPTS_ARMED_MAX;
+use std::borrow::Cow;
 use std::fmt;
 
 /// Descriptors of the process that belong to no connection: listeners, logs, admin clients, DNS, eventfds.
@@ -25,6 +26,8 @@ const DESCRIPTORS_PER_CLIENT: u64 = 2;
 pub(crate) fn descriptors_per_client(has_upstreams: bool) -> u64 {
     if has_upstreams { DESCRIPTORS_PER_CLIENT } else { 1 }
 }
+/// Bytes of a problem: it quotes what was found, whatever that is.
+const PROBLEM_BYTES_MAX: usize = 1024;
 /// Below this many connections per shard a server is of no use; the default never goes lower, the check then complains.
 const CONNECTIONS_DEFAULT_MIN: u64 = 16;
 
@@ -38,8 +41,18 @@ pub(crate) struct Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}:{}", self.file, self.line, self.column)
+        write!(f, "{}:{}:{}", one_line(&self.file), self.line, self.column)
     }
+}
+
+/// With control characters as Rust escapes them.
+fn one_line(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return Cow::Borrowed(text);
+    }
+    let escaped =
+        text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.into() });
+    Cow::Owned(escaped.collect())
 }
 
 /// A mistake of the operator, in one line: where, what was expected, what to do.
@@ -48,11 +61,18 @@ pub(crate) struct Problem(String);
 
 impl Problem {
     pub(crate) fn new(message: impl Into<String>) -> Self {
-        Problem(message.into())
+        let message = message.into();
+        let mut line = one_line(&message).into_owned();
+        if line.len() > PROBLEM_BYTES_MAX {
+            let end = (0..=PROBLEM_BYTES_MAX - 3).rev().find(|&end| line.is_char_boundary(end));
+            line.truncate(end.unwrap_or_default());
+            line.push_str("...");
+        }
+        Problem(line)
     }
 
     pub(crate) fn at(place: &Place, message: &str) -> Self {
-        Problem(format!("{place}: {message}"))
+        Problem::new(format!("{place}: {message}"))
     }
 }
 

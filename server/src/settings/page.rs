@@ -2,6 +2,7 @@
 
 use super::load::{Effective, Values};
 use super::table::{self, ALL, Group, Setting};
+use super::value::Quoted;
 use shard::memory::WorstCase;
 use std::fmt::Write;
 
@@ -107,7 +108,10 @@ pub(crate) fn effective(effective: &Effective) -> String {
         page.push('\n');
     }
     for index in (0..shared).filter(|_| tables) {
-        writeln_to(&mut page, format_args!("[[upstream]]\nurl = {:?}", effective.upstreams[index].url));
+        writeln_to(
+            &mut page,
+            format_args!("[[upstream]]\nurl = {}", Quoted(&effective.upstreams[index].url)),
+        );
         if let Some(tls) = &effective.upstream_tls[index] {
             inner(&mut page, &tls.values, |setting| setting.per_upstream);
         }
@@ -130,9 +134,9 @@ pub(crate) fn effective(effective: &Effective) -> String {
         writeln_to(
             &mut page,
             format_args!(
-                "[[route]]\npath = {:?}\nname = {:?}\nupstreams = [{}]{}",
-                route.path,
-                route.name,
+                "[[route]]\npath = {}\nname = {}\nupstreams = [{}]{}",
+                Quoted(&route.path),
+                Quoted(&route.name),
                 urls.join(", "),
                 if urls.is_empty() { "  # the built-in demo model" } else { "" },
             ),
@@ -187,15 +191,15 @@ fn inner(page: &mut String, values: &Values, key: fn(&Setting) -> Option<&'stati
 
 /// How a route's list names a backend: those that only routes name are told of here.
 fn reference(effective: &Effective, index: usize, shared: usize) -> String {
-    let url = &effective.upstreams[index].url;
+    let url = Quoted(&effective.upstreams[index].url);
     match &effective.upstream_tls[index] {
         Some(tls) if tls.own && index >= shared => {
             let values =
                 ALL.iter().filter_map(|setting| Some((setting.per_upstream?, tls.values.get(setting))));
             let values: Vec<_> = values.map(|(key, value)| format!(", {key} = {value}")).collect();
-            format!("{{ url = {url:?}{} }}", values.concat())
+            format!("{{ url = {url}{} }}", values.concat())
         }
-        _ => format!("{url:?}"),
+        _ => url.to_string(),
     }
 }
 

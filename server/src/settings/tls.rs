@@ -2,7 +2,7 @@
 //! be said without reading the files; `crate::tls` reads them.
 
 use super::address::UpstreamUrl;
-use super::file::{ListenerTable, UpstreamTable};
+use super::file::{LISTENERS_MAX, ListenerTable, UpstreamTable};
 use super::load::{Source, Values};
 use super::table::{self, Default, Setting};
 use super::value::Value;
@@ -180,6 +180,13 @@ fn check_listeners(listeners: &[ListenerValues], overall: &Values, problems: &mu
         problems.push(Problem::new(
             "listen: at least one address is needed, here or in listen_tls or a [[listener]]",
         ));
+    }
+    if listeners.len() > LISTENERS_MAX {
+        problems.push(Problem::new(format!(
+            "listen: at most {LISTENERS_MAX} listeners, found {}",
+            listeners.len()
+        )));
+        return;
     }
     for (index, listener) in listeners.iter().enumerate() {
         let (address, source) = (listener.address, &listener.source);

@@ -3,7 +3,7 @@
 use super::address::{AdminAddress, UpstreamUrl, format_cpus, parse_cpus, parse_listen};
 use protocol::cors::Cors;
 use rustls::pki_types::ServerName;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -210,7 +210,8 @@ impl Value {
 pub(super) fn server_name(text: &str) -> Option<ServerName<'static>> {
     let text = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     let text = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
-    ServerName::try_from(text).ok()
+    // rustls would take away one more.
+    ServerName::try_from(text).ok().filter(|name| !name.to_str().ends_with('.'))
 }
 
 /// The parts of a list given as one text: separated by commas or spaces.
@@ -262,30 +263,47 @@ fn log_filter_is_valid(text: &str) -> bool {
     })
 }
 
+/// A text as a basic string of TOML.
+pub(super) struct Quoted<'a>(pub(super) &'a str);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_char('"')?;
+        for letter in self.0.chars() {
+            match letter {
+                '"' | '\\' => write!(f, "\\{letter}")?,
+                letter if letter.is_control() => write!(f, "\\u{:04x}", u32::from(letter))?,
+                letter => f.write_char(letter)?,
+            }
+        }
+        f.write_char('"')
+    }
+}
+
 impl fmt::Display for Value {
     /// As the value of a TOML key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = |f: &mut fmt::Formatter<'_>, parts: Vec<String>| {
-            let quoted: Vec<_> = parts.iter().map(|part| format!("{part:?}")).collect();
+            let quoted: Vec<_> = parts.iter().map(|part| Quoted(part).to_string()).collect();
             write!(f, "[{}]", quoted.join(", "))
         };
         match self {
             Value::Integer(number) => number.fmt(f),
             Value::Switch(on) => on.fmt(f),
-            Value::Choice(word) => write!(f, "{word:?}"),
-            Value::Prefix(prefix) => write!(f, "{:?}", prefix.as_deref().unwrap_or("off")),
-            Value::Cors(cors) => write!(f, "{:?}", cors.to_string()),
-            Value::LogFilter(filter) => write!(f, "{filter:?}"),
+            Value::Choice(word) => Quoted(word).fmt(f),
+            Value::Prefix(prefix) => Quoted(prefix.as_deref().unwrap_or("off")).fmt(f),
+            Value::Cors(cors) => Quoted(&cors.to_string()).fmt(f),
+            Value::LogFilter(filter) => Quoted(filter).fmt(f),
             Value::Listen(addresses) => list(f, addresses.iter().map(ToString::to_string).collect()),
             Value::Upstreams(urls) => list(f, urls.iter().map(ToString::to_string).collect()),
-            Value::Admin(address) => write!(f, "{:?}", address.to_string()),
-            Value::File(path) => write!(f, "{:?}", path.as_deref().unwrap_or("".as_ref())),
+            Value::Admin(address) => Quoted(&address.to_string()).fmt(f),
+            Value::File(path) => Quoted(&path.as_deref().unwrap_or("".as_ref()).to_string_lossy()).fmt(f),
             Value::Files(paths) => list(f, paths.iter().map(|path| path.display().to_string()).collect()),
             Value::ServerName(name) => {
-                write!(f, "{:?}", name.as_ref().map(ServerName::to_str).unwrap_or_default())
+                Quoted(&name.as_ref().map(ServerName::to_str).unwrap_or_default()).fmt(f)
             }
             Value::Cpus(cpus) if cpus.is_empty() => f.write_str("[]"),
-            Value::Cpus(cpus) => write!(f, "{:?}", format_cpus(cpus)),
+            Value::Cpus(cpus) => Quoted(&format_cpus(cpus)).fmt(f),
         }
     }
 }
@@ -348,5 +366,20 @@ mod tests {
             "[\"http://a:1\", \"http://b:2\"]"
         );
         assert_eq!(Kind::Switch.parse("ON").unwrap().to_string(), "true");
+    }
+
+    #[test]
+    fn names_have_at_most_one_dot_at_their_end() {
+        let of = |text: &str| Kind::ServerName.parse(text).ok().map(|value| value.to_string());
+        assert_eq!(of("X.example."), Some("\"x.example\"".to_owned()));
+        assert_eq!(of("x.."), None);
+    }
+
+    #[test]
+    fn texts_print_as_strings_of_toml() {
+        let of = |text: &str| Kind::Folder.parse(text).unwrap().to_string();
+        assert_eq!(of("/a \"b\" \\c"), r#""/a \"b\" \\c""#);
+        // Rust would escape these too, in its own way.
+        assert_eq!(of("\u{7f}e\u{301}\u{200b}\u{1}."), "\"\\u007fe\u{301}\u{200b}\\u0001.\"");
     }
 }

@@ -1,11 +1,10 @@
 //! A small HTTP client for `tokenring streams`: one request for each connection, on a thread that waits. It reads answers as strictly
 //! as the server reads its backends'.
 
-use crate::settings::address::{Host, UpstreamUrl};
+use crate::settings::address::{Host, ServerAddress, UpstreamUrl};
 use crate::tls;
 use protocol::http::{BodyDecoder, HeadLimits, Piece, header_slots, parse_response};
 use rustls::{ClientConnection, StreamOwned};
-use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
@@ -19,41 +18,13 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// Bytes of a whole answer, but an export's: 10,000 streams of a listing take about 5 MB.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 
-/// Where requests go.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Address {
-    Url(UpstreamUrl),
-    Unix(PathBuf),
-}
-
-impl Address {
-    /// `http[s]://host[:port]` or `unix:PATH`.
-    pub(crate) fn parse(text: &str) -> Result<Self, String> {
-        match text.strip_prefix("unix:") {
-            Some("") => Err("expected unix:PATH, found no path".to_owned()),
-            Some(path) => Ok(Address::Unix(path.into())),
-            None if text.contains("://") => UpstreamUrl::parse(text).map(Address::Url),
-            None => UpstreamUrl::parse(&format!("http://{text}")).map(Address::Url),
-        }
-    }
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Address::Url(url) => url.fmt(f),
-            Address::Unix(path) => write!(f, "unix:{}", path.display()),
-        }
-    }
-}
-
 trait Connection: Read + Write {}
 impl<C: Read + Write> Connection for C {}
 
 /// Who asks.
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
-    pub(crate) address: Address,
+    pub(crate) address: ServerAddress,
     /// Authorities that an https server's certificate must come from; `None`: the system's.
     pub(crate) authorities: Option<PathBuf>,
 }
@@ -77,8 +48,8 @@ impl Client {
     pub(crate) fn ask(&self, method: &str, path: &str, fields: &str) -> io::Result<Response> {
         let mut connection = self.connect()?;
         let (authority, base_path) = match &self.address {
-            Address::Url(url) => (url.authority.as_str(), url.base_path.as_str()),
-            Address::Unix(_) => ("localhost", ""),
+            ServerAddress::Url(url) => (url.authority.as_str(), url.base_path.as_str()),
+            ServerAddress::Unix(_) => ("localhost", ""),
         };
         let head = format!(
             "{method} {base_path}{path} HTTP/1.1\r\nHost: {authority}\r\nUser-Agent: tokenring/{}\r\n{fields}Connection: close\r\n\r\n",
@@ -105,12 +76,12 @@ impl Client {
 
     fn connect(&self) -> io::Result<Box<dyn Connection>> {
         let url = match &self.address {
-            Address::Unix(path) => {
+            ServerAddress::Unix(path) => {
                 let stream = UnixStream::connect(path)?;
                 stream.set_read_timeout(Some(SILENCE_LIMIT))?;
                 return Ok(Box::new(stream));
             }
-            Address::Url(url) => url,
+            ServerAddress::Url(url) => url,
         };
         let addresses: Vec<_> = match &url.host {
             Host::Address(address) => vec![(*address, url.port).into()],
@@ -218,24 +189,9 @@ fn more(connection: &mut dyn Connection, held: &mut Vec<u8>) -> io::Result<usize
 mod tests {
     use super::*;
 
-    #[test]
-    fn addresses_are_read_and_written() {
-        for (text, expected) in [
-            ("127.0.0.1:9180", "http://127.0.0.1:9180"),
-            ("http://Localhost:80/", "http://localhost"),
-            ("https://[::1]:8443/base", "https://[::1]:8443/base"),
-            ("unix:/run/tokenring.sock", "unix:/run/tokenring.sock"),
-        ] {
-            assert_eq!(Address::parse(text).unwrap().to_string(), expected);
-        }
-        for text in ["", "unix:", "ftp://a", "a b", "http://a:0"] {
-            assert!(Address::parse(text).is_err(), "{text}");
-        }
-    }
-
     fn answer_of(said: &'static [u8]) -> io::Result<(u16, io::Result<Vec<u8>>)> {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = Address::parse(&listener.local_addr().unwrap().to_string()).unwrap();
+        let address = ServerAddress::parse(&listener.local_addr().unwrap().to_string()).unwrap();
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut asked = Vec::new();

@@ -6,7 +6,7 @@ mod server;
 mod tail;
 
 use crate::exit::{Exit, Fatal};
-pub(crate) use http::{Address, Client};
+pub(crate) use http::Client;
 use std::io::{self, ErrorKind, Write};
 use std::path::PathBuf;
 

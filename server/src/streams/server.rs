@@ -3,11 +3,11 @@
 //! One address is enough: an admin address says where clients connect, and what concerns one stream alone a client may ask, too. Which of both
 //! an address is, is found out by a question that no server passes on to a backend.
 
-use super::http::{Address, Client, Response};
+use super::http::{Client, Response};
 use super::tail::follow;
 use super::{Out, Stopped, What, table};
 use crate::exit::{Exit, Fatal};
-use crate::settings::address::{Host, UpstreamUrl};
+use crate::settings::address::{Host, ServerAddress, UpstreamUrl};
 use protocol::resume::{STREAMS_PREFIX, StreamId};
 use serde_json::Value;
 use std::io;
@@ -301,15 +301,15 @@ impl Clients {
             )
         })?;
         let here = match &client.address {
-            Address::Url(UpstreamUrl { host, .. }) => host.clone(),
-            Address::Unix(_) => Host::Address(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            ServerAddress::Url(UpstreamUrl { host, .. }) => host.clone(),
+            ServerAddress::Unix(_) => Host::Address(IpAddr::V4(Ipv4Addr::LOCALHOST)),
         };
         Ok(Clients(Client { address: reachable(address, here), authorities: client.authorities.clone() }))
     }
 }
 
 /// Where to connect to what listens on an address; on all of a machine's where the machine is known as `here`.
-fn reachable(address: SocketAddr, here: Host) -> Address {
+fn reachable(address: SocketAddr, here: Host) -> ServerAddress {
     let host = match address.ip() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) | IpAddr::V6(Ipv6Addr::UNSPECIFIED) => match here {
             Host::Address(IpAddr::V6(address)) => format!("[{address}]"),
@@ -319,7 +319,7 @@ fn reachable(address: SocketAddr, here: Host) -> Address {
         IpAddr::V6(address) => format!("[{address}]"),
         address @ IpAddr::V4(_) => address.to_string(),
     };
-    Address::parse(&format!("http://{host}:{}", address.port()))
+    ServerAddress::parse(&format!("http://{host}:{}", address.port()))
         .unwrap_or_else(|error| unreachable!("an address that a server listens on: {error}"))
 }
 
@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn what_listens_everywhere_is_reached_where_it_was_asked() {
         let of = |address: &str, here: &str| {
-            let Address::Url(url) = Address::parse(here).unwrap() else { unreachable!() };
+            let ServerAddress::Url(url) = ServerAddress::parse(here).unwrap() else { unreachable!() };
             reachable(address.parse().unwrap(), url.host).to_string()
         };
         assert_eq!(of("127.0.0.1:8080", "10.0.0.1:9180"), "http://127.0.0.1:8080");
