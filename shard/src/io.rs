@@ -260,4 +260,33 @@ pub trait Io: Sized {
 
     /// Free receive buffers, for the shortage policy and `/status`.
     fn buffers_free(&self) -> usize;
+
+    /// How often the kernel took nothing, in order of [`Refusal::ALL`].
+    fn refusals(&self) -> [u64; Refusal::COUNT] {
+        [0; Refusal::COUNT]
+    }
+}
+
+/// Why the kernel takes nothing for a while: neither operations nor, mostly, the question for completions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// It has no memory for a request.
+    Memory,
+    /// Completions that were not taken are in the way.
+    Completions,
+}
+
+impl Refusal {
+    /// How many there are.
+    pub const COUNT: usize = 2;
+    /// All of them.
+    pub const ALL: [Refusal; Refusal::COUNT] = [Refusal::Memory, Refusal::Completions];
+
+    /// In metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Refusal::Memory => "memory",
+            Refusal::Completions => "completions",
+        }
+    }
 }

@@ -316,6 +316,8 @@ pub struct Snapshot {
     pub stream_journal: Option<protocol::durable::journal::JournalState>,
     /// Receive buffers free, of [`crate::settings::Settings::buffers`].
     pub buffers_free: usize,
+    /// How often the kernel took nothing from the ring, in order of [`crate::io::Refusal::ALL`].
+    pub ring_refusals: [u64; crate::io::Refusal::COUNT],
     /// Timers armed.
     pub timers: usize,
     /// The shard accepts no new clients.

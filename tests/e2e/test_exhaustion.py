@@ -282,6 +282,30 @@ def test_the_ring_takes_nothing_for_a_while(start_tokenring, number):
         assert "panicked" not in tokenring.log()
 
 
+@pytest.mark.parametrize("sleep", ["ring", "reactor"])
+@pytest.mark.parametrize("number,reason", [(errno.EAGAIN, "memory"), (errno.EBUSY, "completions")])
+def test_a_ring_that_takes_nothing_is_asked_at_leisure(start_tokenring, number, reason, sleep):
+    """Asking at once again and again would take a whole CPU, which is short then as well."""
+    with Supervised("io_uring_enter") as kernel:
+        tokenring = start_tokenring(shards=1, confine=kernel.confine, more=["--sleep", sleep])
+        client, begin = streaming(tokenring, 200)
+        kernel.refuse(number)
+        began = time.monotonic()
+        time.sleep(1)
+        asked, lasted = kernel.refused, time.monotonic() - began
+        kernel.refuse(0)
+        answer = begin + rest_of(client)
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), answer[-200:]
+        # Twice a millisecond, once it has gone on for a little: with what is to be sent, and for what has come without it.
+        assert 50 < asked < 2000 * lasted + 100, asked
+        samples = tokenring.metrics().text.splitlines()
+        [told] = [float(line.split()[1]) for line in samples if f'ring_refusals_total{{shard="0",reason="{reason}"}}' in line]
+        assert 50 < told <= kernel.refused
+        assert tokenring.log().count("the ring takes nothing") == 1, tokenring.log()
+        tokenring.drain()
+        assert tokenring.wait(15) == EXIT_OK
+
+
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOMEM, errno.EBADF], ids=errno.errorcode.get)
 @pytest.mark.parametrize("shards", [1, 2])
 def test_the_ring_fails_while_streams_run(start_tokenring, number, shards):

@@ -105,6 +105,7 @@ families! {
     DURABLE_BACKLOG = "tokenring_durable_backlog_bytes", Kind::Gauge, ["shard"], "Bytes of records that are not synced.";
     DURABLE_FAILING = "tokenring_durable_disk_failing", Kind::Gauge, ["shard"], "1 while the disk does not take what is written, and publishing is refused.";
     BUFFERS_FREE = "tokenring_receive_buffers_free", Kind::Gauge, ["shard"], "Receive buffers the kernel may fill.";
+    RING_REFUSALS = "tokenring_ring_refusals_total", Kind::Counter, ["shard", "reason"], "Times that io_uring took nothing from a shard, which waits up to a millisecond then and asks again.";
     TIMERS = "tokenring_timers", Kind::Gauge, ["shard"], "Timers armed.";
     UPSTREAM_ACTIVE = "tokenring_upstream_streams", Kind::Gauge, ["shard", "upstream"], "Streams under way on a backend.";
     UPSTREAM_IDLE = "tokenring_upstream_pool_idle", Kind::Gauge, ["shard", "upstream"], "Idle connections to a backend kept for reuse.";
@@ -168,6 +169,7 @@ pub(crate) fn metrics_page() -> String {
     }
     let list = |names: Vec<&str>| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
     let phases = list(protocol::phase::Phase::ALL.iter().map(|phase| phase.name()).collect());
+    let of_ring = list(shard::io::Refusal::ALL.iter().map(|refusal| refusal.name()).collect());
     let refusals = list(protocol::http::Refusal::ALL.iter().map(|refusal| refusal.reason()).collect());
     page.push_str(&format!("\n## Phases\n\n`phase` is one of {phases}.\n\n## Reasons\n\n"));
     page.push_str("`reason` of `tokenring_stream_ends_total` is one of:\n\n");
@@ -175,7 +177,8 @@ pub(crate) fn metrics_page() -> String {
         page.push_str(&format!("- `{}`: {}\n", end.name(), end.fault().message));
     }
     page.push_str(&format!(
-        "\n`reason` of `tokenring_refusals_total` is one of {refusals}.\n\n## Buckets\n\n"
+        "\n`reason` of `tokenring_refusals_total` is one of {refusals}; of `tokenring_ring_refusals_total`, {of_ring}.\n\n\
+         ## Buckets\n\n"
     ));
     for family in ALL {
         if let Kind::Histogram(bounds) = family.kind {

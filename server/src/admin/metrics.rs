@@ -79,6 +79,8 @@ pub(crate) fn page(view: &View, process: &Process) -> String {
     page.per_shard(&families::DURABLE_BACKLOG, view, |snapshot| journal(snapshot).backlog_bytes);
     page.per_shard(&families::DURABLE_FAILING, view, |snapshot| journal(snapshot).failing.is_some().into());
     page.per_shard(&families::BUFFERS_FREE, view, |snapshot| snapshot.buffers_free as u64);
+    let all = shard::io::Refusal::ALL.iter().map(|refusal| refusal.name()).enumerate();
+    page.by_word(&families::RING_REFUSALS, view, all, |snapshot, index| snapshot.ring_refusals.get(index));
     page.per_shard(&families::TIMERS, view, |snapshot| snapshot.timers as u64);
     page.upstreams(view);
     page.per_shard(&families::TLS_HANDSHAKING, view, |snapshot| snapshot.handshakes as u64);
@@ -318,6 +320,7 @@ mod tests {
         assert_eq!(samples["tokenring_resolve_failures_total{upstream=\"http://ab:1\"}"], 3.0);
         assert_eq!(samples["tokenring_ready"], 1.0);
         assert_eq!(samples["tokenring_tls_handshakes_under_way{shard=\"1\"}"], 0.0);
+        assert_eq!(samples["tokenring_ring_refusals_total{shard=\"0\",reason=\"completions\"}"], 1.0);
         for family in families::ALL {
             assert!(
                 page.contains(&format!("# TYPE {} {}\n", family.name, family.kind.name())),

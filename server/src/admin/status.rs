@@ -109,6 +109,7 @@ fn shard(view: &View, index: usize, state: &ShardState) -> Value {
         "stream_journal": snapshot.stream_journal.as_ref().map(journal),
         "buffers_free": snapshot.buffers_free,
         "buffers": plan.settings.buffers,
+        "ring_refusals": snapshot.ring_refusals.iter().sum::<u64>(),
         "timers": snapshot.timers,
         "counters": counters,
         "slowest": slowest(&[snapshot]),

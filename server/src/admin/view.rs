@@ -230,6 +230,7 @@ pub(crate) mod tests {
             }),
             stream_journal: Some(JournalState { segments: 1, bytes: 63, backlog_bytes: 64, failing: None }),
             buffers_free: 40,
+            ring_refusals: [3, 1],
             timers: 50,
             draining: false,
             upstreams: vec![UpstreamSnapshot { active: 1, idle: 2, failures: 0 }],

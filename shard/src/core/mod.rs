@@ -494,6 +494,7 @@ impl<I: Io> Shard<I> {
             journal: self.durable.store.journal_state(),
             stream_journal: self.kept.stored.as_ref().map(|stored| stored.journal.state()),
             buffers_free: self.io.buffers_free(),
+            ring_refusals: self.io.refusals(),
             timers: self.wheel.len(),
             draining: self.leaving != Leaving::No,
             upstreams: self

@@ -11,6 +11,7 @@ mod error;
 mod eventfd;
 mod ops;
 mod probe;
+mod refusals;
 mod sockets;
 mod take;
 
@@ -21,7 +22,7 @@ pub(crate) use eventfd::EventFd;
 pub use probe::{DESCRIPTORS_ITEM, ProbeItem, probe, raise_nofile, reserve_descriptors};
 pub use sockets::{Parcel, Socket, listen};
 
-use crate::io::{Close, Completion, Confirm, Errno, Half, Io, OpId, Wait};
+use crate::io::{Close, Completion, Confirm, Errno, Half, Io, OpId, Refusal, Wait};
 use crate::settings::Settings;
 use buffers::BufferRing;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
@@ -30,6 +31,7 @@ use ops::{DEFERRED, FORGOTTEN, Memory, OpTable, Owner, Sending};
 use protocol::limits::COMPLETIONS_PER_ENTRY;
 use protocol::log::Lent;
 use protocol::slots::Key;
+use refusals::Refusals;
 use sockets::Descriptors;
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -82,6 +84,7 @@ pub struct UringIo {
     /// Turns do not sleep: their owner does, until the event rings.
     sleeps_elsewhere: bool,
     sleep_owed: Option<Wait>,
+    refusals: Refusals,
     spin_us: u64,
     enter_flags: EnterFlags,
 }
@@ -130,6 +133,7 @@ impl UringIo {
             completion_event: None,
             sleeps_elsewhere: false,
             sleep_owed: None,
+            refusals: Refusals::default(),
             spin_us: u64::from(settings.spin_us),
             enter_flags,
         })
@@ -234,12 +238,23 @@ impl UringIo {
 
     /// One io_uring_enter: submits, runs deferred work, waits for `completions` or the timeout.
     fn enter(&mut self, flags: u32, completions: u32, timeout: Option<Duration>) -> Result<(), Errno> {
+        let queued = self.ring.submission().len() as u32;
+        self.enter_with(queued, flags, completions, timeout)
+    }
+
+    /// The same; of what is queued, at most `queued` entries are submitted.
+    fn enter_with(
+        &mut self,
+        queued: u32,
+        flags: u32,
+        completions: u32,
+        timeout: Option<Duration>,
+    ) -> Result<(), Errno> {
         let timespec = timeout.map(Timespec::from);
         let mut arguments = SubmitArgs::new();
         if let Some(timespec) = &timespec {
             arguments = arguments.timespec(timespec);
         }
-        let queued = self.ring.submission().len() as u32;
         let flags = self.enter_flags.bits() | flags;
         // SAFETY: the argument is the structure that EXT_ARG announces, and lives across the call with what it points to. The
         // entries submitted name memory that the op table owns.
@@ -247,22 +262,54 @@ impl UringIo {
         match result {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
-                // The time is up; a signal came; completions have to be taken first; no memory for a request just now.
-                // All of them end the sleep, and the next turn tries again.
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
-                Some(errno) => Err(Errno(errno)),
+                // The time is up; a signal came. The next turn tries again.
+                Some(libc::ETIME | libc::EINTR) => Ok(()),
+                // So it does when nothing is taken just now, but not at once: see `back_off`.
+                Some(errno) => match Refusals::of(errno) {
+                    Some(refusal) => {
+                        self.refusals.count(refusal);
+                        Ok(())
+                    }
+                    None => Err(Errno(errno)),
+                },
                 None => Err(Errno(libc::EIO)),
             },
         }
     }
 
+    /// The kernel took nothing in this turn. Until it is asked again, the shard sleeps for a moment, unless there is something
+    /// to be taken from it or to be done elsewhere.
+    fn back_off(&mut self, wait: Wait) -> Result<(), Errno> {
+        let pause = self.refusals.pause();
+        if self.refusals.is_news(self.now_us()) {
+            let [memory, completions] = self.refusals.counts();
+            log::warn!(
+                "the ring takes nothing (so far {memory} times for want of memory, {completions} for completions in the way): \
+                 it is asked again every millisecond"
+            );
+        }
+        let pause = self.sleep_of(wait).map_or(pause, |left| left.min(pause));
+        if pause.is_zero() || self.has_completions() {
+            return Ok(());
+        }
+        // Nothing is submitted: that may be what is refused, and who refuses it does not look for completions either.
+        let before = self.refusals.total();
+        self.enter_with(0, 0, 1, Some(pause))?;
+        if self.refusals.total() != before && !self.has_completions() {
+            std::thread::sleep(pause);
+        }
+        Ok(())
+    }
+
+    /// Whether there are completions to be taken without asking the kernel.
+    fn has_completions(&mut self) -> bool {
+        self.carried.is_some() || !self.entries.is_empty() || !self.ring.completion().is_empty()
+    }
+
     fn submit_and_wait(&mut self, wait: Wait) -> Result<(), Errno> {
         let all = self.push_unsubmitted();
         // Completions left over from the last turn (its batch was full) are work that is there already.
-        let left_over = self.carried.is_some()
-            || self.deferred_left
-            || !self.entries.is_empty()
-            || !self.ring.completion().is_empty();
+        let left_over = self.deferred_left || self.has_completions();
         let sleep = self.sleep_of(wait);
         if !all || left_over || sleep == Some(Duration::ZERO) {
             return self.enter_if_needed();
@@ -291,8 +338,10 @@ impl UringIo {
         // The kernel queues deferred work (a full barrier) and then reads the switch; here the switch is written and then,
         // behind a barrier, the kernel looks at its queue: one of the two sees the other.
         fence(Ordering::SeqCst);
+        let refusals = self.refusals.total();
         self.enter(0, 0, None)?;
-        let nothing = self.ring.completion().is_empty();
+        // Whoever sleeps elsewhere would not ask again.
+        let nothing = self.ring.completion().is_empty() && self.refusals.total() == refusals;
         if nothing {
             self.sleep_owed = Some(wait);
         } else {
@@ -394,7 +443,10 @@ impl UringIo {
                 let any = io_uring::types::CancelBuilder::any().all();
                 self.push(opcode::AsyncCancel2::new(any).build().user_data(FORGOTTEN));
             }
-            if self.enter(0, 1, Some(Duration::from_millis(10))).is_err() {
+            let refusals = self.refusals.total();
+            let tried = self.enter(0, 1, Some(Duration::from_millis(10)));
+            if tried.is_err() || (self.refusals.total() != refusals && self.back_off(Wait::Forever).is_err())
+            {
                 return false;
             }
             let before = self.ops.len();
@@ -463,10 +515,16 @@ impl Io for UringIo {
         if self.sleep_owed.take().is_some() {
             self.event_on(false);
         }
+        let refusals = self.refusals.total();
         self.buffers.publish();
         self.arm_wake();
         self.end_sockets()?;
         self.submit_and_wait(wait)?;
+        if self.refusals.total() == refusals {
+            self.refusals.over();
+        } else {
+            self.back_off(wait)?;
+        }
         self.take(completions);
         Ok(())
     }
@@ -576,6 +634,10 @@ impl Io for UringIo {
 
     fn buffers_free(&self) -> usize {
         self.buffers.free()
+    }
+
+    fn refusals(&self) -> [u64; Refusal::COUNT] {
+        self.refusals.counts()
     }
 }
 
