@@ -127,7 +127,8 @@ impl Sim {
             Outcome::Error(_, code) | Outcome::EventsThenError(_, code) => code.as_str(),
             _ => "",
         };
-        let reset = matches!(code, "upstream_reset" | "upstream_truncated" | "none" | "");
+        // A connection to a backend may break within its handshake.
+        let reset = matches!(code, "upstream_reset" | "upstream_truncated" | "upstream_tls" | "none" | "");
         let by_backend = !exchange.wire.whole
             || world.connects_failed > 0
             || world.control.unresolved

@@ -398,6 +398,12 @@ fn random_runs_keep_their_promises_over_tls() {
     }
 }
 
+/// Two of its connections to backends break within their handshakes, and those who waited for them are told.
+#[test]
+fn a_connection_to_a_backend_may_break_within_its_handshake() {
+    random(770_002_425);
+}
+
 /// Its client asks for new keys, and goes while the rest of a batch is still to be sent.
 #[test]
 fn a_connection_may_end_between_the_sends_of_one_batch() {
