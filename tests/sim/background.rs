@@ -8,7 +8,7 @@ use crate::plan::{Answer, Fault, Framed, Request, response_id};
 use crate::random::faults;
 use crate::reader::Message;
 use crate::resume::{RESUME, Seen, Tale, answer, check_reader, pace, raw};
-use crate::rng::Rng;
+use crate::rng::{Rng, are_usual, seeds};
 use crate::run::{Finished, Sim, settings};
 use crate::tls;
 use protocol::dialect::Dialect;
@@ -492,21 +492,18 @@ fn leaving(rng: &mut Rng) -> (When, How) {
     (when, rng.pick(&[How::Close, How::Reset]))
 }
 
-/// The first two hundred seeds; with `SIM_BACKGROUND_RUNS`, so many from `SIM_BACKGROUND_FROM` on.
 #[test]
 fn what_is_told_of_a_response_agrees_whatever_happens() {
-    let asked = |name: &str| std::env::var(name).ok().and_then(|number| number.parse::<u64>().ok());
-    let (from, runs) =
-        (asked("SIM_BACKGROUND_FROM").unwrap_or(0), asked("SIM_BACKGROUND_RUNS").unwrap_or(200));
+    let seeds = seeds("BACKGROUND", 200);
     let mut all = Tally::default();
-    for seed in from..from + runs {
+    for seed in seeds.clone() {
         let one = run(seed);
         all.whole += one.whole;
         all.completed += one.completed;
         all.failed += one.failed;
         all.cancelled += one.cancelled;
     }
-    if from == 0 && runs >= 200 {
+    if are_usual(&seeds, 200) {
         let Tally { whole, completed, failed, cancelled } = all;
         assert!(
             whole > 300 && completed > 300 && failed > 50 && cancelled > 50,

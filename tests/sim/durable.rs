@@ -5,7 +5,7 @@ use crate::client::{ClientPlan, Ended, How, Pace, When};
 use crate::disk::SimDisk;
 use crate::random::faults;
 use crate::reader::Message;
-use crate::rng::Rng;
+use crate::rng::{Rng, are_usual, seeds};
 use crate::run::{Finished, Sim, settings};
 use protocol::phase::End;
 use shard::core::JournalOf;
@@ -462,10 +462,13 @@ fn random_run(seed: u64) -> [usize; 3] {
 
 #[test]
 fn readers_see_what_was_published_whatever_the_machine_does() {
-    let runs: Vec<[usize; 3]> = (0..200).map(random_run).collect();
+    let seeds = seeds("DURABLE", 200);
+    let runs: Vec<[usize; 3]> = seeds.clone().map(random_run).collect();
     let [whole, shared, parted] = [0, 1, 2].map(|nth| runs.iter().map(|run| run[nth]).sum::<usize>());
-    assert!(whole > 100, "{whole} readers saw the end of their streams");
-    assert!(shared > 100 && parted > 5, "{shared} shared, {parted} fell behind");
+    if are_usual(&seeds, 200) {
+        assert!(whole > 100, "{whole} readers saw the end of their streams");
+        assert!(shared > 100 && parted > 5, "{shared} shared, {parted} fell behind");
+    }
 }
 
 /// What is known of a stream over all crashes.
@@ -567,8 +570,9 @@ fn text(nth: usize) -> serde_json::Value {
 
 #[test]
 fn a_crash_takes_nothing_back_that_a_publisher_or_a_reader_was_told() {
-    let acknowledged: u64 = (0..100).map(crash_run).sum();
-    assert!(acknowledged > 5_000, "{acknowledged} were acknowledged");
+    let seeds = seeds("DURABLE_CRASH", 100);
+    let acknowledged: u64 = seeds.clone().map(crash_run).sum();
+    assert!(!are_usual(&seeds, 100) || acknowledged > 5_000, "{acknowledged} were acknowledged");
 }
 
 #[test]

@@ -3,19 +3,13 @@
 
 use crate::backend::BackendHost;
 use crate::client::{ClientPlan, Ended, How, Pace, When};
-use crate::disk::SimDisk;
-use crate::minimise::failure_of;
-use crate::plan::{Answer, Fault, Framed, Request};
-use crate::random::faults;
+use crate::plan::{Answer, Fault, Request};
 use crate::reader::{Message, read_events};
 use crate::rng::Rng;
 use crate::run::{Finished, Sim, settings};
-use crate::tls;
 use protocol::dialect::Dialect;
-use protocol::limits::{LISTED_PER_TURN_MAX, READERS_PER_TURN_MAX};
+use protocol::limits::LISTED_PER_TURN_MAX;
 use protocol::phase::End;
-use protocol::planted::Bug;
-use shard::core::JournalOf;
 use shard::listing::{Inquiry, Place};
 use shard::mesh::Command;
 use shard::settings::{LeaveChoices, OnLeave, Resume, Settings, SlowReader};
@@ -65,9 +59,9 @@ pub(crate) struct Seen {
     after: Option<u64>,
     pub(crate) events: Vec<(u64, String)>,
     /// Events without an id that are no heartbeats: errors, gaps; and behind which event.
-    told: Vec<(u64, String)>,
+    pub(crate) told: Vec<(u64, String)>,
     /// Behind which event, to which.
-    gaps: Vec<(u64, u64)>,
+    pub(crate) gaps: Vec<(u64, u64)>,
     pub(crate) complete: bool,
     pub(crate) body: String,
 }
@@ -109,7 +103,7 @@ impl Seen {
     }
 
     /// For messages: how it ends.
-    fn end(&self) -> String {
+    pub(crate) fn end(&self) -> String {
         let from = self.body.len().saturating_sub(200);
         let ids: Vec<u64> = self.events.iter().map(|&(id, _)| id).collect();
         format!(
@@ -263,6 +257,23 @@ pub(crate) fn come_back(sim: &mut Sim, tale: &mut Tale, after: u64) -> usize {
 
 pub(crate) fn leaves(at_us: u64, how: How) -> impl Fn(ClientPlan) -> ClientPlan {
     move |plan| ClientPlan { leave: Some((When::AtUs(at_us), how)), ..plan }
+}
+
+pub(crate) fn pace(rng: &mut Rng) -> Pace {
+    match rng.below(5) {
+        0 => Pace::Slow { bytes: rng.range(500, 20_000) as usize, every_us: rng.skewed(20_000) + 1 },
+        1 => Pace::Stuck { after_bytes: rng.skewed(20_000) as usize, for_us: rng.pick(&[10_000, 5_000_000]) },
+        _ => Pace::Eager,
+    }
+}
+
+/// Behind which event a stream begins; `None`: at its start.
+fn earliest_of(sim: &mut Sim, tale: &mut Tale) -> Option<u64> {
+    let client = come_back(sim, tale, 0);
+    sim.run_ms(20);
+    let world = sim.world();
+    let message = world.clients[client].reader.messages.first().unwrap();
+    (message.status() == 410).then(|| message.header("tokenring-earliest-event-id").unwrap().parse().unwrap())
 }
 
 #[test]
@@ -524,403 +535,4 @@ fn what_is_older_than_the_window_is_let_go_and_nothing_younger() {
     sim.run_ms(20_000);
     assert_eq!((sim.shard.snapshot().kept.over, earliest_of(&mut sim, &mut tale)), (1, Some(held)));
     check(&sim.finish(), &tale);
-}
-
-/// Behind which event a stream begins; `None`: at its start.
-fn earliest_of(sim: &mut Sim, tale: &mut Tale) -> Option<u64> {
-    let client = come_back(sim, tale, 0);
-    sim.run_ms(20);
-    let world = sim.world();
-    let message = world.clients[client].reader.messages.first().unwrap();
-    (message.status() == 410).then(|| message.header("tokenring-earliest-event-id").unwrap().parse().unwrap())
-}
-
-#[test]
-fn a_reader_that_is_behind_for_too_long_is_told_so_however_little_it_is() {
-    // Policy, whether it is dropped, whether it skips.
-    for (slow_reader, drops, skips) in [
-        (SlowReader::Auto, true, false),
-        (SlowReader::Drop, true, false),
-        (SlowReader::Skip, false, true),
-        (SlowReader::Block, false, false),
-    ] {
-        let mut sim = sim_with(32, |settings| {
-            let resume = Resume { slow_reader, reader_lag_ms: 2_000, window_bytes: 4 << 20, ..RESUME };
-            settings.routes[1].resume = Some(resume);
-            settings.lag_high_bytes = 4 << 20;
-            settings.resume_bytes_max = 16 << 20;
-        });
-        // Some 40 KiB a second.
-        let plan = Answer { bytes: 1_000, piece_bytes: 1_050, gap_us: 30_000, ..Answer::events(1_500) };
-        let exchange = sim.exchange(Request::new(Dialect::Chat, true), plan);
-        let client = sim.client(ClientPlan::new(&[exchange]));
-        let mut tale = Tale { exchange, client, id: None, readers: Vec::new(), stopped: false };
-        sim.run_ms(500);
-        // It takes some bytes now and then: far less than comes, and far from what the window holds.
-        let slow = come_back(&mut sim, &mut tale, 0);
-        let fast = come_back(&mut sim, &mut tale, 0);
-        sim.world().clients[slow].plan.pace = Pace::Slow { bytes: 8_000, every_us: 500_000 };
-        sim.run_ms(1_500);
-        let counters = &sim.shard.stats().counters;
-        assert_eq!((counters.readers_dropped, counters.readers_skipped, counters.pauses), (0, 0, 0));
-        sim.run_ms(18_000);
-        let counters = sim.shard.stats().counters.clone();
-        assert_eq!(counters.readers_dropped, u64::from(drops), "{slow_reader:?}");
-        assert_eq!(counters.readers_skipped > 0, skips, "{slow_reader:?}");
-        assert_eq!(counters.pauses > 0, slow_reader == SlowReader::Block, "{slow_reader:?}");
-        if drops {
-            // What it had taken before it is told, it still takes.
-            sim.run_ms(120_000);
-            assert_eq!(answer(&sim, slow).unwrap().code(), "lagged");
-        }
-        let seen = answer(&sim, fast).unwrap();
-        assert!(seen.told.is_empty() && seen.gaps.is_empty(), "{slow_reader:?}: who keeps up is not meant");
-        check(&sim.finish(), &tale);
-    }
-}
-
-#[test]
-fn one_that_begins_with_what_is_old_has_its_time_to_catch_up() {
-    let mut sim = sim_with(33, |settings| {
-        let resume = Resume { slow_reader: SlowReader::Drop, reader_lag_ms: 2_000, ..RESUME };
-        settings.routes[1].resume = Some(resume);
-    });
-    let mut tale = chat(&mut sim, 1_500, 10_000, |plan| plan);
-    for _ in 0..8 {
-        sim.run_ms(1_000);
-        come_back(&mut sim, &mut tale, 0);
-    }
-    let finished = sim.finish();
-    assert_eq!(finished.sim.shard.stats().counters.readers_dropped, 0);
-    assert_eq!(check(&finished, &tale), 9);
-}
-
-#[test]
-fn a_stuck_reader_costs_the_others_nothing_and_is_told() {
-    for slow_reader in [SlowReader::Auto, SlowReader::Drop, SlowReader::Skip, SlowReader::Block] {
-        let mut sim = sim_with(7, |settings| {
-            settings.routes[1].resume = Some(Resume { window_bytes: 100_000, slow_reader, ..RESUME });
-        });
-        let plan = Answer { bytes: 3_000, gap_us: 10_000, piece_bytes: 3_100, ..Answer::events(400) };
-        let exchange = sim.exchange(Request::new(Dialect::Chat, true), plan);
-        let client = sim.client(ClientPlan::new(&[exchange]));
-        let mut tale = Tale { exchange, client, id: None, readers: Vec::new(), stopped: false };
-        sim.run_ms(50);
-        let stuck = Pace::Stuck { after_bytes: 5_000, for_us: 20_000_000 };
-        assert!(tale.learn(&sim));
-        for (nth, pace) in [Pace::Eager, stuck, Pace::Eager].into_iter().enumerate() {
-            let plan = ClientPlan { pace, ..resume(tale.id.as_deref().unwrap(), nth as u64) };
-            tale.readers.push((sim.client(plan), nth as u64));
-        }
-        sim.run_ms(10_000);
-        let eager = answer(&sim, tale.readers[0].0).unwrap().last();
-        let blocks = slow_reader == SlowReader::Block;
-        assert_eq!(eager < 200, blocks, "{slow_reader:?}: {eager} events");
-        let finished = sim.finish();
-        let whole = check(&finished, &tale);
-        assert_eq!(whole, if blocks { 4 } else { 3 }, "{slow_reader:?}");
-        let counters = &finished.sim.shard.stats().counters;
-        let (dropped, skipped) = (counters.readers_dropped, counters.readers_skipped);
-        match slow_reader {
-            SlowReader::Block => assert_eq!((dropped, skipped), (0, 0)),
-            SlowReader::Skip => assert!(dropped == 0 && skipped > 0),
-            SlowReader::Auto | SlowReader::Drop => assert_eq!((dropped, skipped), (1, 0)),
-        }
-        let told = answer(&finished.sim, tale.readers[1].0).unwrap();
-        let expected = usize::from(!blocks);
-        assert!(told.told.len() + told.gaps.len() >= expected, "{slow_reader:?}: {:?}", told.told);
-    }
-}
-
-#[test]
-fn thousands_who_come_back_at_once_begin_at_their_pace() {
-    let mut sim = sim_with(8, |settings| {
-        settings.resumes_per_s = 100;
-        settings.routes[1].heartbeat_ms = 500;
-        (settings.connections_max, settings.backlog) = (3_000, 1_024);
-    });
-    let mut tale = chat(&mut sim, 300, 20_000, |plan| plan);
-    sim.run_ms(200);
-    for _ in 0..500 {
-        come_back(&mut sim, &mut tale, 0);
-    }
-    sim.run_ms(1_500);
-    let begun = tale
-        .readers
-        .iter()
-        .filter(|&&(client, _)| answer(&sim, client).is_some_and(|seen| seen.last() > 0))
-        .count();
-    assert!((100..300).contains(&begun), "{begun}");
-    let told = tale.readers.iter().filter(|&&(client, _)| answer(&sim, client).is_some()).count();
-    assert_eq!(told, 500, "all have an answer's head");
-    let finished = sim.finish();
-    assert_eq!(check(&finished, &tale), 501);
-    assert!(finished.sim.shard.stats().counters.resumes_delayed > 300);
-}
-
-#[test]
-fn more_readers_than_a_turn_has_room_for_all_get_every_event() {
-    let mut sim = sim_with(11, |settings| {
-        settings.resumes_per_s = 1_000_000;
-        (settings.connections_max, settings.backlog) = (3_000, 2_048);
-    });
-    let mut tale = chat(&mut sim, 200, 20_000, |plan| plan);
-    sim.run_ms(200);
-    for _ in 0..2 * READERS_PER_TURN_MAX + 100 {
-        come_back(&mut sim, &mut tale, 0);
-    }
-    sim.run_ms(2_000);
-    for &(client, _) in &tale.readers {
-        let seen = answer(&sim, client).map_or(0, |seen| seen.last());
-        assert!(seen > 50, "a reader has {seen} events after two seconds");
-    }
-    let finished = sim.finish();
-    assert_eq!(check(&finished, &tale), tale.readers.len() + 1);
-}
-
-#[test]
-fn where_memory_runs_out_the_least_missed_goes_first() {
-    let mut sim = sim_with(9, |settings| settings.resume_bytes_max = 300_000);
-    let mut tales = Vec::new();
-    for _ in 0..10 {
-        let plan = Answer { bytes: 4_000, piece_bytes: 4_100, gap_us: 1_000, ..Answer::events(20) };
-        let exchange = sim.exchange(Request::new(Dialect::Chat, true), plan);
-        let client = sim.client(ClientPlan::new(&[exchange]));
-        tales.push(Tale { exchange, client, id: None, readers: Vec::new(), stopped: false });
-        sim.run_ms(500);
-    }
-    assert!(sim.shard.snapshot().kept.bytes <= 300_000);
-    let evicted = sim.shard.stats().counters.kept_evictions;
-    assert!((5..10).contains(&evicted), "{evicted}");
-    let readers: Vec<usize> = tales.iter_mut().map(|tale| come_back(&mut sim, tale, 0)).collect();
-    sim.run_ms(500);
-    let found: Vec<bool> =
-        readers.iter().map(|&reader| answer(&sim, reader).unwrap().status == 200).collect();
-    assert!(found.is_sorted() && found[9] && !found[0], "the oldest are gone: {found:?}");
-    let finished = sim.finish();
-    for tale in &tales {
-        check(&finished, tale);
-    }
-}
-
-#[test]
-fn a_drain_waits_for_readers_and_for_nobody_else() {
-    let mut sim = sim_with(10, |_| {});
-    let mut tale = chat(&mut sim, 100, 20_000, leaves(300_000, How::Close));
-    let forsaken = chat(&mut sim, 5_000, 20_000, leaves(300_000, How::Close));
-    sim.run_ms(500);
-    come_back(&mut sim, &mut tale, 0);
-    sim.run_ms(100);
-    sim.drain(60_000);
-    let finished = sim.finish();
-    assert_eq!((check(&finished, &tale), finished.sim.forced), (1, Some(0)));
-    assert_eq!(finished.ends(End::Drain), 1, "the one without a client");
-    check(&finished, &forsaken);
-}
-
-#[derive(Default)]
-struct Tally {
-    whole: usize,
-    resumed: usize,
-    detached: u64,
-    lagged: u64,
-}
-
-/// A run drawn from a seed.
-fn random_run(seed: u64) -> Tally {
-    random_run_on(seed, None)
-}
-
-/// The same with streams on a disk, that is asked for its syncs at this interval and takes so long.
-fn random_run_on(seed: u64, disk: Option<(u32, u64)>) -> Tally {
-    println!("seed {seed} {disk:?}");
-    let mut rng = Rng::new(seed);
-    let mut machine = faults(&mut rng);
-    machine.receive_bytes = if machine.receive_bytes > 0 { machine.receive_bytes.max(300) } else { 0 };
-    // A shard that is stopped waits no longer than `STOP_FLUSH_MS` for what it has cancelled.
-    machine.cancel_late_us = machine.cancel_late_us.min(200_000);
-    let resume_settings = Resume {
-        window_bytes: rng.pick(&[256 << 10, 20_000, 1]),
-        window_ms: rng.pick(&[0, 0, 2_000]),
-        on_leave: rng.pick(&[
-            OnLeave::Detach(30_000),
-            OnLeave::Detach(500),
-            OnLeave::Finish,
-            OnLeave::Cancel,
-        ]),
-        keep_ms: rng.pick(&[60_000, 2_000, 0]),
-        leave_choices: RESUME.leave_choices,
-        slow_reader: rng.pick(&[
-            SlowReader::Auto,
-            SlowReader::Auto,
-            SlowReader::Block,
-            SlowReader::Drop,
-            SlowReader::Skip,
-        ]),
-        durable: disk.is_some(),
-        reader_lag_ms: rng.pick(&[0, 0, 1_500]),
-    };
-    let change = |settings: &mut Settings, rng: &mut Rng| {
-        settings.durable.fsync_interval_ms = disk.map_or(0, |(interval_ms, _)| interval_ms);
-        settings.routes.iter_mut().for_each(|route| route.resume = Some(resume_settings));
-        settings.lag_high_bytes = rng.pick(&[4_096, 65_536]);
-        settings.lag_low_bytes = settings.lag_high_bytes / 4;
-        settings.resume_bytes_max = rng.pick(&[1 << 20, 64 << 10]);
-        settings.detached_max = rng.pick(&[100, 1]);
-        settings.resumes_per_s = rng.pick(&[1_000, 5]);
-        settings.routes[1].heartbeat_ms = rng.pick(&[15_000, 500, 0]);
-        settings.routes[1].deadlines.total_ms = 300_000;
-    };
-    let mut sim = if seed.is_multiple_of(4) {
-        let mut with = settings();
-        change(&mut with, &mut rng);
-        let mut sim = tls::of_both(seed, with, vec![BackendHost::new(0)]);
-        sim.lenience.outlives = true;
-        sim
-    } else {
-        sim_with(seed, |settings| change(settings, &mut rng))
-    };
-    if let Some((_, latency_us)) = disk {
-        let mut disk = SimDisk::new(JournalOf::Relayed, seed);
-        disk.latency_us = latency_us;
-        disk.fails = if seed.is_multiple_of(5) { 200 } else { 0 };
-        sim = sim.with_disk(disk);
-    }
-    sim.lenience.impatient = true;
-    sim.world().faults = machine;
-    let mut tales = Vec::new();
-    for _ in 0..rng.range(1, 4) {
-        let dialect = rng.pick(&Dialect::ALL);
-        let mut request = Request::new(dialect, true);
-        request.demo = rng.chance(150) && dialect.is_model_endpoint();
-        request.http10 = rng.chance(50);
-        request.on_leave = rng.pick(&["", "", "cancel", "detach", "detach;ttl=1", "finish"]);
-        let mut plan = Answer::events(rng.range(1, 120) as u32);
-        plan.bytes = rng.pick(&[10, 10, 300, 5_000]);
-        plan.piece_bytes = rng.pick(&[1 << 20, 4_096, 150]);
-        plan.gap_us = rng.pick(&[0, 5_000, 50_000]);
-        plan.framed = rng.pick(&[Framed::Chunked, Framed::Chunked, Framed::Close]);
-        plan.comments = rng.chance(200);
-        plan.crlf = rng.chance(200);
-        if rng.chance(250) {
-            let at = rng.below(1_000) as u32;
-            plan.fault = rng.pick(&[Fault::Cut(at), Fault::Reset(at), Fault::Stall(at)]);
-            if dialect.has_end_mark() {
-                plan.fault = rng.pick(&[plan.fault, Fault::InBandError, Fault::NoEndMark]);
-            } else {
-                plan.framed = Framed::Chunked;
-            }
-        }
-        let exchange = sim.exchange(request, plan);
-        let mut client = ClientPlan { start_us: rng.skewed(500_000), ..ClientPlan::new(&[exchange]) };
-        if rng.chance(600) {
-            let how = rng.pick(&[How::Close, How::Reset]);
-            client.leave = Some((
-                if rng.chance(500) {
-                    When::AtUs(rng.skewed(3_000_000))
-                } else {
-                    When::Bytes(rng.skewed(20_000) as usize)
-                },
-                how,
-            ));
-        }
-        client.pace = pace(&mut rng);
-        let client = sim.client(client);
-        tales.push(Tale { exchange, client, id: None, readers: Vec::new(), stopped: false });
-    }
-    for _ in 0..rng.range(2, 25) {
-        sim.run_ms(rng.skewed(2_000) + 1);
-        for tale in &mut tales {
-            if !tale.learn(&sim) || tale.readers.len() > 12 || rng.chance(300) {
-                continue;
-            }
-            let id = tale.id.clone().unwrap();
-            if rng.chance(25) {
-                tale.stopped = true;
-                sim.client(raw(&format!("DELETE /v1/streams/{id}"), ""));
-            }
-            if rng.chance(50) {
-                sim.client(raw(&format!("GET /v1/streams/{id}/status"), ""));
-            }
-            // The last one who read it, or anybody.
-            let all: Vec<usize> =
-                tale.readers.iter().map(|&(client, _)| client).chain([tale.client]).collect();
-            let who = if rng.chance(700) { all[all.len().saturating_sub(2)] } else { rng.pick(&all) };
-            let last = answer(&sim, who).map_or(0, |seen| if seen.status == 200 { seen.last() } else { 0 });
-            let after = if rng.chance(700) { last } else { rng.below(last + 1) };
-            let mut plan = resume(&id, after);
-            plan.pace = pace(&mut rng);
-            if rng.chance(500) {
-                let how = rng.pick(&[How::Close, How::Reset]);
-                plan.leave = Some((When::AtUs(rng.skewed(3_000_000)), how));
-            }
-            tale.readers.push((sim.client(plan), after));
-        }
-    }
-    if rng.chance(200) {
-        sim.drain(rng.skewed(300_000));
-    }
-    let finished = sim.finish();
-    let counters = &finished.sim.shard.stats().counters;
-    Tally {
-        whole: tales.iter().map(|tale| check(&finished, tale)).sum(),
-        resumed: counters.resumes as usize,
-        detached: counters.detaches,
-        lagged: counters.readers_dropped + counters.readers_skipped,
-    }
-}
-
-#[test]
-fn readers_of_streams_on_disk_see_what_is_behind_their_cursors_too() {
-    let mut all = Tally::default();
-    for seed in 0..200 {
-        let (interval_ms, latency_us) = [(0, 300), (0, 40_000), (30, 5_000)][seed as usize % 3];
-        let one = random_run_on(seed, Some((interval_ms, latency_us)));
-        all.whole += one.whole;
-        all.resumed += one.resumed;
-    }
-    assert!(all.whole > 200 && all.resumed > 300, "{} {}", all.whole, all.resumed);
-}
-
-#[test]
-fn planted_bugs_are_found() {
-    for &bug in Bug::OF_READERS {
-        let found = (0..300).find_map(|seed| {
-            failure_of(bug, || {
-                random_run(seed);
-            })
-            .map(|what| (seed, what))
-        });
-        let Some((seed, what)) = found else { panic!("{bug:?} went unnoticed") };
-        println!("{bug:?}: seed {seed}, {what}");
-    }
-}
-
-pub(crate) fn pace(rng: &mut Rng) -> Pace {
-    match rng.below(5) {
-        0 => Pace::Slow { bytes: rng.range(500, 20_000) as usize, every_us: rng.skewed(20_000) + 1 },
-        1 => Pace::Stuck { after_bytes: rng.skewed(20_000) as usize, for_us: rng.pick(&[10_000, 5_000_000]) },
-        _ => Pace::Eager,
-    }
-}
-
-#[test]
-fn readers_see_what_is_behind_their_cursors_whatever_happens() {
-    let runs = std::env::var("SIM_RESUME_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(300);
-    let from = std::env::var("SIM_RESUME_FROM").ok().and_then(|from| from.parse().ok()).unwrap_or(0);
-    let mut all = Tally::default();
-    for seed in from..from + runs {
-        let one = random_run(seed);
-        all.whole += one.whole;
-        all.resumed += one.resumed;
-        all.detached += one.detached;
-        all.lagged += one.lagged;
-    }
-    if from == 0 && runs >= 300 {
-        let Tally { whole, resumed, detached, lagged } = all;
-        assert!(
-            whole > 300 && resumed > 500 && detached > 50 && lagged > 10,
-            "{whole} whole, {resumed} resumed, {detached} detached, {lagged} lagged"
-        );
-    }
 }

@@ -1,4 +1,6 @@
-//! The one source of chance in a simulation: SplitMix64, so that a seed is a run.
+//! The one source of chance in a simulation: SplitMix64, so that a seed is a run; and which seeds are run.
+
+use std::ops::Range;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Rng(u64);
@@ -39,4 +41,19 @@ impl Rng {
     pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.below(of.len() as u64) as usize]
     }
+}
+
+/// The first `usual` seeds; with `SIM_{of}_RUNS`, so many from `SIM_{of}_FROM` on.
+pub(crate) fn seeds(of: &str, usual: u64) -> Range<u64> {
+    let asked = |what: &str| {
+        let text = std::env::var(format!("SIM_{of}_{what}")).ok()?;
+        Some(text.parse::<u64>().expect("a number"))
+    };
+    let from = asked("FROM").unwrap_or(0);
+    from..from + asked("RUNS").unwrap_or(usual)
+}
+
+/// Whether at least the first `usual` are among them: of others, nothing is known of how often each thing happens.
+pub(crate) fn are_usual(seeds: &Range<u64>, usual: u64) -> bool {
+    seeds.start == 0 && seeds.end >= usual
 }

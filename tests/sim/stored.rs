@@ -7,7 +7,7 @@ use crate::disk::SimDisk;
 use crate::plan::{Answer, Request};
 use crate::random::faults;
 use crate::resume::{RESUME, Tale, answer, chat, check, come_back, pace, raw, resume};
-use crate::rng::Rng;
+use crate::rng::{Rng, are_usual, seeds};
 use crate::run::{Sim, settings};
 use protocol::dialect::Dialect;
 use shard::core::JournalOf;
@@ -202,12 +202,15 @@ fn crash_run(seed: u64, tally: &mut Tally) {
 
 #[test]
 fn a_crash_takes_nothing_back_that_a_client_was_given() {
+    let seeds = seeds("STORED_CRASH", 120);
     let mut tally = Tally::default();
-    for seed in 0..120 {
+    for seed in seeds.clone() {
         crash_run(seed, &mut tally);
     }
     let Tally { resumed, interrupted, whole } = tally;
-    assert!(resumed > 500 && interrupted > 100 && whole > 100, "{resumed} {interrupted} {whole}");
+    if are_usual(&seeds, 120) {
+        assert!(resumed > 500 && interrupted > 100 && whole > 100, "{resumed} {interrupted} {whole}");
+    }
 }
 
 #[test]
