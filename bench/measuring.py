@@ -27,6 +27,22 @@ SYSCALLS = ["io_uring_enter", "epoll_wait", "epoll_pwait", "epoll_pwait2", "epol
 # Where a package has no program of its name.
 FILES = {"libnginx-mod-nchan": "/usr/lib/nginx/modules/ngx_nchan_module.so"}
 
+# More arguments of tokenring, by the name behind the plus of a server such as `tokenring+stored`.
+VARIANTS = {
+    # Relayed streams on disk: each event delivered when it is synced (the default), or written and synced within 100 ms.
+    "synced": ["--durable", "on", "--data-dir", "{directory}/data", "--fsync-interval", "0"],
+    "stored": ["--durable", "on", "--data-dir", "{directory}/data", "--fsync-interval", "100"],
+    # Limits in time: of what is kept of a stream, of how far a reader may be behind.
+    "window": ["--resume-window-ms", "60000"],
+    "lag": ["--reader-lag-ms", "5000"],
+}
+
+
+def variant_arguments(name, directory):
+    """Of a server's name, what it says behind the plus."""
+    _, _, variant = name.partition("+")
+    return [argument.format(directory=directory) for argument in VARIANTS[variant]] if variant else []
+
 
 def cpu_list(text):
     return [int(cpu) for cpu in text.split(",")]

@@ -54,6 +54,9 @@ struct Options {
     /// Instead of publishing: have the fake backend stream through the target, and read that stream by its id.
     #[arg(long, conflicts_with_all = ["raw", "create"])]
     relayed: bool,
+    /// So many relayed streams; readers take them in turn. With `--returns` it is the readers themselves who leave and come back.
+    #[arg(long, default_value_t = 1, requires = "relayed")]
+    streams: usize,
     /// How many readers.
     #[arg(long, default_value_t = 100)]
     readers: usize,
@@ -67,6 +70,9 @@ struct Options {
     /// Events that one who comes back has missed.
     #[arg(long, default_value_t = 40)]
     behind: u64,
+    /// Of several streams: seconds for which a reader that leaves stays away.
+    #[arg(long, default_value_t = 1.0)]
+    away: f64,
     /// Events per second.
     #[arg(long, default_value_t = 20.0)]
     rate: f64,
@@ -107,6 +113,8 @@ fn main() -> ExitCode {
 
 struct Run {
     options: Options,
+    /// What readers ask for, in turn.
+    paths: Vec<String>,
     poller: Poller,
     readers: Vec<Reader>,
     /// Readers that were opened, and those of them that have their head.
@@ -130,6 +138,16 @@ struct Reader {
     socket: Option<TcpStream>,
     asked: bool,
     received: Received,
+    /// Until it has caught up.
+    coming_back: Option<ComingBack>,
+    /// Events that were due before are none that it was there for.
+    live_from_ns: u64,
+}
+
+/// A reader of one of several streams that has left and is there again.
+struct ComingBack {
+    due_ns: u64,
+    has_first: bool,
 }
 
 /// What a reader has got.
@@ -142,6 +160,8 @@ struct Received {
     ids: VecDeque<(u64, String)>,
     /// Of an event of which the rest has not arrived.
     text: Vec<u8>,
+    /// When the last event was due.
+    last_due_ns: u64,
 }
 
 /// Readers that come back, and when.
@@ -154,6 +174,9 @@ struct Returns {
     begun: u64,
     ended: u64,
     slots: Vec<Option<Returned>>,
+    /// Of several streams: readers that have left, and when each is to come back.
+    away: VecDeque<(usize, u64)>,
+    away_ns: u64,
 }
 
 /// One who has come back.
@@ -177,6 +200,11 @@ impl Returns {
         } else if options.returns > 0.0 {
             (self.start_ns, self.every_ns) = (begin_ns, (1e9 / options.returns) as u64);
             self.all = (end_ns - begin_ns) / self.every_ns.max(1);
+            if options.streams > 1 {
+                // They leave so long before, and come back within the window.
+                self.away_ns = seconds_ns(options.away);
+                self.start_ns -= self.away_ns;
+            }
         }
     }
 
@@ -187,7 +215,8 @@ impl Returns {
     }
 
     fn wake_ns(&self) -> u64 {
-        self.next_due_ns().unwrap_or(u64::MAX)
+        let back_ns = self.away.front().map_or(u64::MAX, |&(_, due_ns)| due_ns);
+        self.next_due_ns().unwrap_or(u64::MAX).min(back_ns)
     }
 
     fn are_over(&self) -> bool {
@@ -295,9 +324,15 @@ impl Run {
         if let Some(path) = &options.create {
             create(options.target, path)?;
         }
-        if options.relayed {
-            options.read = open_relayed(&options)?;
-        }
+        let paths = if options.relayed {
+            (0..options.streams)
+                .map(|stream| open_relayed(&options, stream))
+                .collect::<io::Result<Vec<_>>>()?
+        } else {
+            vec![options.read.clone()]
+        };
+        // Those who return to the only one ask for it by its path.
+        options.read.clone_from(&paths[0]);
         let poller = Poller::new()?;
         let socket = TcpStream::connect(options.raw.unwrap_or(options.target))?;
         socket.set_nodelay(true)?;
@@ -313,7 +348,8 @@ impl Run {
         };
         Ok(Self {
             poller,
-            readers: (0..options.readers).map(|_| Reader::new()).collect(),
+            readers: (0..options.readers).map(|index| Reader::new((index % paths.len()) as u64)).collect(),
+            paths,
             opened: 0,
             answered: 0,
             owed: options.readers,
@@ -356,7 +392,10 @@ impl Run {
             if now >= end_ns {
                 end_ns = u64::MAX;
                 self.window.end(now, &self.report);
-                if self.options.relayed {
+                if self.options.streams > 1 {
+                    // Of each, what its own readers have seen.
+                    self.owed = 0;
+                } else if self.options.relayed {
                     self.events = self.newest;
                     let behind = |reader: &&Reader| {
                         reader.socket.is_some() && reader.received.sequence.last() < self.newest
@@ -365,7 +404,11 @@ impl Run {
                 }
             }
             self.publish(now)?;
-            self.bring_back(now)?;
+            if self.options.streams > 1 {
+                self.send_away(now)?;
+            } else {
+                self.bring_back(now)?;
+            }
             if (self.owed == 0 && self.returns.are_over() && self.window.is_over()) || now > deadline_ns {
                 break;
             }
@@ -394,7 +437,8 @@ impl Run {
         self.report.faults.unfinished += (self.readers.len() - self.answered) as u64;
         self.report.faults.unfinished += self.returns.unfinished();
         for reader in &mut self.readers {
-            let faults = reader.received.sequence.finish(Some(published));
+            let owed = if self.options.streams > 1 { reader.received.sequence.last() } else { published };
+            let faults = reader.received.sequence.finish(Some(owed));
             self.report.complete += u64::from(faults == Default::default());
             self.report.faults.sequence += faults;
             // Thousands of sockets in TIME_WAIT would be in the way of the next run.
@@ -453,6 +497,32 @@ impl Run {
                     partial: Vec::new(),
                 },
             );
+        }
+        Ok(())
+    }
+
+    /// Of several streams: readers leave when their time has come, and come back to where they were.
+    fn send_away(&mut self, now: u64) -> io::Result<()> {
+        while let Some(due_ns) = self.returns.next_due_ns().filter(|&due_ns| due_ns <= now) {
+            let index = (self.returns.begun % self.readers.len() as u64) as usize;
+            let reader = &mut self.readers[index];
+            if reader.socket.take().is_none() || reader.coming_back.is_some() {
+                return Err(io::Error::other("a reader is to leave that is not there"));
+            }
+            self.returns.begun += 1;
+            self.returns.away.push_back((index, due_ns + self.returns.away_ns));
+        }
+        while let Some(&(index, due_ns)) = self.returns.away.front().filter(|(_, due_ns)| *due_ns <= now) {
+            self.returns.away.pop_front();
+            let socket = net::connect(self.options.target)?;
+            self.poller.add_connection(&socket, index as u64)?;
+            let reader = &mut self.readers[index];
+            (reader.socket, reader.asked) = (Some(socket), false);
+            (reader.live_from_ns, reader.coming_back) =
+                (due_ns, Some(ComingBack { due_ns, has_first: false }));
+            reader.received.has_head = false;
+            reader.received.partial.clear();
+            reader.received.text.clear();
         }
         Ok(())
     }
@@ -569,8 +639,13 @@ impl Run {
         let reader = &mut self.readers[index];
         let Some(mut socket) = reader.socket.as_ref() else { return };
         if !reader.asked {
-            let (path, host) = (&self.options.read, self.options.target);
-            let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nAccept: text/event-stream\r\n\r\n");
+            let (path, host) = (&self.paths[index % self.paths.len()], self.options.target);
+            let cursor = match (&reader.coming_back, reader.received.ids.back()) {
+                (Some(_), Some((_, id))) => format!("Last-Event-ID: {id}\r\n"),
+                _ => String::new(),
+            };
+            let request =
+                format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nAccept: text/event-stream\r\n{cursor}\r\n");
             match socket.write(request.as_bytes()) {
                 // A fresh socket has room for it.
                 Ok(_) => reader.asked = true,
@@ -586,12 +661,27 @@ impl Run {
                     let received = &mut reader.received;
                     let had_head = received.has_head;
                     let last = received.sequence.last();
-                    received.take(&piece[..count], &mut self.report, &self.measured);
-                    // The first one remembers the ids of events for those who return.
-                    if index == 0 && returning {
+                    let measured = self.measured.start.max(reader.live_from_ns)..self.measured.end;
+                    received.take(&piece[..count], &mut self.report, &measured);
+                    // The first one remembers the ids of events for those who return; of several streams, each its own.
+                    if returning && (index == 0 || self.paths.len() > 1) {
                         received.remember(&piece[..count]);
                     }
-                    self.answered += usize::from(received.has_head && !had_head);
+                    if let Some(back) = &mut reader.coming_back {
+                        let took_ns = now_ns().saturating_sub(back.due_ns);
+                        if received.sequence.last() > last && !std::mem::replace(&mut back.has_first, true) {
+                            self.report.first.record(took_ns);
+                        }
+                        // The next one was not due yet when it came back.
+                        let interval_ns = (1e9 / self.options.rate) as u64;
+                        if back.has_first && received.last_due_ns + interval_ns > back.due_ns {
+                            self.report.caught_up.record(took_ns);
+                            self.returns.ended += 1;
+                            reader.coming_back = None;
+                        }
+                    } else {
+                        self.answered += usize::from(received.has_head && !had_head);
+                    }
                     let done = last < self.events && received.sequence.last() >= self.events;
                     self.newest = self.newest.max(received.sequence.last());
                     self.owed -= usize::from(done);
@@ -617,15 +707,17 @@ impl Run {
 }
 
 impl Reader {
-    fn new() -> Self {
+    /// Of that stream.
+    fn new(stream: u64) -> Self {
         let received = Received {
             has_head: false,
-            sequence: Sequence::new(0),
+            sequence: Sequence::new(stream),
             partial: Vec::new(),
             ids: VecDeque::new(),
             text: Vec::new(),
+            last_due_ns: 0,
         };
-        Self { socket: None, asked: false, received }
+        Self { socket: None, asked: false, received, coming_back: None, live_from_ns: 0 }
     }
 }
 
@@ -680,6 +772,7 @@ impl Received {
             };
             report.events += 1;
             self.sequence.see(mark.stream, mark.sequence);
+            self.last_due_ns = mark.due_ns;
             if measured.contains(&mark.due_ns) {
                 report.added.record(now.saturating_sub(mark.due_ns));
                 report.hop.record(now.saturating_sub(mark.due_ns + mark.late_ns));
@@ -689,9 +782,9 @@ impl Received {
 }
 
 /// Asks for a stream that lasts longer than all of this, reads its head, and leaves. Gives the path of the stream.
-fn open_relayed(options: &Options) -> io::Result<String> {
+fn open_relayed(options: &Options, stream: usize) -> io::Result<String> {
     let events = (options.rate * (options.warmup + options.duration + 2.0 * options.grace)).ceil() as u64;
-    let fake = format!("stream=0&events={events}&rate={}&payload={}", options.rate, options.payload);
+    let fake = format!("stream={stream}&events={events}&rate={}&payload={}", options.rate, options.payload);
     let body = format!(
         "{{\"model\":\"fake\",\"stream\":true,\"metadata\":{{\"fake\":\"{fake}\"}},\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}"
     );
