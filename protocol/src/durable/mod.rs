@@ -11,6 +11,7 @@
 //! A [`Store`] holds the streams of one shard. It does no I/O and knows no clock; whom an append concerns it tells by
 //! [`Store::take_woken`].
 
+mod home;
 pub mod journal;
 mod json;
 mod lines;
@@ -34,6 +35,7 @@ mod relayed_tests;
 #[cfg(test)]
 mod tests;
 
+pub use home::home_of;
 pub use listing::StreamLine;
 pub use offset::Offset;
 pub use reading::{Progress, Reading, Shared};

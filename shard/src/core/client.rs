@@ -263,7 +263,7 @@ impl<I: Io> Shard<I> {
             return self.answer_empty(stream_key, 204, told);
         }
         self.leave_home_unless(key, durable);
-        if durable && !self.is_durable_home(key) {
+        if durable && !self.is_durable_home(key, path) {
             // Its home takes nobody over any more.
             return self.end_stream(stream_key, End::Drain);
         }

@@ -12,15 +12,17 @@
 use super::conn::{Client, Conn, Role, State};
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
-use crate::mesh::{Handed, Moved};
+use crate::mesh::{Handed, Moved, Neighbours};
 use crate::tls::Tls;
 use protocol::http::RequestHead;
 use protocol::limits::{HANDED_ON_MAX, MOVE_RETRY_MS};
 use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
 
-/// The shard that has all durable streams (docs/decisions/011-home-of-durable-streams.md).
-const DURABLE_HOME: usize = 0;
+/// The shard that has the durable stream of a path (docs/decisions/011-home-of-durable-streams.md): one has them all.
+pub(super) fn durable_home(_path: &str, _shards: usize) -> usize {
+    0
+}
 
 /// Clients that are to go to other shards.
 #[derive(Default)]
@@ -45,9 +47,10 @@ impl<S> Newcomer<S> {
 }
 
 impl<I: Io> Shard<I> {
-    /// Whether durable streams are served here to this client.
-    pub(super) fn is_durable_home(&self, key: Key) -> bool {
-        let home = self.neighbours.as_ref().is_none_or(|neighbours| neighbours.own() == DURABLE_HOME);
+    /// Whether a durable stream is served here to this client.
+    pub(super) fn is_durable_home(&self, key: Key, path: &str) -> bool {
+        let is_own = |neighbours: &Neighbours<_>| neighbours.own() == durable_home(path, neighbours.shards());
+        let home = self.neighbours.as_ref().is_none_or(is_own);
         let role = self.conns.get(key).map(|conn| &conn.role);
         home || matches!(role, Some(Role::Client(client)) if client.at_home)
     }
@@ -65,11 +68,12 @@ impl<I: Io> Shard<I> {
         if !durable && let Some(next) = self.next_for_response(key, head) {
             return Some(next);
         }
+        let home = durable_home(head.path(), neighbours.shards());
         let moves = self.leaving == Leaving::No
-            && !self.is_durable_home(key)
             && durable
-            && neighbours.is_open(DURABLE_HOME);
-        moves.then_some(DURABLE_HOME)
+            && !self.is_durable_home(key, head.path())
+            && neighbours.is_open(home);
+        moves.then_some(home)
     }
 
     /// A client that was moved here stays for requests of one kind.
