@@ -190,6 +190,16 @@ pub const DURABLE_PRODUCER_FORGET_MS: u64 = 7 * 24 * 3_600_000;
 pub const DURABLE_FORK_DEPTH_MAX: usize = 32;
 /// Memory that a durable stream takes without its data, bytes: its entry, its places in the indexes.
 pub const DURABLE_STREAM_COST_BYTES: usize = 1024;
+/// Memory that it takes beside its path on the shard that its path belongs to, if it lives on another one, bytes.
+pub const DURABLE_AWAY_COST_BYTES: usize = 128;
+/// Shards that a creation is sent to, one after the other, until it is refused: it takes two or three where nothing changes meanwhile.
+pub const ERRAND_HOPS_MAX: u8 = 16;
+/// Creations from other shards that wait on one, for what another creation at the same path becomes, or for its disk.
+pub const ERRANDS_WAITING_MAX: usize = 1024;
+/// Letters about durable streams that are taken in one turn.
+pub const ERRAND_LETTERS_PER_TURN_MAX: usize = 256;
+/// Milliseconds after which a letter that found the queue to another shard full is tried again.
+pub const ERRAND_RETRY_MS: u64 = 1;
 /// Durable streams that are looked at for old messages at once.
 pub const DURABLE_LOOKS_PER_TURN_MAX: usize = 256;
 /// Milliseconds of which the times are multiples at which expired streams are removed; they cannot be used before that.

@@ -60,6 +60,12 @@ pub enum Bug {
     MirrorLeftUntold,
     /// A mirror's readers do not count when the last one at home leaves.
     MirrorCountsNot,
+    /// The shard of a fork's path is not told that the fork is gone.
+    GoneUntold,
+    /// The shard of a fork's path hears of the fork after its creator has.
+    ForkToldLate,
+    /// A path stays reserved for a fork that was not made.
+    ReservedForEver,
     /// A response is read on from one event too late.
     SequenceShifted,
     /// The end of a response that was cancelled is told as its backend told it, or not at all.
@@ -103,6 +109,9 @@ impl Bug {
     /// Those that only show between shards.
     pub const OF_MOVES: &'static [Bug] =
         &[Bug::MovedBytesLost, Bug::MovedBytesTwice, Bug::MoveForgotten, Bug::BellForgotten];
+
+    /// Those that only forks of streams on other shards can show.
+    pub const OF_FORKS: &'static [Bug] = &[Bug::GoneUntold, Bug::ForkToldLate, Bug::ReservedForEver];
 
     /// Those that only responses in background can show.
     pub const OF_RESPONSES: &'static [Bug] = &[Bug::SequenceShifted, Bug::CancelForgotten, Bug::ResponseLeft];

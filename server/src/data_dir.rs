@@ -3,13 +3,15 @@
 //! ```text
 //!   lock                   held by the process
 //!   ids                    the key of streams' ids, and the first number that the next process may give
-//!   *.segment              the journal of durable streams
+//!   *.segment              the journal of shard 0's durable streams
+//!   durable-N/*.segment    that of shard N's
 //!   relayed-N/*.segment    the journal of shard N's relayed streams
 //! ```
 
 use crate::exit::{Exit, Fatal};
 use protocol::durable::journal::{Finding, Job, Recovered, Recovery, segment_name, segment_number};
 use protocol::durable::relayed::{RelayJournal, Restored};
+use protocol::durable::{Rehoming, agree};
 use protocol::limits::{DURABLE_SEGMENT_BYTES, RELAYED_NUMBERS_RESERVED};
 use rustix::fs::{Access, FlockOperation, access, flock};
 use std::collections::{BTreeMap, HashMap};
@@ -23,6 +25,7 @@ const LOCK: &str = "lock";
 /// The key of ids and the numbers given: who has it can make up ids, and read by them.
 const IDS: &str = "ids";
 const RELAYED: &str = "relayed-";
+const DURABLE: &str = "durable-";
 /// Only the server's user: what is in there was said by its clients.
 const MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
@@ -88,16 +91,61 @@ impl DataDir {
         Ok(DataDir { path: path.to_owned(), _lock: lock })
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    /// The durable streams that it holds, for each of so many shards, with the directory of its journal; damage is logged. Streams
+    /// that belong to other shards than before are brought there.
+    pub(crate) fn recover(&self, shards: usize) -> Result<Vec<(PathBuf, Recovered)>, Fatal> {
+        let mut found = BTreeMap::new();
+        for shard in durable_shards(&self.path)? {
+            let path = durable_path(&self.path, shard);
+            make_last(&path)?;
+            found.insert(shard, read(&path)?);
+        }
+        for shard in 0..shards {
+            self.make(&durable_path(&self.path, shard))?;
+        }
+        agree(&mut found);
+        for (&shard, recovered) in &found {
+            tell(&durable_path(&self.path, shard), recovered, "durable", recovered.streams().count());
+        }
+        if let Some(rehoming) = Rehoming::begin(&mut found, shards, crate::serve::random_salt()?) {
+            self.rehome(rehoming, shards)?;
+            for shard in 0..shards {
+                found.insert(shard, read(&durable_path(&self.path, shard))?);
+            }
+            agree(&mut found);
+        }
+        // They have nothing any more that belongs anywhere.
+        for shard in durable_shards(&self.path)?.into_iter().filter(|shard| *shard >= shards) {
+            self.remove(&durable_path(&self.path, shard))?;
+        }
+        let all = (0..shards)
+            .map(|shard| (durable_path(&self.path, shard), found.remove(&shard).unwrap_or_default()));
+        Ok(all.collect())
     }
 
-    /// The durable streams that it holds; damage is logged.
-    pub(crate) fn recover(&self) -> Result<Recovered, Fatal> {
-        make_last(&self.path)?;
-        let recovered = read(&self.path)?;
-        tell(&self.path, &recovered, "durable", recovered.streams().count());
-        Ok(recovered)
+    /// Writes streams where they belong, to the last byte, and then removes them where they were.
+    fn rehome(&self, mut rehoming: Rehoming, shards: usize) -> Result<(), Fatal> {
+        for leaving in [false, true] {
+            if leaving {
+                rehoming.leave();
+            }
+            for shard in 0..shards {
+                let path = durable_path(&self.path, shard);
+                while let Some(job) = rehoming.next_job(shard) {
+                    work(&path, &job)
+                        .map_err(|error| fatal(&path, format_args!("cannot be written: {error}")))?;
+                    rehoming.job_done(shard);
+                }
+            }
+        }
+        log::info!("{} durable streams of other shards were brought home", rehoming.moved());
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), Fatal> {
+        std::fs::remove_dir_all(path)
+            .and_then(|()| sync_directory(&self.path))
+            .map_err(|error| fatal(path, format_args!("cannot be removed: {error}")))
     }
 
     /// What it holds of relayed streams, for each of so many shards, with the directory of that; and the number below which any
@@ -123,6 +171,9 @@ impl DataDir {
     }
 
     fn make(&self, path: &Path) -> Result<(), Fatal> {
+        if path == self.path {
+            return Ok(());
+        }
         match DirBuilder::new().mode(MODE).create(path) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             made => made
@@ -180,9 +231,7 @@ impl DataDir {
                 self.write_out(shard, journal, &logs)?;
                 found.insert(shard, read(&path)?);
             } else {
-                std::fs::remove_dir_all(&path)
-                    .and_then(|()| sync_directory(&self.path))
-                    .map_err(|error| fatal(&path, format_args!("cannot be removed: {error}")))?;
+                self.remove(&path)?;
             }
         }
         log::info!("{} relayed streams of other shards were brought home", moves.len());
@@ -274,17 +323,45 @@ fn relayed_path(path: &Path, shard: usize) -> PathBuf {
     path.join(format!("{RELAYED}{shard}"))
 }
 
-/// The shards of which there are journals.
+/// The journal of a shard's durable streams. That of the first is where it was when there was no other.
+fn durable_path(path: &Path, shard: usize) -> PathBuf {
+    if shard == 0 { path.to_owned() } else { path.join(format!("{DURABLE}{shard}")) }
+}
+
+/// The shards of which there are journals of durable streams.
+fn durable_shards(path: &Path) -> Result<Vec<usize>, Fatal> {
+    let mut shards = shards_of(path, DURABLE)?;
+    shards.retain(|shard| *shard > 0);
+    shards.insert(0, 0);
+    Ok(shards)
+}
+
 fn relayed_shards(path: &Path) -> Result<Vec<usize>, Fatal> {
+    shards_of(path, RELAYED)
+}
+
+/// The numbers of the directories whose names begin so.
+fn shards_of(path: &Path, prefix: &str) -> Result<Vec<usize>, Fatal> {
     let refuse = |error: std::io::Error| fatal(path, format_args!("cannot be read: {error}"));
     let mut shards = Vec::new();
     for entry in std::fs::read_dir(path).map_err(refuse)? {
         let name = entry.map_err(refuse)?.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix(RELAYED));
+        let number = name.to_str().and_then(|name| name.strip_prefix(prefix));
         shards.extend(number.and_then(|number| number.parse::<usize>().ok()));
     }
     shards.sort_unstable();
     Ok(shards)
+}
+
+/// The durable streams that a directory holds, whoever writes it, with the directories of their journals. Where one is in several, it
+/// was being brought from one to the other when its process ended.
+pub(crate) fn read_durable(path: &Path) -> Result<Vec<(PathBuf, Recovered)>, Fatal> {
+    let mut found = BTreeMap::new();
+    for shard in durable_shards(path)? {
+        found.insert(shard, read(&durable_path(path, shard))?);
+    }
+    agree(&mut found);
+    Ok(found.into_iter().map(|(shard, recovered)| (durable_path(path, shard), recovered)).collect())
 }
 
 /// The relayed streams that a directory holds, whoever writes it, with the directories of their journals.
@@ -383,7 +460,7 @@ pub(crate) fn check(path: &Path) -> Result<(), Fatal> {
 }
 
 /// What a directory holds, whoever writes it.
-pub(crate) fn read(path: &Path) -> Result<Recovered, Fatal> {
+fn read(path: &Path) -> Result<Recovered, Fatal> {
     for _ in 1..ATTEMPTS {
         match try_read(path) {
             // A segment went while it was read.
@@ -452,7 +529,7 @@ mod tests {
         let second = DataDir::open(&folder.0).unwrap_err();
         assert_eq!(second.exit, Exit::Unavailable);
         assert!(second.message.contains(&format!("(id {})", std::process::id())), "{}", second.message);
-        assert_eq!(first.recover().unwrap().streams().count(), 0);
+        assert_eq!(first.recover(1).unwrap()[0].1.streams().count(), 0);
         drop(first);
         assert!(!is_in_use(&folder.0));
         DataDir::open(&folder.0).unwrap();

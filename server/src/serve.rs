@@ -95,7 +95,8 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     }
     let (listening, listeners) = bind(&plan.listen, plan.cpus.len(), &plan.settings)?;
     let admin = admin::bind(&plan.admin)?;
-    let mut journal = data_dir.as_ref().map(journal_plan).transpose()?;
+    let journals = data_dir.as_ref().map(|data_dir| journals(data_dir, plan.cpus.len())).transpose()?;
+    let mut journals = journals.into_iter().flatten();
     let stream_journals =
         data_dir.as_ref().map(|data_dir| stream_journals(data_dir, &mut plan)).transpose()?;
     let mut stream_journals = stream_journals.into_iter().flatten();
@@ -132,6 +133,8 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
         let several = shard_ports.len() > 1;
         let mut threads = Vec::new();
         for (index, (listeners, port)) in listeners.into_iter().zip(shard_ports).enumerate() {
+            let (journal, forks) = journals.next().unzip();
+            let forks = forks.unwrap_or_default();
             let plan = ShardPlan {
                 index,
                 cpu: plan.cpus[index],
@@ -141,8 +144,8 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
                 listeners,
                 port,
                 neighbours: neighbours.next().filter(|_| several),
-                // Shard 0 is the home of all durable streams.
-                journal: journal.take(),
+                journal,
+                forks,
                 stream_journal: stream_journals.next(),
             };
             threads.push(host::spawn(plan).map_err(|error| refused(&format!("shard {index}: {error}")))?);
@@ -170,10 +173,20 @@ fn run(effective: &Effective, machine: &Machine, logs: &Logs) -> Result<Exit, Fa
     Ok(exit)
 }
 
-/// What a data directory holds, for the shard that goes on writing it.
-fn journal_plan(data_dir: &DataDir) -> Result<JournalPlan, Fatal> {
-    let recovered = data_dir.recover()?;
-    Ok(JournalPlan { directory: data_dir.path().to_owned(), recovered, salt: random_salt()? })
+/// Paths at which there are forks on other shards, each with its shard.
+type Forks = Vec<(Box<str>, usize)>;
+
+/// What a data directory holds of durable streams, for each shard, which goes on writing it.
+fn journals(data_dir: &DataDir, shards: usize) -> Result<Vec<(JournalPlan, Forks)>, Fatal> {
+    let recovered = data_dir.recover(shards)?;
+    let mut forks: Vec<Forks> = vec![Vec::new(); shards];
+    for (own, (_, recovered)) in recovered.iter().enumerate() {
+        for (path, home) in recovered.paths_away(shards, own) {
+            forks[home].push((path.into(), own));
+        }
+    }
+    let plan = |(directory, recovered)| Ok(JournalPlan { directory, recovered, salt: random_salt()? });
+    recovered.into_iter().map(plan).zip(forks).map(|(plan, forks)| Ok((plan?, forks))).collect()
 }
 
 /// The same of relayed streams, for each shard; their ids go on.

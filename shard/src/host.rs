@@ -67,6 +67,8 @@ pub struct ShardPlan {
     pub neighbours: Option<Neighbours<Parcel>>,
     /// Where its durable streams are written; `None`: they are held in memory only.
     pub journal: Option<JournalPlan>,
+    /// Paths of this shard at which there are forks on others, with those.
+    pub forks: Vec<(Box<str>, usize)>,
     /// Where its relayed streams are; `None`: they are held in memory only.
     pub stream_journal: Option<StreamJournalPlan>,
 }
@@ -218,6 +220,7 @@ fn host(plan: &mut ShardPlan, beside: impl FnOnce(&Background)) -> Result<(), Ho
             shard.open_journal(journal.recovered, journal.salt);
             disks.push((JournalOf::Durable, Disk::new(journal.directory)));
         }
+        shard.know_forks(std::mem::take(&mut plan.forks));
         if let Some(StreamJournalPlan { journal, reserved }) = plan.stream_journal.take() {
             shard.open_stream_journal(journal.recovered, journal.salt, reserved);
             disks.push((JournalOf::Relayed, Disk::new(journal.directory)));
@@ -451,6 +454,7 @@ mod tests {
                 port,
                 neighbours: Some(neighbours),
                 journal: None,
+                forks: Vec::new(),
                 stream_journal: None,
             };
             spawn(plan).unwrap()
@@ -581,6 +585,7 @@ mod tests {
                 port,
                 neighbours: None,
                 journal: None,
+                forks: Vec::new(),
                 stream_journal: None,
             };
             let mut hosted = Hosted { thread: spawn_with(plan, beside).unwrap(), control, address };
@@ -701,6 +706,7 @@ mod tests {
             port,
             neighbours: None,
             journal: None,
+            forks: Vec::new(),
             stream_journal: None,
         };
         let thread = spawn(plan).unwrap();
@@ -735,6 +741,7 @@ mod tests {
                 port,
                 neighbours: None,
                 journal: None,
+                forks: Vec::new(),
                 stream_journal: None,
             };
             let thread = spawn(plan).unwrap();

@@ -41,7 +41,7 @@ pub struct WorstCase {
     pub buffers: u64,
     /// What one client has at most before it draws on the overdraft, times all clients of a shard.
     pub clients: u64,
-    /// Durable streams: those of one shard, which has all.
+    /// A shard's share of durable streams.
     pub durable: u64,
     /// What is kept of a shard's streams for those who come back, mirrors of other shards' streams included.
     pub resume: u64,
@@ -111,12 +111,12 @@ impl WorstCase {
 
     /// Of one shard.
     pub fn shard(&self) -> u64 {
-        self.buffers + self.clients + self.overdraft + self.resume + self.tls + self.fixed
+        self.buffers + self.clients + self.overdraft + self.resume + self.durable + self.tls + self.fixed
     }
 
     /// Of the whole process.
     pub fn total(&self) -> u64 {
-        self.shards.saturating_mul(self.shard()).saturating_add(self.durable).saturating_add(PROCESS_BYTES)
+        self.shards.saturating_mul(self.shard()).saturating_add(PROCESS_BYTES)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Mailboxes between a shard and the control thread: one bounded lock-free queue each way, and a bell to ring each side.
 //! The shard never waits for the control thread: a report that finds its queue full is dropped and counted.
 //!
-//! And the mesh between shards: two bounded lock-free queues for each ordered pair, one for clients and one for what concerns
-//! mirrors, and a word in which each tells its load. Nobody waits for anybody: who finds a queue full keeps what it has.
+//! And the mesh between shards: three bounded lock-free queues for each ordered pair, for clients, for what concerns mirrors and for
+//! what concerns the places of durable streams, and a word in which each tells its load. Nobody waits for anybody: who finds a queue full keeps what it has.
 
 use crate::listing::{Inquiry, Page};
 use crate::settings::{OnLeave, TlsSet, UpstreamSet};
@@ -10,8 +10,10 @@ use crate::stats::{Snapshot, StreamRecord};
 use crate::tls::TlsAtRest;
 use crate::uring::{Bell, EventFd};
 use protocol::dialect::Dialect;
+use protocol::durable::{Answer, Request};
 use protocol::limits::{HANDED_MAX, MIRROR_MESSAGES_MAX};
 use protocol::mirror::{News, Told};
+use protocol::slots::Key;
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use std::io;
 use std::net::SocketAddr;
@@ -263,6 +265,8 @@ pub struct Neighbours<T> {
     letters: Vec<(usize, Consumer<Letter>)>,
     /// Which of those queues is looked at first.
     letters_from: usize,
+    /// Of durable streams, with the shard that each comes from.
+    errands: Vec<(usize, Consumer<ErrandLetter>)>,
     /// Some bell is to be rung.
     unrung: bool,
 }
@@ -281,6 +285,46 @@ pub struct Moved {
     pub(crate) hops: u16,
     /// The shard that it comes from.
     pub(crate) from: usize,
+    /// The stream that it asks for is there, or nowhere: the shard that its path belongs to says so.
+    pub(crate) sent: bool,
+}
+
+/// A stream to be created for a client of one shard, on its way to the shard that can tell, or do it.
+#[derive(Debug)]
+pub(crate) struct Errand {
+    pub(crate) request: Request,
+    pub(crate) body: Vec<u8>,
+    /// The shard of the client, and its stream there.
+    pub(crate) of: (usize, Key),
+    pub(crate) stage: Stage,
+    /// Shards it was sent to.
+    pub(crate) hops: u8,
+}
+
+/// What is known of an errand.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stage {
+    /// Nothing yet.
+    Asking,
+    /// The path's shard says that there is such a stream here.
+    Here,
+    /// There is none, the path's shard has reserved the path, and the source of the fork is looked for.
+    Forking,
+    /// The shard of the source's path says that the source is here.
+    SourceHere,
+}
+
+/// What shards tell each other of durable streams.
+#[derive(Debug)]
+pub(crate) enum ErrandLetter {
+    /// This is yours.
+    Errand(Box<Errand>),
+    /// To the path's shard, which had reserved it: whether there is a stream here now.
+    Settled { path: Box<str>, made: bool },
+    /// The answer to a client of that shard. Of a fork it goes by the path's shard, which has heard of the fork by then.
+    Answered { to: (usize, Key), answer: Box<Answer> },
+    /// To the path's shard: there is no stream here any more.
+    Gone { path: Box<str> },
 }
 
 /// What a stream's home and a mirror of it tell each other.
@@ -333,6 +377,7 @@ pub struct Handed<T> {
 struct Outward<T> {
     queue: Producer<Handed<T>>,
     letters: Producer<Letter>,
+    errands: Producer<ErrandLetter>,
     bell: OnDrop<Bell>,
     unrung: bool,
 }
@@ -361,6 +406,7 @@ pub fn neighbours_with<T>(ports: &[ShardPort], room: usize) -> Vec<Neighbours<T>
             inward: Vec::with_capacity(shards),
             letters: Vec::with_capacity(shards),
             letters_from: 0,
+            errands: Vec::with_capacity(shards),
             unrung: false,
         })
         .collect();
@@ -371,7 +417,9 @@ pub fn neighbours_with<T>(ports: &[ShardPort], room: usize) -> Vec<Neighbours<T>
                 all[to].inward.push(end);
                 let (letters, end) = RingBuffer::new(room_for_letters);
                 all[to].letters.push((from, end));
-                Outward { queue, letters, bell: OnDrop(port.bell(), Bell::ring), unrung: false }
+                let (errands, end) = RingBuffer::new(room);
+                all[to].errands.push((from, end));
+                Outward { queue, letters, errands, bell: OnDrop(port.bell(), Bell::ring), unrung: false }
             });
             all[from].outward.push(outward);
         }
@@ -468,6 +516,29 @@ impl<T> Neighbours<T> {
             }
         }
         None
+    }
+
+    /// The same of what concerns the places of durable streams; gives it back when there is no room.
+    pub(crate) fn write_errand(&mut self, to: usize, letter: ErrandLetter) -> Result<(), ErrandLetter> {
+        let Some(outward) = self.outward.get_mut(to).and_then(Option::as_mut) else { return Err(letter) };
+        (outward.unrung, self.unrung) = (true, true);
+        outward.errands.push(letter).map_err(|PushError::Full(letter)| letter)
+    }
+
+    /// Whether nobody will read what is written to that shard.
+    pub(crate) fn is_gone(&self, shard: usize) -> bool {
+        let outward = self.outward.get(shard).and_then(Option::as_ref);
+        outward.is_none_or(|outward| outward.errands.is_abandoned())
+    }
+
+    /// The next of it, and whose it is; that of each shard is in order.
+    pub(crate) fn read_errand(&mut self) -> Option<(usize, ErrandLetter)> {
+        self.errands.iter_mut().find_map(|(from, queue)| Some((*from, queue.pop().ok()?)))
+    }
+
+    /// Whether there is nothing to read of it.
+    pub(crate) fn errands_read(&self) -> bool {
+        self.errands.iter().all(|(_, queue)| queue.is_empty())
     }
 
     /// Shards that are gone, and whose letters have all been read.

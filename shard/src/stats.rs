@@ -32,6 +32,10 @@ counters! {
     handed_in => "tokenring_handed_in_total",
     /// Those of them that were moved because a request belonged to another shard.
     moves => "tokenring_moves_total",
+    /// Durable streams to be created of which other shards were asked.
+    durable_errands => "tokenring_durable_errands_total",
+    /// Those that were refused because they were not settled in time, or not taken by a disk.
+    durable_errands_refused => "tokenring_durable_errands_refused_total",
     /// Accepts that failed (no descriptors, no memory).
     accept_errors => "tokenring_accept_errors_total",
     /// Client connections closed.

@@ -201,6 +201,17 @@ class Tokenring(Process):
         return httpx.get(f"{self.admin_url}/status").json()
 
 
+def durable_home(path, shards):
+    """The shard that a durable stream's path belongs to (protocol/src/durable/home.rs)."""
+    all_bits = (1 << 64) - 1
+    number = 0xCBF29CE484222325
+    for byte in path.encode():
+        number = (number ^ byte) * 0x100000001B3 & all_bits
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & all_bits
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & all_bits
+    return (number ^ number >> 31) % shards
+
+
 class UvicornBackend(Process):
     """tests/upstreams/uvicorn_backend.py; with a certificate (of `certificates.Issued`) and who vouches for it, over TLS."""
 

@@ -11,7 +11,7 @@ import time
 
 import httpx
 import pytest
-from harness import EXIT_CONFIG, NODE_SCRIPTS, wait_until
+from harness import EXIT_CONFIG, NODE_SCRIPTS, durable_home, wait_until
 
 pytestmark = pytest.mark.relay
 
@@ -38,7 +38,7 @@ def shard_of(tokenring):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("shards", "on_disk"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(("shards", "on_disk"), [(1, False), (2, False), (4, False), (1, True), (3, True)])
 def test_the_protocols_conformance_suite(start_tokenring, tmp_path, shards, on_disk):
     long_poll_ms = "1500"
     flags = ["--durable-prefix", "/v1/stream", "--durable-long-poll-ms", long_poll_ms]
@@ -335,7 +335,9 @@ def test_a_client_goes_to_the_shard_that_has_the_stream(start_tokenring, uvicorn
     for client in clients:
         assert client.get(url_of(tokenring)).text == expected
         client.close()
-    home, other = tokenring.status()["shards"]
+    home = durable_home("/v1/durable/a", 2)
+    shards = tokenring.status()["shards"]
+    home, other = shards[home], shards[1 - home]
     assert (home["durable"]["streams"], other["durable"]["streams"]) == (1, 0)
     assert other["counters"]["moves"] > 0 and home["counters"]["moves"] == 0
     wait_until(lambda: sum(s["connections"] for s in tokenring.status()["shards"]) == 0, 10, "all to have left")
@@ -357,4 +359,4 @@ def test_requests_pipelined_behind_one_that_moves_its_client_come_along(start_to
             answer = b"".join(iter(lambda: client.recv(65536), b""))
         assert answer.count(b"HTTP/1.1 2") == 3, answer
         assert answer.endswith(b"ab" * (round + 1)), answer
-    assert tokenring.status()["shards"][1]["counters"]["moves"] > 0
+    assert tokenring.status()["shards"][1 - durable_home("/v1/durable/a", 2)]["counters"]["moves"] > 0

@@ -10,6 +10,7 @@ mod control;
 mod directed;
 mod disk;
 mod durable;
+mod forks;
 mod io;
 mod lagging;
 mod minimise;

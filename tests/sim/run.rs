@@ -253,20 +253,9 @@ impl Sim {
     }
 
     /// With a neighbour that gives back whatever it is handed.
-    pub(crate) fn beside_a_mirror(self) -> Self {
-        self.with_mirror(0)
-    }
-
-    /// The same, and the neighbour is the home of durable streams: who asks for one goes there, comes back, and is served.
-    pub(crate) fn beside_a_home(self) -> Self {
-        self.with_mirror(1)
-    }
-
-    fn with_mirror(mut self, own: usize) -> Self {
+    pub(crate) fn beside_a_mirror(mut self) -> Self {
         let ports: Vec<_> = (0..2).filter_map(|_| Some(mailbox().ok()?.1)).collect();
-        let mut ends = neighbours(&ports);
-        ends.rotate_left(own);
-        let mut ends = ends.into_iter();
+        let mut ends = neighbours(&ports).into_iter();
         if let (Some(own), Some(mut mirror)) = (ends.next(), ends.next()) {
             mirror.publish(Some(0));
             self.shard.meet(own);

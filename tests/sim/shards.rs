@@ -14,6 +14,7 @@ use crate::run::{Finished, Outcome, Sim, settings};
 use crate::script::Ask;
 use crate::tls;
 use protocol::dialect::Dialect;
+use protocol::durable::home_of;
 use protocol::planted::Bug;
 use shard::KeptTotals;
 use shard::settings::{LeaveChoices, OnLeave, Resume, Settings, SlowReader};
@@ -74,7 +75,7 @@ fn durable_streams_are_written_and_read_through_every_shard() {
         .collect();
     let finished = sim.finish();
     assert_eq!(durable::check(&finished, &readers, 50), 30);
-    let home = finished.sim.shard.snapshot().stats.counters;
+    let home = finished.sim.shards().nth(home_of("/v1/durable/a", 3)).unwrap().snapshot().stats.counters;
     assert_eq!((home.moves, home.durable_appends), (0, 50), "all of it at home");
     assert!(finished.sim.total(|counters| counters.moves) >= 10);
 }

@@ -20,6 +20,7 @@ mod offset;
 mod persist;
 mod reading;
 mod reads;
+mod rehome;
 pub mod relayed;
 mod request;
 mod retention;
@@ -31,6 +32,8 @@ mod timestamp;
 #[cfg(test)]
 mod model_tests;
 #[cfg(test)]
+mod rehome_tests;
+#[cfg(test)]
 mod relayed_tests;
 #[cfg(test)]
 mod tests;
@@ -39,6 +42,7 @@ pub use home::home_of;
 pub use listing::StreamLine;
 pub use offset::Offset;
 pub use reading::{Progress, Reading, Shared};
+pub use rehome::{Rehoming, agree};
 pub use request::{Operation, Request};
 pub use store::{Answer, Counters, Poll, Reply, Store, Totals};
 
@@ -51,6 +55,9 @@ pub const TOO_LARGE: Fault = refusals::TOO_LARGE;
 /// The answer to a change that the disk did not take in time.
 pub const UNCERTAIN: Fault = refusals::UNCERTAIN;
 
+/// The answer to a creation of which other shards did not say in time what became of it.
+pub const UNSETTLED: Fault = refusals::UNSETTLED;
+
 /// What the operator decides.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Settings {
@@ -62,7 +69,7 @@ pub struct Settings {
     pub stream_bytes_max: u64,
     /// How long a message is held, ms; 0: as long as there is room.
     pub retention_ms: u64,
-    /// Memory of all streams of one shard, bytes.
+    /// Memory of the streams of one shard, bytes.
     pub store_bytes_max: u64,
     /// How long a long-poll waits for data, ms, > 0.
     pub long_poll_ms: u32,
@@ -255,6 +262,13 @@ mod refusals {
         status: 503,
         code: "disk_behind",
         message: "Too much waits for the disk; nothing was changed.",
+        culprit: Culprit::Gateway,
+        retry_helps: true,
+    };
+    pub(super) const UNSETTLED: Fault = Fault {
+        status: 503,
+        code: "not_settled",
+        message: "Where the stream belongs is not settled in time. It may yet be created; the same request once more is safe.",
         culprit: Culprit::Gateway,
         retry_helps: true,
     };

@@ -12,7 +12,7 @@ use super::stream::{Hidden, Stream};
 use super::{Form, Now, Settings};
 use crate::limits::{DURABLE_REWRITE_BACKLOG_BYTES_MAX, DURABLE_REWRITE_BYTES_PER_TURN};
 use std::cell::Cell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Bytes of messages put into one record of a snapshot, unless a single one is longer.
 const PIECE_BYTES: u64 = 64 << 10;
@@ -55,29 +55,50 @@ impl Store {
         }
         // What was concluded from damage does not depend on its being found again.
         for id in damaged {
-            store.begin_rewriting(id);
-            while store.rewriting.current.is_some() {
-                store.rewrite_piece();
+            store.write_anew(id);
+            if let Some(stream) = store.streams.get(id).filter(|stream| stream.deleted) {
+                let kept = stream.forks > 0;
+                store.record_delete(id, kept);
+                if !kept {
+                    store.remove(id);
+                }
             }
         }
         store.give_up_for(0, None);
         store
     }
 
+    /// Records that a stream is no more that is not among those of the store.
+    pub(super) fn forget(&mut self, created: u64) {
+        self.record(Deed { kind: Kind::Delete, flags: 0, stream: created, end: 0 }, |_| {});
+    }
+
+    /// Writes a stream anew as it is, all of it.
+    fn write_anew(&mut self, id: Id) {
+        self.begin_rewriting(id);
+        while self.rewriting.current.is_some() {
+            self.rewrite_piece();
+        }
+    }
+
     fn restore(&mut self, image: Image, ids: &HashMap<u64, Id>, now: Now) -> Option<Id> {
         let source = ids.get(&image.facts.source).copied();
         let path = image.facts.path.clone();
         let (segment, deleted, created) = (image.segment, image.deleted, image.created);
+        let nameless = image.nameless;
         // Only after damage: the end of the older one was lost.
-        if !deleted && let Some(&older) = self.by_path.get(&path) {
+        if !deleted
+            && !nameless
+            && let Some(&older) = self.by_path.get(&path)
+        {
             self.delete_or_keep(older);
         }
         let Ok(id) = self.streams.insert(Stream::restored(image, source, now)) else {
             self.counters.evictions += 1;
-            self.record(Deed { kind: Kind::Delete, flags: 0, stream: created, end: 0 }, |_| {});
+            self.forget(created);
             return None;
         };
-        if !deleted || !self.by_path.contains_key(&path) {
+        if !nameless && (!deleted || !self.by_path.contains_key(&path)) {
             self.by_path.insert(path, id);
         }
         self.hold_source(source, true);
@@ -237,6 +258,17 @@ impl Store {
             });
             self.tell(id);
         }
+        let synced = self.synced();
+        while self.vacated.front().is_some_and(|(record, _)| *record <= synced) {
+            self.vacated.pop_front();
+        }
+        if !self.keeps_segments {
+            self.release_segments();
+        }
+    }
+
+    /// Segments that no stream needs may go.
+    pub(super) fn release_segments(&mut self) {
         let needed = self.by_segment.first().map_or(u64::MAX, |(segment, _)| *segment);
         if let Some(journal) = &mut self.journal {
             journal.release(needed);
@@ -339,6 +371,18 @@ impl Store {
                 }
             });
         }
+    }
+}
+
+/// Writes the streams anew that have these numbers.
+pub(super) fn write_anew_all(store: &mut Store, created: &[u64]) {
+    let created: HashSet<u64> = created.iter().copied().collect();
+    let of = store.streams.iter().filter(|(_, stream)| created.contains(&stream.created));
+    let mut ids: Vec<(u64, Id)> = of.map(|(id, stream)| (stream.created, id)).collect();
+    // A source is known before its forks.
+    ids.sort_unstable();
+    for (_, id) in ids {
+        store.write_anew(id);
     }
 }
 

@@ -38,6 +38,21 @@ pub enum Operation {
     Preflight,
 }
 
+impl Request {
+    /// The path of the stream that one to be created is a fork of.
+    pub fn source(&self) -> Option<&str> {
+        match &self.operation {
+            Operation::Create(create) => Some(&create.fork.as_ref()?.from),
+            _ => None,
+        }
+    }
+
+    /// Whether a stream is to be created.
+    pub fn is_create(&self) -> bool {
+        matches!(self.operation, Operation::Create(_))
+    }
+}
+
 impl Operation {
     /// Whether it may change something.
     pub fn is_change(&self) -> bool {

@@ -50,6 +50,7 @@ impl Store {
             let Some(stream) = self.streams.remove(id) else { return };
             if self.by_path.get(&stream.path) == Some(&id) {
                 self.by_path.remove(&stream.path);
+                self.vacate(stream.path);
             }
             self.by_segment.remove(&(stream.segment, id));
             self.bytes -= stream.counted;

@@ -7,7 +7,7 @@ use super::persist::Rewriting;
 use super::reading::{Cursor, Reading};
 use super::request::{Append, Create, Expiry, Fork, From, Operation, Request};
 use super::stream::{Origin, Stream, Verdict};
-use super::{Form, Now, Offset, Settings, json, refusals};
+use super::{Form, Now, Offset, Settings, home_of, json, refusals};
 use crate::dialect::Dialect;
 use crate::fault::Fault;
 use crate::limits::{DURABLE_EXPIRY_STEP_MS, DURABLE_FORK_DEPTH_MAX, DURABLE_STREAM_COST_BYTES};
@@ -124,6 +124,33 @@ pub struct Store {
     /// Streams by the first segment that they need.
     pub(super) by_segment: BTreeSet<(u64, Id)>,
     pub(super) rewriting: Rewriting,
+    /// No segment goes, whoever needs it.
+    pub(super) keeps_segments: bool,
+    pub(super) place: Place,
+    /// Paths that are free again, each from when this record is on the disk.
+    pub(super) vacated: VecDeque<(u64, Box<str>)>,
+    /// Those of them that belong to other shards.
+    pub(super) gone: VecDeque<(u64, Box<str>)>,
+}
+
+/// Which of how many shards a store belongs to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    own: usize,
+    shards: usize,
+}
+
+impl Place {
+    /// Whether a path belongs to another shard.
+    fn is_away(self, path: &str) -> bool {
+        self.shards > 1 && home_of(path, self.shards) != self.own
+    }
+
+    /// The first number from `least` on that no other shard gives.
+    fn number_from(self, least: u64) -> u64 {
+        let (own, shards) = (self.own as u64, self.shards as u64);
+        least + (own + shards - least % shards) % shards
+    }
 }
 
 pub(super) type Outcome = Result<Reply, Refused>;
@@ -153,6 +180,77 @@ impl Store {
             unshown: VecDeque::new(),
             by_segment: BTreeSet::new(),
             rewriting: Rewriting::default(),
+            keeps_segments: false,
+            place: Place { own: 0, shards: 1 },
+            vacated: VecDeque::new(),
+            gone: VecDeque::new(),
+        }
+    }
+
+    /// From now on it is that of one shard of so many. Before the first request.
+    pub fn be_placed(&mut self, own: usize, shards: usize) {
+        self.place = Place { own, shards };
+        let ids: Vec<Id> = self.streams.iter().map(|(id, _)| id).collect();
+        for id in ids {
+            if let Some(stream) = self.streams.get_mut(id) {
+                stream.away = self.place.is_away(&stream.path);
+            }
+            self.recount(id);
+        }
+    }
+
+    /// Whether a request for that path finds something here, be it a stream that is due.
+    pub fn holds(&self, path: &str) -> bool {
+        self.by_path.contains_key(path)
+    }
+
+    /// Whether there is a stream at a path, or what is kept of one.
+    pub fn has(&mut self, path: &str, now: Now) -> bool {
+        self.find(path, now).is_some()
+    }
+
+    /// Whether a path was given up here, and the disk may still take that back.
+    pub fn is_vacated(&self, path: &str) -> bool {
+        self.vacated.iter().any(|(_, vacated)| **vacated == *path)
+    }
+
+    /// Whether there was a stream at a path of another shard, which has not been told yet that it is gone.
+    pub fn is_going(&self, path: &str) -> bool {
+        self.gone.iter().any(|(_, gone)| **gone == *path)
+    }
+
+    /// The next path of another shard of which that is to be told that it is free: nothing takes it back any more.
+    pub fn take_gone(&mut self) -> Option<Box<str>> {
+        let synced = self.synced();
+        self.gone.front().filter(|(record, _)| *record <= synced)?;
+        self.gone.pop_front().map(|(_, path)| path)
+    }
+
+    /// Paths of other shards at which there are streams here.
+    pub fn paths_away(&self) -> impl Iterator<Item = &str> {
+        self.by_path.keys().map(|path| &**path).filter(|path| self.place.is_away(path))
+    }
+
+    /// The answer to a change that the journal could not take.
+    pub fn change_refusal(&self) -> Option<Answer> {
+        Some(self.refuse(&self.journal.as_ref()?.refusal()?))
+    }
+
+    /// The record up to which everything is on the disk.
+    pub(super) fn synced(&self) -> u64 {
+        self.journal.as_ref().map_or(u64::MAX, Journal::synced)
+    }
+
+    /// A path is free; what is recorded so far says so.
+    pub(super) fn vacate(&mut self, path: Box<str>) {
+        if self.place.shards == 1 {
+            return;
+        }
+        let record = self.journal.as_ref().map_or(0, Journal::last);
+        if self.place.is_away(&path) {
+            self.gone.push_back((record, path));
+        } else if self.journal.is_some() {
+            self.vacated.push_back((record, path));
         }
     }
 
@@ -283,7 +381,7 @@ impl Store {
             };
         }
         // Unique, later than any before, and the time wherever that is possible.
-        let created = now.unix_ms.max(self.created + 1);
+        let created = self.place.number_from(now.unix_ms.max(self.created + 1));
         let origin = self.origin(create, created, now).map_err(|fault| self.refused(fault))?;
         let form = Form::of(&origin.content_type);
         let messages = messages(form, body, true).map_err(|fault| self.refused(fault))?;
@@ -304,6 +402,7 @@ impl Store {
         self.counters.creates += 1;
         self.by_path.insert(request.path.clone(), id);
         if let Some(stream) = self.streams.get_mut(id) {
+            stream.away = self.place.is_away(&request.path);
             for message in &messages {
                 stream.push(message);
             }

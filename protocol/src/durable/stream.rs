@@ -14,7 +14,9 @@ use super::retention::Marks;
 use super::store::Id;
 use super::{Form, Offset, refusals};
 use crate::fault::Fault;
-use crate::limits::{DURABLE_PRODUCER_FORGET_MS, DURABLE_PRODUCERS_MAX, DURABLE_STREAM_COST_BYTES};
+use crate::limits::{
+    DURABLE_AWAY_COST_BYTES, DURABLE_PRODUCER_FORGET_MS, DURABLE_PRODUCERS_MAX, DURABLE_STREAM_COST_BYTES,
+};
 use crate::log::Log;
 use crate::slots::Key;
 use slab::Slab;
@@ -69,6 +71,8 @@ pub(super) struct Stream {
     closed_by: Option<ProducerTag>,
     /// Deleted, and kept for its forks.
     pub(super) deleted: bool,
+    /// Its path belongs to another shard, which knows that it is here.
+    pub(super) away: bool,
     /// Forks that have it as their source.
     pub(super) forks: u32,
     /// Readers of it and of the forks above it.
@@ -142,6 +146,7 @@ impl Stream {
             closed: false,
             closed_by: None,
             deleted: false,
+            away: false,
             forks: 0,
             live: 0,
             readers: Slab::new(),
@@ -250,7 +255,9 @@ impl Stream {
 
     /// Memory it takes, bytes.
     pub(super) fn cost(&self) -> u64 {
-        let texts = self.path.len() + self.content_type.len();
+        // A place in the other shard's index.
+        let known = if self.away { DURABLE_AWAY_COST_BYTES + self.path.len() } else { 0 };
+        let texts = known + self.path.len() + self.content_type.len();
         let lists = self.ends.capacity() * size_of::<u64>() + self.producer_bytes;
         (DURABLE_STREAM_COST_BYTES + texts + lists + self.log.memory_bytes()) as u64
     }

@@ -98,7 +98,7 @@ families! {
     STORED_FAILING = "tokenring_stored_disk_failing", Kind::Gauge, ["shard"], "1 while the disk does not take what is written of relayed streams, which go on without.";
     DURABLE_STREAMS = "tokenring_durable_streams", Kind::Gauge, ["shard"], "Durable streams held.";
     DURABLE_BYTES = "tokenring_durable_bytes", Kind::Gauge, ["shard"], "Memory that durable streams take.";
-    DURABLE_BYTES_MAX = "tokenring_durable_bytes_max", Kind::Gauge, ["shard"], "The most they may (durable_store_bytes_max).";
+    DURABLE_BYTES_MAX = "tokenring_durable_bytes_max", Kind::Gauge, ["shard"], "The most they may: the shard's share of durable_store_bytes_max.";
     DURABLE_READERS = "tokenring_durable_readers", Kind::Gauge, ["shard"], "Reads of durable streams under way.";
     DURABLE_SEGMENTS = "tokenring_durable_segments", Kind::Gauge, ["shard"], "Segment files of the journal of durable streams.";
     DURABLE_DISK_BYTES = "tokenring_durable_disk_bytes", Kind::Gauge, ["shard"], "Their bytes.";

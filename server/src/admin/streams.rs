@@ -5,7 +5,7 @@ use super::{Control, gone, json};
 use axum::extract::State;
 use axum::http::{StatusCode, Uri};
 use axum::response::Response;
-use protocol::durable::StreamLine;
+use protocol::durable::{StreamLine, home_of};
 use protocol::resume::StreamId;
 use serde_json::{Value, json};
 use shard::listing::{Inquiry, KeptStream, Page, Place};
@@ -91,12 +91,16 @@ pub(super) async fn show(State(control): State<Control>, uri: Uri) -> Response {
     let settings = &view.fixed.plan.settings;
     // As it was sent: paths of streams are names.
     let which = uri.path().strip_prefix("/streams/").unwrap_or_default();
+    let all = view.fixed.plan.cpus.len();
     // The shard that it names has it, unless the process before this one had more of them.
     let (first, inquiry) = match which.parse::<StreamId>() {
         Ok(id) => (usize::from(id.shard), Inquiry::Id(id)),
-        Err(_) => (0, Inquiry::Path(format!("/{which}"))),
+        // A fork may be elsewhere.
+        Err(_) => {
+            let path = format!("/{which}");
+            (home_of(&path, all), Inquiry::Path(path))
+        }
     };
-    let all = view.fixed.plan.cpus.len();
     let shards = (0..all).map(|nth| (first + nth) % all);
     let mut silent = None;
     for shard in shards {

@@ -159,17 +159,17 @@ pub(crate) fn memory(worst: &WorstCase) -> String {
          # {:>8} MiB  clients of a shard (conns_max), each with its share\n\
          # {:>8} MiB  overdraft of a shard, and its edge\n\
          # {:>8} MiB  what is kept of a shard's streams (resume_bytes_max)\n\
+         # {:>8} MiB  a shard's share of durable streams (durable_store_bytes_max)\n\
          # {:>8} MiB  TLS of a shard's connections\n\
          # {:>8} MiB  everything else of a shard\n\
-         # {:>8} MiB  durable streams (durable_store_bytes_max)\n\
          # {:>8} MiB  the process with all shards ({})\n",
         mib(worst.buffers),
         mib(worst.clients),
         mib(worst.overdraft),
         mib(worst.resume),
+        mib(worst.durable),
         mib(worst.tls),
         mib(worst.fixed),
-        mib(worst.durable),
         mib(worst.total()),
         worst.shards,
     )

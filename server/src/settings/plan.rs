@@ -64,6 +64,7 @@ impl Plan {
                 Some(UpstreamTls { config, name: values.name(url) })
             });
         let upstream_tls = upstream_tls.collect();
+        let cpus = placement(values, machine);
         let settings = Settings {
             connections_max: narrow(values.integer(&table::CONNS_MAX)),
             listeners,
@@ -105,7 +106,9 @@ impl Plan {
                 body_bytes_max: values.integer(&table::DURABLE_BODY_BYTES_MAX),
                 stream_bytes_max: values.integer(&table::DURABLE_STREAM_BYTES_MAX),
                 retention_ms: values.integer(&table::DURABLE_RETENTION_MS),
-                store_bytes_max: values.integer(&table::DURABLE_STORE_BYTES_MAX),
+                // Whatever fits into a stream must fit into any share.
+                store_bytes_max: (values.integer(&table::DURABLE_STORE_BYTES_MAX) / cpus.len() as u64)
+                    .max(values.integer(&table::DURABLE_STREAM_BYTES_MAX)),
                 long_poll_ms: narrow(values.integer(&table::DURABLE_LONG_POLL_MS)),
                 events_ms: narrow(values.integer(&table::DURABLE_EVENTS_MS)),
                 cors: values.switch(&table::DURABLE_CORS),
@@ -130,7 +133,7 @@ impl Plan {
             tls,
             listen: effective.listeners.iter().map(|listener| listener.address).collect(),
             admin: values.admin(&table::ADMIN).clone(),
-            cpus: placement(values, machine),
+            cpus,
             drain_deadline_ms: values.integer(&table::DRAIN_DEADLINE_MS),
             data_dir: values.file(&table::DATA_DIR).map(Path::to_owned),
         }

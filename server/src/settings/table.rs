@@ -446,7 +446,7 @@ settings! {
         "How long a message is held, to a quarter; then it is dropped like one that is beyond durable-stream-bytes-max, from memory and disk. What forks share with their source goes for all of them. 0 holds it as long as there is room.");
     DURABLE_STORE_BYTES_MAX = Setting::new("durable-store-bytes-max", Group::Durable, bytes(64 * KIB, 1 << 40),
         || Value::Integer(limits::DURABLE_STORE_BYTES_MAX),
-        "Memory of all streams. For more, closed streams are given up, then the oldest messages of open ones, least recently used first and none that is being read; if that is not enough, publishing is answered with 503.");
+        "Memory of all streams. Each shard has an equal share, but no less than durable-stream-bytes-max. For more, closed streams are given up, then the oldest messages of open ones, least recently used first and none that is being read; if that is not enough, publishing is answered with 503.");
     DURABLE_LONG_POLL_MS = Setting::new("durable-long-poll-ms", Group::Durable, milliseconds(1, 600_000),
         || Value::Integer(limits::DURABLE_LONG_POLL_MS.into()),
         "How long a long-poll waits for data.");

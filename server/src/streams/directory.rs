@@ -19,11 +19,14 @@ pub(super) fn answer(directory: &Path, what: &What, out: &mut Out<'_>) -> Result
         )
         .into());
     }
-    let recovered = data_dir::read(directory)?;
+    let journals = data_dir::read_durable(directory)?;
     let relayed = Relayed::read(directory)?;
     let found = |path: &str| {
-        let stream = recovered.streams().find(|stream| stream.path() == path && !stream.is_deleted());
-        stream.ok_or_else(|| {
+        let all =
+            journals.iter().flat_map(|(_, journal)| journal.streams().map(move |stream| (stream, journal)));
+        let those = all.filter(|(stream, _)| stream.path() == path && !stream.is_deleted());
+        // Of two, one was being brought to another shard.
+        those.min_by_key(|(stream, _)| stream.is_damaged()).ok_or_else(|| {
             Fatal::new(
                 Exit::Usage,
                 format!(
@@ -36,11 +39,11 @@ pub(super) fn answer(directory: &Path, what: &What, out: &mut Out<'_>) -> Result
     let mut text = String::new();
     match what {
         What::List { json: true } => {
-            let streams: Vec<Value> = sorted(&recovered).into_iter().map(facts).collect();
+            let streams: Vec<Value> = sorted(&journals).into_iter().map(facts).collect();
             text = format!("{:#}\n", json!({ "streams": streams, "relayed": relayed.all() }));
         }
         What::List { json: false } => {
-            text = list(&recovered);
+            text = list(&journals);
             relayed.list(&mut text);
         }
         What::Show { which, json } if relayed.find(which).is_some() => {
@@ -59,15 +62,15 @@ pub(super) fn answer(directory: &Path, what: &What, out: &mut Out<'_>) -> Result
             };
             return out.put(&content[from..]).map(|()| Exit::Success);
         }
-        What::Show { which, json: true } => text = format!("{:#}\n", facts(found(which)?)),
-        What::Show { which, json: false } => show(found(which)?, &mut text),
-        What::Tail(tail) => return last(found(&tail.which)?, tail, out),
+        What::Show { which, json: true } => text = format!("{:#}\n", facts(found(which)?.0)),
+        What::Show { which, json: false } => show(found(which)?.0, &mut text),
+        What::Tail(tail) => return last(found(&tail.which)?.0, tail, out),
         What::Export(path) => {
-            found(path)?;
-            out.put(&recovered.content(path).unwrap_or_default())?;
+            let (_, journal) = found(path)?;
+            out.put(&journal.content(path).unwrap_or_default())?;
         }
         What::Verify => {
-            let exits = [verify(directory, &recovered, &mut text), relayed.verify(&mut text)];
+            let exits = [verify(directory, &journals, &mut text), relayed.verify(&mut text)];
             let exit = if exits.contains(&Exit::Damaged) { Exit::Damaged } else { Exit::Success };
             return out.put(text.as_bytes()).map(|()| exit);
         }
@@ -109,9 +112,14 @@ fn held(stream: StreamFacts<'_>) -> (usize, u64) {
     (stream.messages().count(), bytes)
 }
 
-fn sorted(recovered: &Recovered) -> Vec<StreamFacts<'_>> {
-    let mut streams: Vec<_> = recovered.streams().collect();
-    streams.sort_by_key(|stream| stream.path());
+/// Journals, each with its directory.
+type Journals = [(PathBuf, Recovered)];
+
+fn sorted(journals: &Journals) -> Vec<StreamFacts<'_>> {
+    let mut streams: Vec<_> = journals.iter().flat_map(|(_, journal)| journal.streams()).collect();
+    streams.sort_by_key(|stream| (stream.path(), stream.created_unix_ms(), stream.is_damaged()));
+    // Of two, one was being brought to another shard.
+    streams.dedup_by_key(|stream| (stream.path(), stream.created_unix_ms()));
     streams
 }
 
@@ -131,9 +139,9 @@ fn facts(stream: StreamFacts<'_>) -> Value {
     })
 }
 
-fn list(recovered: &Recovered) -> String {
+fn list(journals: &Journals) -> String {
     let mut rows = vec![["PATH", "MESSAGES", "BYTES", "STATE", "CONTENT TYPE"].map(str::to_owned).to_vec()];
-    for stream in sorted(recovered) {
+    for stream in sorted(journals) {
         let (messages, bytes) = held(stream);
         rows.push(vec![
             stream.path().to_owned(),
@@ -167,17 +175,29 @@ fn show(stream: StreamFacts<'_>, out: &mut String) {
     }
 }
 
-fn verify(directory: &Path, recovered: &Recovered, out: &mut String) -> Exit {
+fn verify(directory: &Path, journals: &Journals, out: &mut String) -> Exit {
     if data_dir::is_in_use(directory) {
         writeln!(out, "a server writes this directory: its end is of a moment ago").ok();
     }
+    let mut exit = Exit::Success;
+    for (path, recovered) in journals {
+        let name = path.file_name().filter(|_| path != directory);
+        let name = name.map(|name| format!("{}: ", name.display())).unwrap_or_default();
+        if verify_one(path, &name, recovered, out) != Exit::Success {
+            exit = Exit::Damaged;
+        }
+    }
+    exit
+}
+
+fn verify_one(directory: &Path, name: &str, recovered: &Recovered, out: &mut String) -> Exit {
     for finding in &recovered.findings {
         writeln!(out, "{}", data_dir::describe(directory, finding)).ok();
     }
     let lost = recovered.findings.iter().filter(|finding| finding.lost).count();
     writeln!(
         out,
-        "streams {}, records {}, segments {}, bytes {}: {}",
+        "{name}streams {}, records {}, segments {}, bytes {}: {}",
         recovered.streams().count(),
         recovered.records,
         recovered.segments(),

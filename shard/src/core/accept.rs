@@ -493,7 +493,8 @@ impl<I: Io> Shard<I> {
             return;
         }
         self.serve_waiting();
-        let over = self.conns.is_empty() && self.streams.is_empty() && self.mirrors_told();
+        let told = self.mirrors_told() && self.errands_done();
+        let over = self.conns.is_empty() && self.streams.is_empty() && told;
         if self.load() == 0 && over {
             self.leave();
         }
@@ -521,6 +522,7 @@ impl<I: Io> Shard<I> {
     fn leave(&mut self) {
         self.disarm_leaving();
         self.leave_mirrors();
+        self.leave_directory();
         self.left = true;
         self.reports.push_back(Report::Left { forced: self.forced });
     }

@@ -61,10 +61,12 @@ impl<I: Io> Shard<I> {
             self.durable.timer.is_some(),
             self.moves.timer_armed,
             self.mirrors.timer.is_some(),
+            self.directory.timer.is_some(),
         ]
         .into_iter()
         .map(usize::from)
         .sum();
+        self.audit_directory()?;
         let mut handshakes = 0;
         let mut clients = 0;
         let mut active = vec![0; self.pool.upstreams.len()];

@@ -131,8 +131,8 @@ impl<I: Io> Shard<I> {
         let mut slots = header_slots();
         match parse_request(input, &mut slots, &self.settings.head) {
             Ok(Some(head)) => {
-                if let Some(home) = self.home_elsewhere(key, &head) {
-                    self.begin_move(key, home);
+                if let Some((home, sent)) = self.home_elsewhere(key, &head) {
+                    self.begin_move(key, home, sent);
                     return Start::Partial;
                 }
                 let raw = &input[..head.head_bytes];
@@ -216,6 +216,7 @@ impl<I: Io> Shard<I> {
             client.requests += 1;
             client.in_head = false;
             client.hops = 0;
+            client.sent = false;
         }
         Some(stream)
     }
@@ -230,6 +231,7 @@ impl<I: Io> Shard<I> {
         let route = &settings.routes[index];
         let durable = settings.durable.covers(path);
         let asks = !durable && super::resume::covers(head);
+        let elsewhere = durable && self.durable_elsewhere(key, path).is_some();
         let dialect = if durable { Dialect::Plain } else { Dialect::of_path(path) };
         let mut stream = Stream::new(key, index, dialect, head.version, self.now_us);
         stream.step(Step::HeadDone);
@@ -262,8 +264,7 @@ impl<I: Io> Shard<I> {
             self.request_complete(stream_key);
             return self.answer_empty(stream_key, 204, told);
         }
-        self.leave_home_unless(key, durable);
-        if durable && !self.is_durable_home(key, path) {
+        if elsewhere {
             // Its home takes nobody over any more.
             return self.end_stream(stream_key, End::Drain);
         }

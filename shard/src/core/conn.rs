@@ -132,8 +132,8 @@ pub(crate) struct Client {
     /// A partial head is held, and its deadline runs.
     pub(crate) in_head: bool,
     pub(crate) handshake: Handshake,
-    /// It was moved here for what it asks for, and stays.
-    pub(crate) at_home: bool,
+    /// What it asks for is here or nowhere: it was sent by the shard that must know, or is to be sent.
+    pub(crate) sent: bool,
     /// Shards that its request was moved on from, or that were passed over, in their order.
     pub(crate) hops: u16,
     /// The shard that it was moved here from.
@@ -246,6 +246,11 @@ impl<S> Conn<S> {
             Role::Client(client) => client.hops,
             Role::Backend(_) => 0,
         }
+    }
+
+    /// Whether what a client asks for is here or nowhere.
+    pub(crate) fn is_sent(&self) -> bool {
+        matches!(&self.role, Role::Client(client) if client.sent)
     }
 
     pub(crate) fn is_client(&self) -> bool {

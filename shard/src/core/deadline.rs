@@ -52,6 +52,7 @@ impl<I: Io> Shard<I> {
                 TimerOf::Ages => self.kept.ages.timer = None,
                 TimerOf::Moves => self.moves.timer_armed = false,
                 TimerOf::Mirrors => self.mirrors.timer = None,
+                TimerOf::Directory => self.directory.timer = None,
                 TimerOf::Acceptor(_) => {}
             }
         }
@@ -64,6 +65,7 @@ impl<I: Io> Shard<I> {
                 // They are looked at in every turn.
                 TimerOf::Moves => {}
                 TimerOf::Mirrors => self.mirrors_due(),
+                TimerOf::Directory => self.send_unsent(),
                 TimerOf::Drain => self.leaving_due(),
                 TimerOf::Durable => self.durable_expire(),
                 TimerOf::Stored => self.stored_due(),

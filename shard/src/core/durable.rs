@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   Collecting ──(the request is whole)──► Answered, or Held until the journal has it (`journal`)
+//!       ├──► Away, until other shards have said what becomes of it (`directory`) ──► Answered
 //!       ├──► Reading ──(a page, or events, as the client takes them)──► Answered
 //!       └──► Polling ──(woken, or over)──► Reading | Answered
 //! ```
@@ -54,6 +55,8 @@ pub(super) enum State {
     Collecting(Box<Collecting>),
     /// It waits for the journal.
     Held(Box<durable::Answer>),
+    /// Other shards decide; so many bytes of it are with them.
+    Away(usize),
     Polling(Box<Poll>),
     Reading(Box<Reading>),
     /// A tail is read for it ([`tail`](super::tail)).
@@ -120,6 +123,7 @@ impl Durable {
     pub(super) fn memory_bytes(&self) -> usize {
         match &self.state {
             State::Collecting(so_far) => so_far.body.capacity(),
+            State::Away(bytes) => *bytes,
             _ => 0,
         }
     }
@@ -197,12 +201,17 @@ impl<I: Io> Shard<I> {
         let State::Collecting(whole) = std::mem::replace(&mut durable.state, State::Answered) else { return };
         // What was not even tried need not wait for anything.
         let refuses = self.durable.store.refuses_changes();
-        let reply = match &whole.request {
-            Ok(request) => self.durable.store.handle(request, &whole.body, key, now),
-            Err(fault) => Reply::Answer(self.durable.store.refuse(fault)),
+        let Collecting { request, body, .. } = *whole;
+        let (reply, changes) = match request {
+            Err(fault) => (Reply::Answer(self.durable.store.refuse(&fault)), false),
+            Ok(request) => match self.run_errand_for(key, request, body) {
+                Ok(()) => return,
+                Err((request, body)) => {
+                    let changes = request.operation.is_change();
+                    (self.durable.store.handle(&request, &body, key, now), changes)
+                }
+            },
         };
-        let changes = whole.request.as_ref().is_ok_and(|request| request.operation.is_change());
-        drop(whole);
         self.follow_overdraft(key);
         match (reply, self.durable.store.must_wait().filter(|_| changes && !refuses)) {
             (Reply::Answer(answer), Some(record)) => self.hold_answer(key, answer, record),
@@ -380,7 +389,7 @@ impl<I: Io> Shard<I> {
                 self.forget_level(key, reading.shared());
                 self.durable.store.leave(&mut reading, now);
             }
-            State::Collecting(_) | State::Held(_) | State::Sharing | State::Answered => {}
+            State::Collecting(_) | State::Held(_) | State::Away(_) | State::Sharing | State::Answered => {}
         }
     }
 
@@ -397,6 +406,15 @@ impl<I: Io> Shard<I> {
             }
             return;
         }
+        if matches!(durable.state, State::Away(_)) {
+            // The others answer soon, or leave.
+            if durable.due_ms <= now_ms {
+                durable.state = State::Answered;
+                let answer = self.durable.store.refuse(&durable::UNSETTLED);
+                self.durable_reply(key, Reply::Answer(answer));
+            }
+            return;
+        }
         durable.due_ms = u64::MAX;
         match &mut durable.state {
             State::Polling(_) => self.durable_poll(key, true),
@@ -406,7 +424,7 @@ impl<I: Io> Shard<I> {
             }
             // It ends with what it was lent.
             State::Sharing => self.durable_end(key, End::Done),
-            State::Collecting(_) | State::Held(_) | State::Answered => {}
+            State::Collecting(_) | State::Held(_) | State::Away(_) | State::Answered => {}
         }
     }
 
@@ -463,7 +481,8 @@ impl<I: Io> Shard<I> {
             match durable.state {
                 State::Polling(_) => self.durable_poll(key, false),
                 State::Reading(_) => self.durable_fill(key),
-                State::Collecting(_) | State::Held(_) | State::Sharing | State::Answered => {}
+                State::Collecting(_) | State::Held(_) | State::Away(_) | State::Sharing | State::Answered => {
+                }
             }
         }
     }

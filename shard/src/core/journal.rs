@@ -35,6 +35,9 @@ impl<I: Io> Shard<I> {
         self.durable.recovered_damage =
             recovered.findings.iter().filter(|finding| finding.lost).count() as u64;
         self.durable.store = Store::with_journal(settings, recovered, salt, now);
+        if let Some(neighbours) = &self.neighbours {
+            self.durable.store.be_placed(neighbours.own(), neighbours.shards());
+        }
         self.follow_durable_timer();
     }
 

@@ -13,6 +13,7 @@ mod client;
 mod conn;
 mod deadline;
 mod demo;
+mod directory;
 mod durable;
 mod finish;
 mod journal;
@@ -38,6 +39,7 @@ use accept::Acceptor;
 pub use audit::Holding;
 use backend::Pool;
 use conn::{Conn, Role};
+use directory::Directory;
 use durable::DurableStreams;
 pub use journal::JournalOf;
 use kept::Kept;
@@ -76,6 +78,8 @@ enum TimerOf {
     Moves,
     /// Letters to other shards found no room.
     Mirrors,
+    /// The same of letters about durable streams.
+    Directory,
     Durable,
     Drain,
     /// A stream without a client, or one that is over, has had its time.
@@ -129,6 +133,7 @@ pub struct Shard<I: Io> {
     parked: VecDeque<Newcomer<I::Socket>>,
     moves: Moves,
     mirrors: Mirrors,
+    directory: Directory,
     handshakes: Handshakes,
     tls_scratch: Scratch,
     /// None: the only shard.
@@ -188,6 +193,7 @@ impl<I: Io> Shard<I> {
             parked: VecDeque::new(),
             moves: Moves::default(),
             mirrors: Mirrors::default(),
+            directory: Directory::default(),
             handshakes: Handshakes::default(),
             tls_scratch: Scratch::default(),
             neighbours: None,
@@ -225,6 +231,7 @@ impl<I: Io> Shard<I> {
 
     /// From now on clients are shared with other shards.
     pub fn meet(&mut self, neighbours: Neighbours<I::Parcel>) {
+        self.durable.store.be_placed(neighbours.own(), neighbours.shards());
         self.neighbours = Some(neighbours);
         self.publish_load();
     }
@@ -256,6 +263,7 @@ impl<I: Io> Shard<I> {
         self.serve_durable();
         self.store_stirred();
         self.serve_readers();
+        self.follow_directory();
         self.follow_moves();
         self.pump_dirty();
         self.feed_starved();
@@ -311,6 +319,7 @@ impl<I: Io> Shard<I> {
             || self.durable.is_busy()
             || self.kept.is_busy()
             || self.mirrors.rung
+            || self.directory.rung
             || self.left
             || self.is_closing_listeners();
         if busy || sleepy == Sleepy::No {
@@ -407,6 +416,7 @@ impl<I: Io> Shard<I> {
             Completion::Woken => {
                 self.woken = true;
                 self.mirrors.rung = self.neighbours.is_some();
+                self.directory.rung = self.neighbours.is_some();
                 self.serve_waiting();
             }
         }

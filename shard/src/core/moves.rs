@@ -12,17 +12,12 @@
 use super::conn::{Client, Conn, Role, State};
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
-use crate::mesh::{Handed, Moved, Neighbours};
+use crate::mesh::{Handed, Moved};
 use crate::tls::Tls;
 use protocol::http::RequestHead;
 use protocol::limits::{HANDED_ON_MAX, MOVE_RETRY_MS};
 use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
-
-/// The shard that has the durable stream of a path (docs/decisions/011-home-of-durable-streams.md): one has them all.
-pub(super) fn durable_home(_path: &str, _shards: usize) -> usize {
-    0
-}
 
 /// Clients that are to go to other shards.
 #[derive(Default)]
@@ -47,45 +42,32 @@ impl<S> Newcomer<S> {
 }
 
 impl<I: Io> Shard<I> {
-    /// Whether a durable stream is served here to this client.
-    pub(super) fn is_durable_home(&self, key: Key, path: &str) -> bool {
-        let is_own = |neighbours: &Neighbours<_>| neighbours.own() == durable_home(path, neighbours.shards());
-        let home = self.neighbours.as_ref().is_none_or(is_own);
-        let role = self.conns.get(key).map(|conn| &conn.role);
-        home || matches!(role, Some(Role::Client(client)) if client.at_home)
-    }
-
-    /// The shard that a client's request must go to, if it is another one and takes clients.
-    pub(super) fn home_elsewhere(&self, key: Key, head: &RequestHead<'_, '_>) -> Option<usize> {
+    /// The shard that a client's request must go to, if it is another one and takes clients; and whether what it asks for is there or
+    /// nowhere.
+    pub(super) fn home_elsewhere(&self, key: Key, head: &RequestHead<'_, '_>) -> Option<(usize, bool)> {
         let neighbours = self.neighbours.as_ref()?;
         let durable = self.settings.durable.covers(head.path());
         if !durable && let Some(home) = self.shard_of_stream(head.path()) {
             if self.reads_mirror(head) {
                 return None;
             }
-            return (self.leaving == Leaving::No && neighbours.is_open(home)).then_some(home);
+            return (self.leaving == Leaving::No && neighbours.is_open(home)).then_some((home, false));
         }
         if !durable && let Some(next) = self.next_for_response(key, head) {
-            return Some(next);
+            return Some((next, false));
         }
-        let home = durable_home(head.path(), neighbours.shards());
-        let moves = self.leaving == Leaving::No
-            && durable
-            && !self.is_durable_home(key, head.path())
-            && neighbours.is_open(home);
-        moves.then_some(home)
-    }
-
-    /// A client that was moved here stays for requests of one kind.
-    pub(super) fn leave_home_unless(&mut self, key: Key, durable: bool) {
-        if let Some(client) = self.conns.get_mut(key).and_then(Conn::client) {
-            client.at_home &= durable;
+        if !durable || self.leaving != Leaving::No {
+            return None;
         }
+        self.durable_elsewhere(key, head.path()).filter(|(home, _)| neighbours.is_open(*home))
     }
 
     /// A client leaves for another shard as soon as the kernel holds nothing of it.
-    pub(super) fn begin_move(&mut self, key: Key, to: usize) {
+    pub(super) fn begin_move(&mut self, key: Key, to: usize, sent: bool) {
         let Some(conn) = self.conns.get_mut(key) else { return };
+        if let Some(client) = conn.client() {
+            client.sent = sent;
+        }
         conn.state = State::Moving(to as u16);
         conn.receive_wanted = false;
         (conn.due_ms, conn.look_ms) = (u64::MAX, u64::MAX);
@@ -131,6 +113,9 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get_mut(key) else { return };
         conn.state = State::Open;
         conn.receive_wanted = true;
+        if let Some(client) = conn.client() {
+            client.sent = false;
+        }
         let (held, fin) = (conn.take_held(), std::mem::take(&mut conn.peer_fin));
         self.go_on(key, held, fin);
     }
@@ -156,14 +141,14 @@ impl<I: Io> Shard<I> {
         if let Some((timer, _)) = conn.timer.take() {
             self.wheel.remove(timer);
         }
-        let (requests, refused) = match &conn.role {
-            Role::Client(client) => (client.requests, client.refused),
-            Role::Backend(_) => (0, 0),
+        let (requests, refused, sent) = match &conn.role {
+            Role::Client(client) => (client.requests, client.refused, client.sent),
+            Role::Backend(_) => (0, 0, false),
         };
         let hops = conn.hops() + self.neighbours.as_ref().map_or(0, |neighbours| neighbours.distance_to(to));
         let tls = conn.tls.map(|tls| tls.at_rest());
         let from = self.neighbours.as_ref().map_or(0, |neighbours| neighbours.own());
-        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused, hops, from };
+        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused, hops, from, sent };
         let what = self.io.release(conn.socket);
         let handed = Handed { what, listener: 0, times: HANDED_ON_MAX, moved: Some(Box::new(moved)) };
         self.stats.counters.handed_away += 1;
@@ -175,15 +160,9 @@ impl<I: Io> Shard<I> {
 
     /// Serves a client that comes with a request of its own.
     pub(super) fn serve_moved(&mut self, socket: I::Socket, moved: Moved) {
-        let Moved { held, tls, peer_fin, requests, refused, hops, from } = moved;
-        let client = Client {
-            requests,
-            refused,
-            hops,
-            moved_from: Some(from as u16),
-            at_home: true,
-            ..Client::default()
-        };
+        let Moved { held, tls, peer_fin, requests, refused, hops, from, sent } = moved;
+        let moved_from = Some(from as u16);
+        let client = Client { requests, refused, hops, moved_from, sent, ..Client::default() };
         let mut conn = Conn::new(socket, Role::Client(client));
         conn.tls = tls.map(|tls| Box::new(Tls::from(tls)));
         conn.due_ms = self.now_ms() + u64::from(self.idle_ms());

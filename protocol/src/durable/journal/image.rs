@@ -32,6 +32,8 @@ pub(crate) struct Image {
     pub(crate) last_number: u64,
     /// Something of it was lost: it is to be written anew as it now is.
     pub(crate) damaged: bool,
+    /// Its path belongs to a later stream, of another shard's journal.
+    pub(crate) nameless: bool,
     /// What more is known of one that was relayed from a model.
     pub(crate) relay: Option<Box<Relay>>,
 }
@@ -68,6 +70,7 @@ impl Image {
             segment,
             last_number: number,
             damaged: false,
+            nameless: false,
             relay: None,
             facts: Facts::default(),
         };

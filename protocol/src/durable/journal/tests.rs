@@ -159,7 +159,7 @@ pub(in super::super) fn recover(contents: &BTreeMap<u64, Vec<u8>>) -> Recovered 
 type Messages = BTreeMap<u64, Vec<u8>>;
 
 /// Everything that a store must still know after a crash, by path.
-type State = BTreeMap<(String, u64), String>;
+pub(in super::super) type State = BTreeMap<(String, u64), String>;
 
 fn messages_of(stream: &Stream) -> Vec<(u64, Vec<u8>)> {
     let mut at = stream.earliest;
@@ -182,7 +182,7 @@ fn checksum(bytes: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-fn state_of(store: &Store) -> State {
+pub(in super::super) fn state_of(store: &Store) -> State {
     let state = |stream: &Stream| {
         let source = stream.source.and_then(|id| store.streams.get(id)).map_or(0, |source| source.created);
         let deleted = (stream.deleted, stream.closed, stream.tail());
