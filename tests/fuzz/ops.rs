@@ -30,14 +30,14 @@ pub fn run(data: &[u8]) {
                 };
                 let fd = i32::from(choices.byte()) - 1;
                 let (owner, memory) = match choices.below(6) {
-                    0 => (Owner::Accept { listener: 1 }, Memory::Nothing),
+                    0 => (Owner::Accept { listener: 1 }, Memory::NOTHING),
                     1 => {
                         let address = std::net::SocketAddr::from(([127, 0, 0, 1], 80));
-                        (Owner::Connect(conn), Memory::Address(Box::new(address.into())))
+                        (Owner::Connect(conn), Memory::Address(Some(Box::new(address.into()))))
                     }
-                    2 => (Owner::Receive(conn), Memory::Nothing),
-                    3 => (Owner::Watch(conn), Memory::Nothing),
-                    4 => (Owner::Wake, Memory::Nothing),
+                    2 => (Owner::Receive(conn), Memory::NOTHING),
+                    3 => (Owner::Watch(conn), Memory::NOTHING),
+                    4 => (Owner::Wake, Memory::NOTHING),
                     _ => {
                         let at = log.append(&[&[b'x'; 300][..=choices.below(256)]]);
                         let Some(lent) = log.lend(at, u32::MAX) else { panic!("what was appended is lent") };

@@ -427,7 +427,7 @@ impl UringIo {
             self.wake_armed = true;
             let fd = Fd(self.wake.ear().as_raw_fd());
             let entry = opcode::Recv::new(fd, self.wake_rings.as_ptr().cast(), WAKE_RINGS as u32).build();
-            self.start(Owner::Wake, -1, Memory::Nothing, entry);
+            self.start(Owner::Wake, -1, Memory::NOTHING, entry);
         }
     }
 
@@ -543,7 +543,7 @@ impl Io for UringIo {
                 .flags(libc::SOCK_CLOEXEC)
                 .build()
         };
-        self.start(Owner::Accept { listener }, -1, Memory::Nothing, entry)
+        self.start(Owner::Accept { listener: listener as u32 }, -1, Memory::NOTHING, entry)
     }
 
     fn stop_listening(&mut self, listener: usize) {
@@ -556,13 +556,13 @@ impl Io for UringIo {
         self.descriptors.opened(socket.fd());
         let address = Box::new(socket2::SockAddr::from(address));
         let entry = opcode::Connect::new(Fd(socket.fd()), address.as_ptr().cast(), address.len()).build();
-        let op = self.start(Owner::Connect(conn), socket.fd(), Memory::Address(address), entry);
+        let op = self.start(Owner::Connect(conn), socket.fd(), Memory::Address(Some(address)), entry);
         Ok((socket, op))
     }
 
     fn receive(&mut self, conn: Key, socket: Socket) -> OpId {
         let entry = opcode::RecvMulti::new(Fd(socket.fd()), BUFFER_GROUP).build();
-        self.start(Owner::Receive(conn), socket.fd(), Memory::Nothing, entry)
+        self.start(Owner::Receive(conn), socket.fd(), Memory::NOTHING, entry)
     }
 
     fn send(&mut self, conn: Key, socket: Socket, range: Lent, confirm: Confirm) -> OpId {
@@ -586,7 +586,7 @@ impl Io for UringIo {
         // Multishot: a poll for RST alone would be ended by a FIN that is known already, since POLL_ADD always waits for
         // RDHUP too; this one tells the FIN and goes on.
         let entry = opcode::PollAdd::new(Fd(socket.fd()), events as u32).multi(true).build();
-        self.start(Owner::Watch(conn), socket.fd(), Memory::Nothing, entry)
+        self.start(Owner::Watch(conn), socket.fd(), Memory::NOTHING, entry)
     }
 
     fn cancel(&mut self, op: OpId) {

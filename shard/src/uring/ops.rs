@@ -17,7 +17,7 @@ pub(super) const FORGOTTEN: u64 = 0;
 /// Whose completion it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Owner {
-    Accept { listener: usize },
+    Accept { listener: u32 },
     Connect(Key),
     Receive(Key),
     Send(Sending),
@@ -49,9 +49,12 @@ impl Sending {
 #[allow(dead_code, reason = "held, never read here: the kernel reads it")]
 #[derive(Debug)]
 pub(super) enum Memory {
-    Nothing,
     Lent(Lent),
-    Address(Box<socket2::SockAddr>),
+    Address(Option<Box<socket2::SockAddr>>),
+}
+
+impl Memory {
+    pub(super) const NOTHING: Memory = Memory::Address(None);
 }
 
 #[derive(Debug)]
@@ -61,6 +64,8 @@ pub(super) struct Op {
     pub(super) fd: RawFd,
     memory: Memory,
 }
+
+const _: () = assert!(size_of::<Op>() <= 48, "every connection has one at least");
 
 /// Operations from their request to their last completion.
 pub(super) struct OpTable {
@@ -187,9 +192,9 @@ mod tests {
     #[test]
     fn ids_name_one_use_of_a_slot_and_are_never_zero() {
         let mut ops = OpTable::new();
-        let first = ops.start(Owner::Receive(CONN), 7, Memory::Nothing);
+        let first = ops.start(Owner::Receive(CONN), 7, Memory::NOTHING);
         ops.complete(first, false);
-        let second = ops.start(Owner::Receive(CONN), 7, Memory::Nothing);
+        let second = ops.start(Owner::Receive(CONN), 7, Memory::NOTHING);
         assert_eq!(first.number() as u32, second.number() as u32, "the slot is used again");
         assert!(!ops.contains(first) && ops.contains(second) && !ops.contains(OpId::new(FORGOTTEN)));
         assert_ne!(id_of(Key { slot: 0, generation: NonZeroU32::MIN }).number(), FORGOTTEN);
@@ -199,10 +204,10 @@ mod tests {
     #[should_panic(expected = "which is not in flight")]
     fn a_doubled_completion_is_a_bug_that_stops_the_shard() {
         let mut ops = OpTable::new();
-        let op = ops.start(Owner::Watch(CONN), 7, Memory::Nothing);
+        let op = ops.start(Owner::Watch(CONN), 7, Memory::NOTHING);
         ops.complete(op, false);
         // The slot is in use again, by somebody else.
-        ops.start(Owner::Watch(CONN), 7, Memory::Nothing);
+        ops.start(Owner::Watch(CONN), 7, Memory::NOTHING);
         ops.complete(op, false);
     }
 }

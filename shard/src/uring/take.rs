@@ -48,6 +48,7 @@ impl UringIo {
             let outcome = u32::try_from(result).map_err(|_| Errno(-result));
             match owner {
                 Owner::Accept { listener } => {
+                    let listener = listener as usize;
                     if outcome.is_ok() {
                         descriptors.opened(result);
                         completions.push(Completion::Accepted { listener, socket: Socket(result) });
