@@ -159,6 +159,10 @@ pub const MIRROR_IDLE_MS: u64 = 1_000;
 pub const MIRROR_MESSAGES_MAX: usize = 1024;
 /// Messages of mirrors that are taken in one turn.
 pub const MIRROR_MESSAGES_PER_TURN_MAX: usize = 512;
+/// Clients that a shard hands over in the middle of their answers at a time: until they are there, nothing is sent to them.
+pub const HANDOVERS_AT_ONCE_MAX: usize = 32;
+/// Readers of a stream that are looked at in one turn for whether they can be handed over.
+pub const HANDOVERS_LOOKED_AT_PER_TURN: usize = 64;
 /// Milliseconds after which a stream that found the queue to another shard full goes on.
 pub const MIRROR_RETRY_MS: u64 = 1;
 

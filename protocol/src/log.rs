@@ -201,6 +201,20 @@ pub struct Log {
     older: VecDeque<Segment>,
 }
 
+/// Up to where a log may be read, which is between two appends, and the id of the last event there, where it is known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shown {
+    /// Offset.
+    pub to: u64,
+    /// 0: there is none.
+    pub last_event_id: Option<u64>,
+}
+
+impl Shown {
+    /// Everything.
+    pub const ALL: Shown = Shown { to: u64::MAX, last_event_id: None };
+}
+
 /// What a log knows that holds on to what was delivered.
 struct Kept {
     /// Bytes of history that are held on to, > 0.
@@ -376,10 +390,14 @@ impl Log {
         self.last_event_id = last_event_id;
     }
 
-    /// A range as [`Log::lend`] lends it, of as many whole appends as lie in one segment, and the id of the last event that ends
-    /// in it or before it. `from` lies between two appends.
-    pub fn lend_appends(&self, from: u64) -> Option<(Lent, u64)> {
+    /// A range as [`Log::lend`] lends it, of as many whole appends as lie in one segment and are shown, and the id of the last event
+    /// that ends in it or before it. `from` lies between two appends.
+    pub fn lend_appends(&self, from: u64, shown: Shown) -> Option<(Lent, u64)> {
+        let room = shown.to.checked_sub(from).filter(|&room| room > 0)?;
         let lent = self.lend(from, u32::MAX)?;
+        if lent.len() as u64 > room {
+            return Some((lent.first(room as u32), shown.last_event_id?));
+        }
         let end = from + lent.len() as u64;
         let next = self.segments().find(|segment| segment.base == end && end < self.end);
         Some((lent, next.map_or(self.last_event_id, |segment| segment.first_id - 1)))

@@ -17,7 +17,7 @@
 //! as it would be here.
 
 use crate::limits::{MIRROR_AHEAD_BYTES, MIRROR_TELL_BYTES, MIRROR_TELL_MS};
-use crate::log::Log;
+use crate::log::{Log, Shown};
 use crate::phase::End;
 use crate::planted::{Bug, is_planted};
 use std::cell::Cell;
@@ -81,6 +81,24 @@ pub struct Link<A> {
     pub over: bool,
 }
 
+impl<A> News<A> {
+    /// What is told instead where there is no memory for what was appended up to `to`: that it is missing.
+    pub fn without_bytes(self, to: u64) -> Self {
+        match self {
+            News::Bytes { last_event_id, .. } => News::Skip { at: to, last_event_id },
+            other => other,
+        }
+    }
+
+    /// Bytes that are more than any mirror may be sent ahead: of one append.
+    pub fn excess_bytes(&self) -> u64 {
+        match self {
+            News::Bytes { bytes, .. } => (bytes.len() as u64).saturating_sub(MIRROR_AHEAD_BYTES),
+            _ => 0,
+        }
+    }
+}
+
 impl<A> Link<A> {
     /// A mirror of everything that a log holds.
     pub fn new(opening: u64, about: A, log: &Log) -> Self {
@@ -91,7 +109,7 @@ impl<A> Link<A> {
 
     /// What is to be sent next, if there is anything; there must be room for it. `shown`: up to where the log may be read. `end`: the
     /// stream's, when the log has all of it.
-    pub fn next(&mut self, log: &Log, shown: u64, end: Option<End>) -> Option<News<A>> {
+    pub fn next(&mut self, log: &Log, shown: Shown, end: Option<End>) -> Option<News<A>> {
         if self.over {
             return None;
         }
@@ -110,22 +128,37 @@ impl<A> Link<A> {
         }
         if is_planted(Bug::MirrorPieceLost)
             && self.told.taken > 0
-            && let Some((lent, _)) = log.lend_appends(self.at)
+            && let Some((lent, _)) = log.lend_appends(self.at, shown)
             && self.at + lent.len() as u64 == log.end()
             && lent.len() > 1_000
         {
             self.at += lent.len() as u64;
         }
-        if let Some((lent, last_event_id)) = log.lend_appends(self.at) {
-            if self.at + lent.len() as u64 > shown {
-                return None;
-            }
+        if self.at >= shown.to {
+            return None;
+        }
+        if let Some((lent, last_event_id)) = log.lend_appends(self.at, shown) {
             (self.at, self.last_event_id) = (self.at + lent.len() as u64, last_event_id);
             return Some(News::Bytes { bytes: lent.cells().iter().map(Cell::get).collect(), last_event_id });
         }
-        let end = end.filter(|_| !is_planted(Bug::MirrorEndUntold))?;
+        let end = end.filter(|_| self.at == log.end() && !is_planted(Bug::MirrorEndUntold))?;
         self.over = true;
         Some(News::Over(end))
+    }
+
+    /// Whether the mirror is there, and was sent everything up to this offset.
+    pub fn has(&self, at: u64) -> bool {
+        self.heard && !self.over && self.at >= at
+    }
+
+    /// Offset of what is sent next.
+    pub fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Bytes that the mirror was sent and has not taken, beyond those that any may be ahead.
+    pub fn excess_bytes(&self) -> u64 {
+        (self.at - self.told.taken.min(self.at)).saturating_sub(MIRROR_AHEAD_BYTES)
     }
 
     /// The mirror has spoken.
@@ -263,6 +296,10 @@ mod tests {
         window_bytes: u64,
         largest: u64,
         skips: u32,
+        /// What may be delivered, and what will be next; of one that waits for nothing everything may be.
+        shown: Shown,
+        unshown: VecDeque<Shown>,
+        gated: bool,
     }
 
     const ROOM: usize = 4;
@@ -288,6 +325,9 @@ mod tests {
                 window_bytes,
                 largest: 0,
                 skips: 0,
+                shown: Shown::ALL,
+                unshown: VecDeque::new(),
+                gated: false,
             };
             // A mirror is made at any time of a stream's life.
             for _ in 0..numbers.below(300) {
@@ -295,7 +335,24 @@ mod tests {
                 pair.home.release(pair.home.end());
             }
             pair.link = Link::new(1, (), &pair.home);
+            pair.gated = numbers.below(3) == 0;
+            if pair.gated {
+                pair.shown = pair.place();
+            }
             pair
+        }
+
+        fn place(&self) -> Shown {
+            Shown { to: self.home.end(), last_event_id: Some(self.home.last_event_id()) }
+        }
+
+        /// What was appended since is on its way to the disk, or has come there.
+        fn record(&mut self, arrives: bool) {
+            if arrives {
+                self.shown = self.unshown.pop_front().unwrap_or(self.shown);
+            } else if self.gated {
+                self.unshown.push_back(if self.end.is_some() { Shown::ALL } else { self.place() });
+            }
         }
 
         fn append(&mut self, numbers: &mut Numbers) {
@@ -325,12 +382,12 @@ mod tests {
         /// As a shard follows its readers.
         fn follow(&mut self) {
             let owed = if self.waits { self.link.told.taken } else { self.home.end() };
-            self.home.release(owed.min(self.home.end()));
+            self.home.release(owed.min(self.home.end()).min(self.shown.to));
         }
 
         fn feed(&mut self) {
             while self.to_mirror.len() < ROOM
-                && let Some(news) = self.link.next(&self.home, u64::MAX, self.end)
+                && let Some(news) = self.link.next(&self.home, self.shown, self.end)
             {
                 self.skips += u32::from(matches!(news, News::Skip { .. }));
                 self.to_mirror.push_back(news);
@@ -384,6 +441,7 @@ mod tests {
                 let from = reader.at as usize;
                 assert!(lent.to_vec() == self.bytes[from..from + lent.len()], "other bytes than the home's");
                 reader.at += lent.len() as u64;
+                assert!(reader.at <= self.shown.to, "what may not be delivered yet");
             }
         }
 
@@ -416,7 +474,9 @@ mod tests {
             let mut pair = Pair::new(&mut numbers);
             let patience = 1 + numbers.below(6);
             for step in 0..600 {
-                match numbers.below(10 + patience) {
+                match numbers.below(12 + patience) {
+                    10 => pair.record(false),
+                    11 => pair.record(true),
                     0..=2 => pair.append(&mut numbers),
                     3 => pair.follow(),
                     4 => pair.feed(),
@@ -436,7 +496,9 @@ mod tests {
             }
             // And then everybody goes on to the end.
             pair.end = Some(End::Done);
+            pair.record(false);
             for round in 0..100_000 {
+                pair.record(true);
                 pair.follow();
                 pair.feed();
                 pair.deliver();
@@ -479,7 +541,7 @@ mod tests {
         }
         assert_eq!((pair.link.told.taken, pair.skips), (begun_at, 0), "its reader has had nothing");
         assert!(pair.home.start() <= begun_at, "so all of it is held");
-        assert!(pair.link.next(&pair.home, u64::MAX, None).is_none(), "and no more is sent ahead");
+        assert!(pair.link.next(&pair.home, Shown::ALL, None).is_none(), "and no more is sent ahead");
     }
 
     #[test]

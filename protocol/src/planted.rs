@@ -66,6 +66,12 @@ pub enum Bug {
     ForkToldLate,
     /// A path stays reserved for a fork that was not made.
     ReservedForEver,
+    /// Who is handed over to a mirror goes on behind what it has not had.
+    HandedOverAhead,
+    /// Who is handed back by a mirror begins anew.
+    HandedBackAnew,
+    /// Who is left behind by a mirror stays there.
+    HandBackForgotten,
     /// A response is read on from one event too late.
     SequenceShifted,
     /// The end of a response that was cancelled is told as its backend told it, or not at all.
@@ -85,6 +91,10 @@ impl Bug {
         Bug::MirrorLeftUntold,
         Bug::MirrorCountsNot,
     ];
+
+    /// Those that only live readers of durable streams can see.
+    pub const OF_HANDOVERS: &'static [Bug] =
+        &[Bug::HandedOverAhead, Bug::HandedBackAnew, Bug::HandBackForgotten];
 
     /// Every bug that any relayed stream can show.
     pub const ALL: &'static [Bug] = &[

@@ -86,13 +86,12 @@ impl WorstCase {
             overdraft: settings.overdraft_bytes_max
                 + settings.overdraft_bytes_max / ALLOCATOR_PART
                 + 4 * settings.event_bytes_max as u64,
-            resume: match settings.routes.iter().any(|route| route.resume.is_some()) {
-                true => {
-                    let kept = settings.resume_bytes_max + settings.resume_bytes_max / ALLOCATOR_PART;
-                    let mirrors = if shards > 1 && settings.mirror_readers > 0 { MIRRORS_MAX } else { 0 };
-                    kept + stored + mirrors as u64 * MIRROR_BYTES
-                }
-                false => 0,
+            resume: {
+                let resumes = settings.routes.iter().any(|route| route.resume.is_some());
+                let read = resumes || settings.durable.prefix.is_some();
+                let mirrors = read && shards > 1 && settings.mirror_readers > 0;
+                let kept = settings.resume_bytes_max + settings.resume_bytes_max / ALLOCATOR_PART + stored;
+                u64::from(resumes) * kept + u64::from(mirrors) * MIRRORS_MAX as u64 * MIRROR_BYTES
             },
             // An append may end in a segment that is larger than it.
             durable: settings.durable.prefix.as_ref().map_or(0, |_| {
@@ -183,6 +182,7 @@ mod tests {
         };
         assert_eq!(kept_by(2) - kept_by(1), MIRRORS_MAX as u64 * MIRROR_BYTES);
         let two = WorstCase::of(&settings(), 2, 1, false);
-        assert_eq!(two.total() - base, two.shard(), "each shard has its own");
+        assert_eq!(two.resume, MIRRORS_MAX as u64 * MIRROR_BYTES, "of durable streams");
+        assert_eq!(two.total() - base, two.shard() + two.resume, "each shard has its own");
     }
 }

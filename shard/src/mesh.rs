@@ -4,15 +4,17 @@
 //! And the mesh between shards: three bounded lock-free queues for each ordered pair, for clients, for what concerns mirrors and for
 //! what concerns the places of durable streams, and a word in which each tells its load. Nobody waits for anybody: who finds a queue full keeps what it has.
 
+use crate::core::Description;
 use crate::listing::{Inquiry, Page};
 use crate::settings::{OnLeave, TlsSet, UpstreamSet};
 use crate::stats::{Snapshot, StreamRecord};
 use crate::tls::TlsAtRest;
 use crate::uring::{Bell, EventFd};
 use protocol::dialect::Dialect;
-use protocol::durable::{Answer, Request};
+use protocol::durable::{Answer, Request, Shared};
 use protocol::limits::{HANDED_MAX, MIRROR_MESSAGES_MAX};
 use protocol::mirror::{News, Told};
+use protocol::phase::Phase;
 use protocol::slots::Key;
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use std::io;
@@ -271,7 +273,7 @@ pub struct Neighbours<T> {
     unrung: bool,
 }
 
-/// A client that is moved to another shard between two of its requests.
+/// A client that is moved to another shard, between two of its requests or in the middle of an answer that is read there.
 #[derive(Debug)]
 pub struct Moved {
     /// What it has sent and nobody looked at: the request that belongs there, whatever follows.
@@ -287,6 +289,8 @@ pub struct Moved {
     pub(crate) from: usize,
     /// The stream that it asks for is there, or nowhere: the shard that its path belongs to says so.
     pub(crate) sent: bool,
+    /// What it is being answered.
+    pub(crate) answer: Option<Box<Answering>>,
 }
 
 /// A stream to be created for a client of one shard, on its way to the shard that can tell, or do it.
@@ -327,11 +331,50 @@ pub(crate) enum ErrandLetter {
     Gone { path: Box<str> },
 }
 
+/// Where somebody is who shares what live readers of a durable stream share.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct SharedPlace {
+    /// The shard that has the stream, and the tail's number there.
+    pub(crate) home: usize,
+    pub(crate) tail: u64,
+    pub(crate) shared: Shared,
+    /// Next byte of the tail's log to be sent, which is an event's first.
+    pub(crate) at: u64,
+    /// The position in the durable stream there.
+    pub(crate) behind: u64,
+}
+
+/// The answer of a live reader of a durable stream, between two events.
+#[derive(Debug)]
+pub(crate) struct Answering {
+    pub(crate) place: SharedPlace,
+    pub(crate) route: usize,
+    pub(crate) dialect: Dialect,
+    pub(crate) phase: Phase,
+    pub(crate) close: bool,
+    /// When it is to come again, ms.
+    pub(crate) due_ms: u64,
+    pub(crate) sent_bytes: u64,
+    pub(crate) events_sent: u64,
+    pub(crate) started_us: u64,
+    pub(crate) asked_us: u64,
+    pub(crate) first_token_us: Option<u64>,
+    pub(crate) description: Option<Box<Description>>,
+}
+
+/// What a mirror is one of.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Subject {
+    /// A stream, by its number at its home.
+    Stream(u64),
+    /// What live readers of a durable stream share, by a number that its home gave it.
+    Tail(u64),
+}
+
 /// What a stream's home and a mirror of it tell each other.
 #[derive(Debug)]
 pub(crate) struct Letter {
-    /// The stream's number at its home.
-    pub(crate) stream: u64,
+    pub(crate) subject: Subject,
     /// Which mirror: of all that the stream ever had, no other has this number.
     pub(crate) opening: u64,
     pub(crate) says: Says,
@@ -340,8 +383,8 @@ pub(crate) struct Letter {
 /// Who says it is clear from what it is.
 #[derive(Debug)]
 pub(crate) enum Says {
-    /// The home to the mirror.
-    News(News<About>),
+    /// The home to the mirror. Of a tail: where in the bytes events end, and the positions in the durable stream there.
+    News(News<About>, Box<[(u64, u64)]>),
     /// The mirror to its home.
     Told(Told),
     /// The same: it is no mirror any more, and nobody reads it.
@@ -358,6 +401,8 @@ pub(crate) struct About {
     /// What its request chose.
     pub(crate) on_leave: Option<OnLeave>,
     pub(crate) began_ms: u64,
+    /// It is a tail, of these readers.
+    pub(crate) shared: Option<Shared>,
 }
 
 /// Something that is handed from shard to shard.
@@ -725,7 +770,7 @@ mod tests {
     }
 
     fn letter(stream: u64) -> Letter {
-        Letter { stream, opening: 0, says: Says::Left }
+        Letter { subject: Subject::Stream(stream), opening: 0, says: Says::Left }
     }
 
     #[test]
@@ -735,9 +780,12 @@ mod tests {
             mesh[1].write(0, letter(stream));
             mesh[2].write(0, letter(10 + stream));
         }
-        let mut read = || mesh[0].read().map(|(from, letter)| (from, letter.stream));
+        let mut read = || mesh[0].read().map(|(from, letter)| (from, letter.subject));
         let all = [(); 5].map(|()| read());
-        assert_eq!(all, [Some((1, 1)), Some((2, 11)), Some((1, 2)), Some((2, 12)), None]);
+        let expected =
+            [(1, 1), (2, 11), (1, 2), (2, 12)].map(|(from, stream)| (from, Subject::Stream(stream)));
+        assert_eq!(all[..4], expected.map(Some));
+        assert_eq!(all[4], None);
         let mut room = 0;
         while !mesh[0].is_full_of_letters(1) {
             mesh[0].write(1, letter(room));
@@ -757,7 +805,7 @@ mod tests {
         assert_eq!(mesh[0].gone().next(), None);
         drop(leaving);
         assert_eq!(mesh[0].gone().next(), None, "it has said something");
-        assert!(matches!(mesh[0].read(), Some((1, Letter { stream: 7, .. }))));
+        assert!(matches!(mesh[0].read(), Some((1, Letter { subject: Subject::Stream(7), .. }))));
         assert_eq!(mesh[0].gone().collect::<Vec<_>>(), [1]);
         assert!(mesh[0].is_full_of_letters(1), "nobody takes any");
     }

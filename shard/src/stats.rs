@@ -182,6 +182,10 @@ counters! {
     durable_shared => "tokenring_durable_readers_shared_total",
     /// Live readers of durable streams that fell behind what they shared with others, and went on by themselves.
     durable_parted => "tokenring_durable_readers_parted_total",
+    /// Live readers of durable streams handed over to other shards in the middle of their answers.
+    durable_handed_over => "tokenring_durable_readers_handed_over_total",
+    /// Those of them that were handed back, because they had fallen behind or there was nothing for them.
+    durable_handed_back => "tokenring_durable_readers_handed_back_total",
     /// Records of durable streams made for the journal on disk.
     durable_journal_records => "tokenring_durable_journal_records_total",
     /// Bytes written to it.

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import selectors
+import signal
 import socket
 import subprocess
 import threading
@@ -12,6 +13,7 @@ import time
 import httpx
 import pytest
 from harness import EXIT_CONFIG, NODE_SCRIPTS, durable_home, wait_until
+from test_resume import metric
 
 pytestmark = pytest.mark.relay
 
@@ -72,9 +74,12 @@ def test_the_protocols_conformance_suite(start_tokenring, tmp_path, shards, on_d
 class Reader:
     """A reader of events on a bare socket: what comes is kept, and taken apart at the end."""
 
-    def __init__(self, tokenring, target, fields=""):
-        self.socket = socket.create_connection(("127.0.0.1", tokenring.port))
+    def __init__(self, tokenring, target, fields="", receive_bytes=None):
+        self.socket = socket.socket()
+        if receive_bytes:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.socket.settimeout(20)
+        self.socket.connect(("127.0.0.1", tokenring.port))
         self.socket.sendall(f"GET {target} HTTP/1.1\r\nHost: a\r\n{fields}\r\n".encode())
         self.received = bytearray()
 
@@ -360,3 +365,133 @@ def test_requests_pipelined_behind_one_that_moves_its_client_come_along(start_to
         assert answer.count(b"HTTP/1.1 2") == 3, answer
         assert answer.endswith(b"ab" * (round + 1)), answer
     assert tokenring.status()["shards"][1 - durable_home("/v1/durable/a", 2)]["counters"]["moves"] > 0
+
+
+# ---- live readers on several shards
+
+
+class Live:
+    """Live readers of a durable stream, read side by side; each in one of the two forms."""
+
+    def __init__(self, tokenring, target="/v1/durable/a"):
+        self.tokenring, self.target, self.selector, self.readers = tokenring, target, selectors.DefaultSelector(), []
+
+    def add(self, plain=False, receive_bytes=None):
+        if plain:
+            reader = Reader(self.tokenring, self.target, "Accept: text/event-stream\r\n", receive_bytes)
+        else:
+            reader = Reader(self.tokenring, f"{self.target}?offset=-1&live=sse", "", receive_bytes)
+        reader.plain, reader.over = plain, False
+        self.selector.register(reader.socket, selectors.EVENT_READ, reader)
+        self.readers.append(reader)
+        return reader
+
+    def drop(self, reader):
+        self.selector.unregister(reader.socket)
+        self.readers.remove(reader)
+        reader.socket.close()
+
+    def pump(self, seconds):
+        end_s = time.monotonic() + seconds
+        while (left_s := end_s - time.monotonic()) >= 0:
+            ready = self.selector.select(left_s)
+            if not ready:
+                break
+            for key, _ in ready:
+                if not key.data.read_on():
+                    key.data.over = True
+                    self.selector.unregister(key.fileobj)
+
+    def until(self, holds, seconds, what):
+        due_s = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < due_s, what
+            self.pump(0.05)
+
+
+def shards_reads(tokenring):
+    return [shard["durable"]["readers"] for shard in tokenring.status()["shards"]]
+
+
+def spread(tokenring, live, count):
+    """So many readers, who have caught up and are read on both shards."""
+    for nth in range(count):
+        live.add(plain=nth % 3 == 0)
+
+    def shared():
+        reads = shards_reads(tokenring)
+        return sum(reads) == count and min(reads) >= count // 4
+
+    live.until(shared, 20, f"readers on both shards: {shards_reads(tokenring)}")
+
+
+def append(publisher, stream, number, pad=50):
+    assert publisher.post(stream, headers=JSON, json={"n": number, "pad": "x" * pad}).status_code < 300
+
+
+def caught_up(reader, last):
+    """It has the message with that number."""
+    return b'"n":%d,' % last in reader.received[-50_000:].replace(b" ", b"")
+
+
+def has(reader, messages, closed):
+    """It has what was published, once and in order, in either form."""
+    found, told = reader.numbers()
+    return found == list(range(messages)) and (reader.plain or told == closed)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("end", ["closed", "deleted", "drained"])
+def test_live_readers_are_shared_by_the_shards(start_tokenring, end):
+    """Handed over in the middle of their answers; some are kicked again and again."""
+    tokenring = start_tokenring(shards=2, more=["--mirror-readers", 8, "--conns-max", 1200])
+    stream, chance, live = url_of(tokenring), random.Random(5), Live(tokenring)
+    with httpx.Client() as publisher:
+        assert publisher.put(stream, headers=JSON).status_code == 201
+        append(publisher, stream, 0)
+        spread(tokenring, live, 300)
+        assert metric(tokenring, "tokenring_durable_readers_handed_over_total") > 50
+        for number in range(1, 60):
+            append(publisher, stream, number, chance.choice([20, 500, 20_000]))
+            live.pump(0.01)
+            for reader in chance.sample(live.readers, 4):
+                live.drop(reader)
+                live.add(plain=reader.plain)
+        assert len(live.readers) == 300
+        if end == "closed":
+            publisher.post(stream, headers=CLOSE)
+        elif end == "deleted":
+            live.until(lambda: all(caught_up(reader, 59) for reader in live.readers), 20, "all have all")
+            publisher.delete(stream)
+        else:
+            live.until(lambda: all(caught_up(reader, 59) for reader in live.readers), 20, "all have all")
+            tokenring.signal(signal.SIGTERM)
+        live.until(lambda: all(reader.over for reader in live.readers), 20, "the end comes to all")
+    assert all(reader.received.endswith(b"0\r\n\r\n") for reader in live.readers)
+    assert all(has(reader, 60, end == "closed") for reader in live.readers)
+    if end != "drained":
+        wait_until(lambda: metric(tokenring, "tokenring_mirrors") == 0, 5, "no mirror is left")
+        assert metric(tokenring, "tokenring_mirrors_opened_total") == metric(tokenring, "tokenring_mirrors_closed_total")
+
+
+@pytest.mark.timeout(120)
+def test_a_live_reader_that_a_mirror_leaves_behind_misses_nothing(start_tokenring):
+    tokenring = start_tokenring(shards=2, more=["--mirror-readers", 8, "--write-stall-ms", 0])
+    stream, live, count = url_of(tokenring), Live(tokenring), 300
+    with httpx.Client() as publisher:
+        assert publisher.put(stream, headers=JSON).status_code == 201
+        append(publisher, stream, 0)
+        spread(tokenring, live, 60)
+        stuck = [live.add(receive_bytes=4096) for _ in range(40)]
+        live.until(lambda: sum(shards_reads(tokenring)) == 100 and min(shards_reads(tokenring)) > 40, 20, "all are shared")
+        for reader in stuck:
+            live.selector.unregister(reader.socket)
+        for number in range(1, count):
+            append(publisher, stream, number, 8_000)
+            live.pump(0.002)
+        publisher.post(stream, headers=CLOSE)
+        for reader in stuck:
+            live.selector.register(reader.socket, selectors.EVENT_READ, reader)
+        live.until(lambda: all(reader.over for reader in live.readers), 60, "all come to the end")
+    assert all(has(reader, count, True) for reader in live.readers)
+    assert metric(tokenring, "tokenring_durable_readers_handed_back_total") > 5

@@ -413,6 +413,12 @@ impl World {
         self.after(0, Event::Client(index, ClientStep::Leave));
     }
 
+    /// It leaves then.
+    pub(crate) fn leave_at(&mut self, index: usize, at_us: u64, how: How) {
+        self.clients[index].plan.leave = Some((When::AtUs(at_us), how));
+        self.after(at_us.saturating_sub(self.now), Event::Client(index, ClientStep::Leave));
+    }
+
     fn client_leaves(&mut self, index: usize) {
         let now = self.now;
         let client = &mut self.clients[index];

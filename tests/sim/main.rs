@@ -11,6 +11,7 @@ mod directed;
 mod disk;
 mod durable;
 mod forks;
+mod handover;
 mod io;
 mod lagging;
 mod minimise;

@@ -1,6 +1,7 @@
 //! Streams that many read on several shards: whoever reads a mirror is owed what it would be owed at the stream's home.
 
 use crate::client::{ClientPlan, How, Pace, When};
+use crate::disk::SimDisk;
 use crate::io::SimIo;
 use crate::minimise::failure_of;
 use crate::plan::{Answer, Fault, Framed, Request};
@@ -10,7 +11,7 @@ use crate::run::{Finished, Sim};
 use crate::shards::{self, shards_with};
 use protocol::dialect::Dialect;
 use protocol::planted::Bug;
-use shard::core::Shard;
+use shard::core::{JournalOf, Shard};
 use shard::listing::{Inquiry, Place};
 use shard::mesh::Command;
 use shard::settings::{OnLeave, Settings, SlowReader};
@@ -216,6 +217,110 @@ fn a_mirror_that_is_gone_is_forgotten() {
     tale.readers.clear();
 }
 
+/// Their copies on the way to a mirror and in its log are drawn from the overdraft of either shard.
+#[test]
+fn long_events_are_mirrored_as_far_as_the_overdraft_goes() {
+    // Of four mirrors one finds no room.
+    for (shards, overdraft_bytes_max, policy) in
+        [(2, 64 << 20, SlowReader::Block), (5, 420_000, SlowReader::Drop)]
+    {
+        let mut sim = shards_with(40, shards, ROOM, |settings| {
+            settings.mirror_readers = 1;
+            settings.overdraft_bytes_max = overdraft_bytes_max;
+            settings.resume_bytes_max = 64 << 20;
+            settings.routes.iter_mut().for_each(|route| {
+                if let Some(resume) = &mut route.resume {
+                    (resume.slow_reader, resume.window_bytes) = (policy, 1 << 20);
+                }
+            });
+        });
+        let events = Answer { bytes: 240_000, gap_us: 20_000, piece_bytes: 16_000, ..Answer::events(12) };
+        let exchange = sim.exchange(Request::new(Dialect::Chat, true), events);
+        let client = sim.client(ClientPlan::new(&[exchange]));
+        let mut tale = Tale { exchange, client, id: None, readers: Vec::new(), stopped: false };
+        sim.run_ms(500);
+        for nth in 0..20 {
+            come_back(&mut sim, &mut tale, 0);
+            if nth % 2 == 0 && policy == SlowReader::Block {
+                let id = tale.id.clone().unwrap();
+                let pace = Pace::Stuck { after_bytes: 500_000, for_us: 1_000_000 };
+                let plan = ClientPlan { pace, ..resume::resume(&id, 0) };
+                tale.readers.push((sim.client(plan), 0));
+            }
+            sim.run_ms(10);
+        }
+        let mirror = sim.shards().position(|shard| shard.snapshot().kept.mirrors > 0).unwrap();
+        let mut drawn = 0;
+        for _ in 0..4_000 {
+            sim.run_ms(1);
+            drawn = drawn.max(sim.shards().nth(mirror).unwrap().snapshot().overdraft_bytes);
+            assert!(sim.shards().all(|shard| shard.snapshot().overdraft_bytes <= overdraft_bytes_max));
+        }
+        let reads = sim.total(|counters| counters.mirror_reads) as usize;
+        let finished = sim.finish();
+        let whole = resume::check(&finished, &tale);
+        let refused = finished.sim.total(|counters| counters.overdrafts_refused);
+        assert!(reads > 4);
+        match policy {
+            SlowReader::Block => {
+                assert_eq!((whole, refused), (31, 0));
+                assert!(drawn > 30_000, "{drawn} bytes are owed beyond a stream's share");
+            }
+            _ => assert!(
+                refused > 0 && (5..21).contains(&whole),
+                "{whole} whole, {reads} read mirrors, {refused} refused, {drawn} drawn"
+            ),
+        }
+    }
+}
+
+fn stores(settings: &mut Settings) {
+    settings.routes.iter_mut().for_each(|route| {
+        if let Some(resume) = &mut route.resume {
+            resume.durable = true;
+        }
+    });
+}
+
+#[test]
+fn what_waits_for_the_disk_is_delivered_at_no_mirror_before() {
+    let mut waited = 0;
+    for seed in 20..32 {
+        let mut disk = SimDisk::new(JournalOf::Relayed, seed);
+        disk.latency_us = 400_000;
+        let mut sim = shards_with(seed, 2, ROOM, |settings| {
+            settings.mirror_readers = 1;
+            stores(settings);
+        })
+        .with_disk(disk);
+        let mut tale = chat(&mut sim, 150, 20_000, |plan| plan);
+        sim.run_ms(1_000);
+        for _ in 0..20 {
+            come_back(&mut sim, &mut tale, 0);
+            sim.run_ms(10);
+        }
+        let at_home = sim.shards().position(|shard| shard.snapshot().kept.live > 0);
+        for _ in 0..120 {
+            sim.run_ms(20);
+            let readers = tale.readers.iter().map(|&(reader, _)| reader).chain([tale.client]);
+            let seen = readers.filter_map(|reader| Some(answer(&sim, reader)?.last())).max().unwrap();
+            let written = sim.world().exchanges[tale.exchange].events_written() as u64;
+            // The other shard has no disk.
+            if at_home == Some(0) {
+                waited += u64::from(seen + 5 < written);
+                let recovered = sim.disk.as_ref().unwrap().recover();
+                let stored = recovered.relayed().map(|stream| stream.ids().1).max();
+                assert!(seen <= stored.unwrap_or(0), "seed {seed}: {seen} were seen, {stored:?} are stored");
+            }
+        }
+        let finished = sim.finish();
+        assert_eq!(resume::check(&finished, &tale), 21, "seed {seed}");
+        let reads = finished.sim.total(|counters| counters.mirror_reads);
+        assert!(reads > 4, "seed {seed}: {reads} read the mirror");
+    }
+    assert!(waited > 30, "{waited} times something waited for the disk");
+}
+
 // ---- drawn from a seed
 
 #[derive(Default)]
@@ -254,12 +359,20 @@ fn run(seed: u64) -> (Tally, Finished) {
         with.backlog = 128;
         with.resumes_per_s = 1_000;
         with.resume_bytes_max = 4 << 20;
+        if seed.is_multiple_of(3) {
+            stores(with);
+        }
         for route in &mut with.routes {
             if let Some(resume) = &mut route.resume {
                 resume.window_bytes = window_bytes;
             }
         }
     });
+    if seed.is_multiple_of(3) {
+        let mut disk = SimDisk::new(JournalOf::Relayed, seed);
+        (disk.latency_us, disk.fails) = (rng.pick(&[0, 2_000, 300_000]), rng.pick(&[0, 0, 100]));
+        sim = sim.with_disk(disk);
+    }
     let mut tales: Vec<Tale> = (0..rng.range(1, 2)).map(|_| stream(&mut sim, &mut rng)).collect();
     for _ in 0..rng.range(5, 30) {
         sim.run_ms(rng.skewed(200) + 1);

@@ -1,6 +1,7 @@
 //! Several shards in one world, with the real mesh between them. Which of them runs next is drawn from the seed; time goes on
 //! while all sleep.
 
+use crate::disk::SimDisk;
 use crate::io::SimIo;
 use crate::run::Sim;
 use shard::core::{Shard, Sleepy};
@@ -83,7 +84,12 @@ impl Sim {
             Sleepy::No => self.now_us(),
             Sleepy::UntilUs(until_us) => until_us,
         };
-        let next = self.world().next_awake(limit_us);
+        // A disk is the first shard's alone.
+        let disk_us = self.disk.as_ref().and_then(SimDisk::due_us).unwrap_or(u64::MAX);
+        let next = self.world().next_awake(limit_us.min(disk_us));
+        if next.is_none() && disk_us <= self.now_us() {
+            return self.turn_of(0, Sleepy::No);
+        }
         if let Some(ring) = next {
             let sleepy = if self.world().rings[ring].left { Sleepy::No } else { Sleepy::Yes };
             self.turn_of(ring, sleepy);
@@ -92,8 +98,18 @@ impl Sim {
 
     pub(crate) fn turn_of(&mut self, ring: usize, sleepy: Sleepy) {
         self.world().say(|| format!("-- shard {ring}"));
+        let mut disk = if ring == 0 { self.disk.take() } else { None };
+        let now_us = self.now_us();
         let shard = self.shard_mut(ring);
+        if let Some(disk) = &mut disk {
+            disk.tell(shard, now_us);
+        }
         assert!(shard.turn(sleepy).is_ok(), "a simulated ring does not fail");
+        if let Some(mut disk) = disk {
+            let now_us = self.now_us();
+            disk.ask(self.shard_mut(ring), now_us);
+            self.disk = Some(disk);
+        }
         self.check_step(ring);
         if self.shard_mut(ring).take_woken() {
             let commands = std::mem::take(&mut self.world().rings[ring].commands);

@@ -150,7 +150,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// Clients of this shard: served, parked, and handed to it but not taken yet.
-    fn load(&self) -> usize {
+    pub(super) fn load(&self) -> usize {
         let handed = self.neighbours.as_ref().map_or(0, Neighbours::waiting);
         self.clients + self.parked.len() + handed
     }

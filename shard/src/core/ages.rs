@@ -79,7 +79,7 @@ impl<I: Io> Shard<I> {
     fn look_at_ages(&mut self, key: Key, now_ms: u64) {
         let Some(source) = self.kept.sources.get_mut(key) else { return };
         let Some(resume) = self.settings.routes[source.route].resume else { return };
-        if source.is_mirror() && source.end.is_none() {
+        if source.is_mirror() && source.end.is_none() && source.tail.is_none() {
             // What it holds, and how far its readers may be behind, is as at its home.
             let (end, background) = (source.log.end(), source.background);
             let ages = source.ages.get_or_insert_default();

@@ -2,6 +2,7 @@
 //! shard keeps agrees with itself. Nothing here runs in a serving process.
 
 use super::conn::{Conn, Handshake, Role, State};
+use super::durable::{self, Durable};
 use super::stream::Stream;
 use super::{Leaving, Shard};
 use crate::io::{Completion, Io};
@@ -187,6 +188,12 @@ impl<I: Io> Shard<I> {
             demand!(linked, "a stream keeps a connection that is not its own: {}", who());
         }
         demand!(stream.client.is_some() || stream.source.is_some(), "a stream without a client: {}", who());
+        let returns = |durable: &Durable| matches!(durable.state, durable::State::Returning(_));
+        if stream.durable.as_deref().is_some_and(returns) && !stream.produced {
+            let conn = stream.client.and_then(|client| self.conns.get(client));
+            let goes = conn.is_some_and(|conn| matches!(conn.state, State::Moving(_)));
+            demand!(goes, "it is to go home, and stays: {}", who());
+        }
         if stream.reader.is_some() {
             demand!(
                 stream.backend.is_none() && stream.source.is_none(),

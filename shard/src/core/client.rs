@@ -94,7 +94,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// What is pipelined has the limit of a head.
-    fn held_grew(&mut self, key: Key) {
+    pub(super) fn held_grew(&mut self, key: Key) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         if conn.stream.is_some() && conn.held().len() >= self.settings.head.head_bytes {
             self.want_receive(key, false);

@@ -137,6 +137,7 @@ impl<I: Io> Shard<I> {
         }
         let stream = conn.stream;
         match (&conn.role, conn.state) {
+            (_, State::Moving(_)) if stream.is_some() => self.stay_with_answer(key),
             (_, State::Joining(_) | State::Moving(_)) => {}
             (_, State::Lingering) => self.join(key, Close::Orderly),
             (Role::Client(_), State::Open) => match stream {

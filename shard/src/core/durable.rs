@@ -8,10 +8,13 @@
 //!       └──► Polling ──(woken, or over)──► Reading | Answered
 //! ```
 
+use super::conn::Maybe;
+use super::reader::Reader;
 use super::stream::{Answer, Stream};
 use super::tail::Level;
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
+use crate::mesh::SharedPlace;
 use protocol::durable::journal::Failure;
 use protocol::durable::{self, Now, Poll, Progress, Reading, Reply, Request, Shared, Store};
 use protocol::fault::Fault;
@@ -47,7 +50,7 @@ pub(crate) struct Durable {
     pub(super) due_ms: u64,
     /// Among those who are woken.
     queued: bool,
-    /// Bytes that it was sent of tails it shared before it went on by itself.
+    /// Bytes that it was sent of tails it shared before it went on by itself, and on other shards.
     pub(super) shared_bytes: u64,
 }
 
@@ -61,6 +64,8 @@ pub(super) enum State {
     Reading(Box<Reading>),
     /// A tail is read for it ([`tail`](super::tail)).
     Sharing,
+    /// It goes where the stream is, to read by itself ([`handover`](super::handover)).
+    Returning(Box<SharedPlace>),
     Answered,
 }
 
@@ -72,8 +77,17 @@ pub(super) struct Collecting {
 }
 
 impl Durable {
+    fn new(state: State) -> Self {
+        Durable { state, due_ms: u64::MAX, queued: false, shared_bytes: 0 }
+    }
+
     pub(super) fn reads(reading: Reading) -> Self {
-        Durable { state: State::Reading(Box::new(reading)), due_ms: u64::MAX, queued: false, shared_bytes: 0 }
+        Durable::new(State::Reading(Box::new(reading)))
+    }
+
+    /// Of one whose answer began elsewhere.
+    pub(super) fn shares(due_ms: u64, shared_bytes: u64) -> Self {
+        Durable { due_ms, shared_bytes, ..Durable::new(State::Sharing) }
     }
 
     pub(super) fn reading(&self) -> Option<&Reading> {
@@ -128,9 +142,13 @@ impl Durable {
         }
     }
 
-    /// Whether the client has been given a part of something that has no end yet.
-    pub(super) fn is_within(&self) -> bool {
-        matches!(&self.state, State::Reading(reading) if reading.is_within())
+    /// Whether the client has been given a part of something that has no end yet, by itself or as one who shares.
+    pub(super) fn is_within(&self, reader: Option<&Reader>) -> bool {
+        match &self.state {
+            State::Reading(reading) => reading.is_within(),
+            State::Sharing => reader.is_some_and(|reader| reader.behind == Maybe::NONE),
+            _ => false,
+        }
     }
 }
 
@@ -178,8 +196,7 @@ impl<I: Io> Shard<I> {
             let body_bytes_max = self.settings.durable.body_bytes_max;
             let collecting = Collecting { request, body: Vec::new(), body_bytes_max };
             let state = State::Collecting(Box::new(collecting));
-            stream.durable =
-                Some(Box::new(Durable { state, due_ms: u64::MAX, queued: false, shared_bytes: 0 }));
+            stream.durable = Some(Box::new(Durable::new(state)));
             // Who asks before it sends is told before it sends.
             let too_large = matches!(head.framing, Framing::Length(length) if length > body_bytes_max);
             if too_large && head.expect_continue {
@@ -359,11 +376,10 @@ impl<I: Io> Shard<I> {
         self.appended(key);
     }
 
-    fn durable_end(&mut self, key: Key, end: End) {
+    pub(super) fn durable_end(&mut self, key: Key, end: End) {
         let Some(stream) = self.streams.get(key) else { return };
         // Between two events nothing is missing: its reader comes again, and is told then.
-        let whole =
-            stream.has_events_answer() && stream.durable.as_ref().is_some_and(|durable| !durable.is_within());
+        let whole = stream.has_events_answer() && stream.durable.is_some() && !stream.is_within_event();
         self.end_stream(key, if whole { End::Done } else { end });
         self.durable_leave(key);
     }
@@ -389,16 +405,24 @@ impl<I: Io> Shard<I> {
                 self.forget_level(key, reading.shared());
                 self.durable.store.leave(&mut reading, now);
             }
-            State::Collecting(_) | State::Held(_) | State::Away(_) | State::Sharing | State::Answered => {}
+            State::Collecting(_)
+            | State::Held(_)
+            | State::Away(_)
+            | State::Sharing
+            | State::Returning(_)
+            | State::Answered => {}
         }
     }
 
     /// A long-poll or an event stream is over, or the time of a request.
     pub(super) fn durable_due(&mut self, key: Key) {
         let now_ms = self.now_ms();
-        let Some(durable) = self.streams.get_mut(key).and_then(|stream| stream.durable.as_mut()) else {
-            return;
-        };
+        let Some(stream) = self.streams.get_mut(key) else { return };
+        let within = stream.is_within_event();
+        if let Some(reader) = stream.reader.as_mut().filter(|_| within) {
+            reader.finishing = true;
+        }
+        let Some(durable) = &mut stream.durable else { return };
         if matches!(durable.state, State::Held(_)) {
             // What leaves waits for the disk, which is not long.
             if durable.due_ms <= now_ms {
@@ -422,8 +446,9 @@ impl<I: Io> Shard<I> {
                 reading.finish();
                 self.durable_fill(key);
             }
-            // It ends with what it was lent.
-            State::Sharing => self.durable_end(key, End::Done),
+            // It ends when it has been sent that.
+            State::Sharing if within => {}
+            State::Sharing | State::Returning(_) => self.durable_end(key, End::Done),
             State::Collecting(_) | State::Held(_) | State::Away(_) | State::Answered => {}
         }
     }
@@ -481,8 +506,12 @@ impl<I: Io> Shard<I> {
             match durable.state {
                 State::Polling(_) => self.durable_poll(key, false),
                 State::Reading(_) => self.durable_fill(key),
-                State::Collecting(_) | State::Held(_) | State::Away(_) | State::Sharing | State::Answered => {
-                }
+                State::Collecting(_)
+                | State::Held(_)
+                | State::Away(_)
+                | State::Sharing
+                | State::Returning(_)
+                | State::Answered => {}
             }
         }
     }

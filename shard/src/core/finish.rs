@@ -54,7 +54,7 @@ impl<I: Io> Shard<I> {
             (Answer::Events { .. }, End::Done) => stream.append_last_chunk(now_us),
             // A reader comes again and finds where it was; only what is incomplete must not look whole.
             (Answer::Events { .. }, _) if stream.durable.is_some() => {
-                if stream.durable.as_ref().is_some_and(|durable| durable.is_within()) {
+                if stream.is_within_event() {
                     stream.reset = !stream.events_chunked();
                 } else {
                     stream.append_last_chunk(now_us);

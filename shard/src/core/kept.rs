@@ -80,6 +80,8 @@ pub(super) struct Source {
     pub(super) stored: bool,
     /// Up to where its log may be delivered: what is not safe on the disk yet may not be, where that is promised.
     pub(super) shown: u64,
+    /// The id of the last event there, where it is known.
+    pub(super) shown_event_id: Option<u64>,
     /// Streams that read it, each of which knows its place here.
     pub(super) readers: Vec<Key>,
     /// How many of them this round has served.
@@ -93,6 +95,8 @@ pub(super) struct Source {
     pub(super) ended_ms: u64,
     /// Memory accounted for, once it is over.
     pub(super) charged: u64,
+    /// Memory of it, or on its way to its mirrors, that is counted in the overdraft, bytes.
+    pub(super) drawn: u64,
     /// For its end without a client, or its removal.
     pub(super) timer: Option<(TimerId, u64)>,
     /// Its time is over; it goes when its last reader has.
@@ -137,6 +141,7 @@ impl Source {
             end: None,
             stored: false,
             shown: u64::MAX,
+            shown_event_id: None,
             readers: Vec::new(),
             served: 0,
             stirred: false,
@@ -145,6 +150,7 @@ impl Source {
             began_ms: now_ms,
             ended_ms: 0,
             charged: 0,
+            drawn: 0,
             timer: None,
             expired: false,
             tail: None,
@@ -257,10 +263,11 @@ impl Kept {
         let stored = named().filter(|source| source.stored).count();
         let unstored = named().filter(|source| source.stored).filter(is_off).count();
         let live = named().filter(|source| source.producer.is_some()).count();
-        let mirrors = named().filter(|source| source.is_mirror()).count();
+        let named_mirrors = named().filter(|source| source.is_mirror()).count();
+        let mirrors = self.sources.iter().filter(|(_, source)| source.is_mirror()).count();
         KeptTotals {
             live,
-            over: named().count() - live - mirrors,
+            over: named().count() - live - named_mirrors,
             detached: self.detached,
             readers: named().map(|source| source.readers.len()).sum(),
             waiting: self.waiting.len(),
@@ -500,6 +507,7 @@ impl<I: Io> Shard<I> {
         self.rest_ages();
         self.forget_response(key, source.notes.as_deref());
         self.kept.bytes -= source.charged;
+        self.overdraft_bytes -= source.drawn;
         // Names of those that are gone are not kept for ever.
         for names in [&mut self.kept.over, &mut self.kept.live] {
             if names.len() > 64 && names.len() > 2 * self.kept.sources.len() {
@@ -601,7 +609,7 @@ impl<I: Io> Shard<I> {
     fn mirror_forgets_half(&mut self, key: Key) {
         let Some(source) = self.kept.sources.get_mut(key) else { return };
         source.log.forget(source.log.history_bytes() / 2);
-        let charged = source.log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES;
+        let charged = source.mirror_bytes();
         let before = std::mem::replace(&mut source.charged, charged);
         // Its home still has it.
         self.kept.bytes = self.kept.bytes - before + charged;

@@ -12,16 +12,17 @@
 //! is a reader. It goes when nobody reads it, after a moment.
 
 use super::kept::{Source, numbered};
+use super::tail::Tail;
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
-use crate::mesh::{About, Letter, Neighbours, Says};
+use crate::mesh::{About, Letter, Neighbours, Says, Subject};
 use crate::settings::OnLeave;
 use protocol::fault::Fault;
 use protocol::http::{Framing, RequestHead};
 use protocol::limits::{
     MIRROR_IDLE_MS, MIRROR_MESSAGES_PER_TURN_MAX, MIRROR_RETRY_MS, MIRRORS_MAX, RESUME_STREAM_COST_BYTES,
 };
-use protocol::log::Log;
+use protocol::log::{Log, Shown};
 use protocol::mirror::{Link, News, Replica, Told, Turn, may_begin};
 use protocol::phase::End;
 use protocol::planted::{Bug, is_planted};
@@ -41,8 +42,12 @@ pub(super) enum Mirrored {
 /// What a shard knows of mirrors.
 #[derive(Default)]
 pub(super) struct Mirrors {
-    /// Those that are here and live, by the numbers of their sources.
-    by_stream: HashMap<u64, Key>,
+    /// Those that are here and live.
+    here: HashMap<Subject, Key>,
+    /// Tails of this shard that have some.
+    tails: HashMap<u64, Key>,
+    /// How many tails this shard has made.
+    tails_made: u64,
     /// Of the next that is opened for a stream of this shard.
     next_opening: u64,
     /// How many there are of streams of this shard.
@@ -56,7 +61,23 @@ pub(super) struct Mirrors {
     pub(super) rung: bool,
 }
 
+impl Mirrors {
+    /// A number that no other tail has.
+    pub(super) fn number_tail(&mut self, shard: u16) -> u64 {
+        self.tails_made += 1;
+        numbered(shard, self.tails_made)
+    }
+}
+
 impl Source {
+    /// What mirrors of it are mirrors of.
+    pub(super) fn subject(&self) -> Subject {
+        match &self.tail {
+            Some(_) => Subject::Tail(self.number),
+            None => Subject::Stream(self.number),
+        }
+    }
+
     /// Whether it is a mirror.
     pub(super) fn is_mirror(&self) -> bool {
         self.mirrored.as_ref().is_some_and(|mirrored| matches!(**mirrored, Mirrored::Mirror(..)))
@@ -86,6 +107,21 @@ impl Source {
 
     pub(super) fn has_mirrors(&self) -> bool {
         !self.links().is_empty()
+    }
+
+    /// Its mirror on that shard.
+    pub(super) fn mirror_at(&self, shard: usize) -> Option<&Link<About>> {
+        self.links().iter().find(|(to, _)| *to == shard).map(|(_, link)| link)
+    }
+
+    /// Memory of a mirror that counts as kept.
+    pub(super) fn mirror_bytes(&self) -> u64 {
+        (self.log.memory_bytes() as u64).saturating_sub(self.drawn) + RESUME_STREAM_COST_BYTES
+    }
+
+    /// How many read its mirrors, as far as they have said.
+    pub(super) fn readers_elsewhere(&self) -> usize {
+        self.links().iter().map(|(_, link)| link.told.readers as usize).sum()
     }
 
     /// Whether somebody reads it by its id, here or elsewhere.
@@ -120,15 +156,18 @@ impl<I: Io> Shard<I> {
             && source.readers.len() > enough
             && source.producer.is_some()
             && source.tail.is_none()
-            // What is delivered only when it is on the disk ends within segments.
-            && source.shown == u64::MAX
             && self.leaving == Leaving::No
-            && !source.links().iter().any(|&(to, _)| to == shard);
-        let open = self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_open(shard));
-        if !wanted || !open {
-            return;
+            && source.mirror_at(shard).is_none();
+        if wanted {
+            self.open_mirror(source_key, shard);
         }
-        let Some(log) = self.source_log(source) else { return };
+    }
+
+    /// A shard is to have a mirror that has none.
+    pub(super) fn open_mirror(&mut self, source_key: Key, shard: usize) {
+        let Some(source) = self.kept.sources.get(source_key) else { return };
+        let open = self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_open(shard));
+        let Some(log) = self.source_log(source).filter(|_| open) else { return };
         let about = About {
             route: source.route,
             dialect: source.dialect,
@@ -136,6 +175,7 @@ impl<I: Io> Shard<I> {
             background: source.background,
             on_leave: source.on_leave,
             began_ms: source.began_ms,
+            shared: source.tail.as_ref().map(|tail| tail.shared),
         };
         let opening = self.mirrors.next_opening;
         let link = Link::new(opening, about, log);
@@ -146,6 +186,9 @@ impl<I: Io> Shard<I> {
         match source.links_mut() {
             Some(links) => links.push((shard, link)),
             None => source.mirrored = Some(Box::new(Mirrored::Home(vec![(shard, link)]))),
+        }
+        if source.tail.is_some() {
+            self.mirrors.tails.insert(source.number, source_key);
         }
         self.kept.stir(source_key);
     }
@@ -158,7 +201,7 @@ impl<I: Io> Shard<I> {
         }
         // Taken out while the log is looked at.
         let Some(mut mirrored) = source.mirrored.take() else { return };
-        let (number, mut blocked) = (source.number, false);
+        let (subject, mut blocked, mut drawn) = (source.subject(), false, 0);
         if let (Mirrored::Home(links), Some(neighbours), Some(source)) =
             (&mut *mirrored, &mut self.neighbours, self.kept.sources.get(source_key))
         {
@@ -168,33 +211,63 @@ impl<I: Io> Shard<I> {
                 Some(stream) => (&stream.response, None),
                 None => (&source.log, source.end),
             };
-            let shown = source.shown;
+            let shown = Shown { to: source.shown, last_event_id: source.shown_event_id };
             for (shard, link) in links {
                 loop {
                     if neighbours.is_full_of_letters(*shard) {
                         blocked = true;
                         break;
                     }
-                    let Some(news) = link.next(log, shown, end) else { break };
+                    let Some(mut news) = link.next(log, shown, end) else { break };
+                    let excess_bytes = news.excess_bytes();
+                    if excess_bytes > 0
+                        && self.overdraft_bytes + excess_bytes > self.settings.overdraft_bytes_max
+                    {
+                        self.stats.counters.overdrafts_refused += 1;
+                        news = news.without_bytes(link.at());
+                    }
+                    self.overdraft_bytes += news.excess_bytes();
+                    drawn += news.excess_bytes();
                     let counters = &mut self.stats.counters;
+                    let mut ends = Box::default();
                     match &news {
-                        News::Bytes { bytes, .. } => counters.mirror_bytes += bytes.len() as u64,
+                        News::Bytes { bytes, .. } => {
+                            counters.mirror_bytes += bytes.len() as u64;
+                            if let Some(tail) = &source.tail {
+                                ends = tail.ends_within(link.at() - bytes.len() as u64, link.at());
+                            }
+                        }
                         News::Skip { .. } => counters.mirrors_skipped += 1,
                         News::Begin { .. } | News::Over(_) => {}
                     }
-                    let says = Says::News(news);
-                    neighbours.write(*shard, Letter { stream: number, opening: link.opening, says });
+                    let says = Says::News(news, ends);
+                    neighbours.write(*shard, Letter { subject, opening: link.opening, says });
                 }
             }
         }
         if let Some(source) = self.kept.sources.get_mut(source_key) {
             source.mirrored = Some(mirrored);
+            source.drawn += drawn;
         }
+        self.draw_for_mirrors(source_key);
         if blocked {
             self.mirrors.blocked.push(source_key);
             self.retry_mirrors();
         }
         self.forget_links(source_key, |_, link| link.over);
+    }
+
+    /// Accounts for what its mirrors were sent beyond what any may be ahead: of events longer than that.
+    fn draw_for_mirrors(&mut self, source_key: Key) {
+        let Some(source) = self.kept.sources.get(source_key) else { return };
+        let drawn = source.links().iter().map(|(_, link)| link.excess_bytes()).sum();
+        self.draw_for(source_key, drawn);
+    }
+
+    fn draw_for(&mut self, source_key: Key, drawn: u64) {
+        let Some(source) = self.kept.sources.get_mut(source_key) else { return };
+        let before = std::mem::replace(&mut source.drawn, drawn);
+        self.overdraft_bytes = self.overdraft_bytes - before + drawn;
     }
 
     fn retry_mirrors(&mut self) {
@@ -250,6 +323,8 @@ impl<I: Io> Shard<I> {
             return;
         }
         self.mirrors.links -= forgotten;
+        self.draw_for_mirrors(source_key);
+        let Some(source) = self.kept.sources.get_mut(source_key) else { return };
         self.stats.counters.mirrors_closed += forgotten as u64;
         if !source.is_read() {
             source.owed_from = source.owed_from.max(taken);
@@ -269,9 +344,20 @@ impl<I: Io> Shard<I> {
     }
 
     fn at_home(&self, letter: &Letter) -> Option<Key> {
-        let &key = self.kept.by_number.get(&letter.stream)?;
+        let &key = match letter.subject {
+            Subject::Stream(number) => self.kept.by_number.get(&number)?,
+            Subject::Tail(number) => self.mirrors.tails.get(&number)?,
+        };
         let source = self.kept.sources.get(key)?;
         source.links().iter().any(|(_, link)| link.opening == letter.opening).then_some(key)
+    }
+
+    /// A shard does not read a tail, or not any more: it is not asked again at once.
+    fn rest_from_mirrors(&mut self, source_key: Key) {
+        let from_ms = self.now_ms() + MIRROR_IDLE_MS;
+        if let Some(tail) = self.kept.sources.get_mut(source_key).and_then(|source| source.tail.as_mut()) {
+            tail.mirror_from_ms = from_ms;
+        }
     }
 
     fn heard_of_mirror(&mut self, letter: &Letter, told: Told) {
@@ -301,12 +387,13 @@ impl<I: Io> Shard<I> {
                 return self.miss_neighbours();
             };
             match letter {
-                Letter { stream, opening, says: Says::News(news) } => {
-                    self.take_news(from, stream, opening, news);
+                Letter { subject, opening, says: Says::News(news, ends) } => {
+                    self.take_news(from, subject, opening, news, &ends);
                 }
                 Letter { says: Says::Told(told), .. } => self.heard_of_mirror(&letter, told),
                 Letter { says: Says::Left, opening, .. } => {
                     if let Some(key) = self.at_home(&letter) {
+                        self.rest_from_mirrors(key);
                         self.forget_links(key, |_, link| link.opening == opening);
                     }
                 }
@@ -318,7 +405,7 @@ impl<I: Io> Shard<I> {
 
     /// Shards that are gone have no mirrors, and no streams.
     fn miss_neighbours(&mut self) {
-        if self.mirrors.links == 0 && self.mirrors.by_stream.is_empty() {
+        if self.mirrors.links == 0 && self.mirrors.here.is_empty() {
             return;
         }
         let Some(neighbours) = &self.neighbours else { return };
@@ -336,35 +423,58 @@ impl<I: Io> Shard<I> {
 
     // ---- at the mirror
 
-    /// The mirror of a stream of another shard.
-    pub(super) fn mirror_here(&self, number: u64) -> Option<Key> {
-        self.mirrors.by_stream.get(&number).copied()
+    /// The mirror of something of another shard.
+    pub(super) fn mirror_here(&self, subject: Subject) -> Option<Key> {
+        self.mirrors.here.get(&subject).copied()
     }
 
     /// Whether a request for a stream of another shard is answered from a mirror here.
     pub(super) fn reads_mirror(&self, head: &RequestHead<'_, '_>) -> bool {
-        if self.mirrors.by_stream.is_empty() || !matches!(head.framing, Framing::None | Framing::Length(0)) {
+        if self.mirrors.here.is_empty() || !matches!(head.framing, Framing::None | Framing::Length(0)) {
             return false;
         }
         let asked: Result<Ask, Fault> = Ask::parse(head);
         let Ok(Ask { id, want: Want::Events { after } }) = asked else { return false };
-        let source =
-            self.mirror_here(numbered(id.shard, id.number)).and_then(|key| self.kept.sources.get(key));
+        let subject = Subject::Stream(numbered(id.shard, id.number));
+        let source = self.mirror_here(subject).and_then(|key| self.kept.sources.get(key));
         self.kept.is_ours(&id)
             && source.is_some_and(|source| source.end.is_none() && may_begin(&source.log, after))
     }
 
-    fn take_news(&mut self, from: usize, stream: u64, opening: u64, news: News<About>) {
+    fn take_news(
+        &mut self,
+        from: usize,
+        subject: Subject,
+        opening: u64,
+        news: News<About>,
+        ends: &[(u64, u64)],
+    ) {
         if let News::Begin { about, at, last_event_id } = news {
-            return self.begin_mirror(from, stream, opening, about, (at, last_event_id));
+            return self.begin_mirror(from, subject, opening, about, (at, last_event_id));
         }
-        let Some(&key) = self.mirrors.by_stream.get(&stream) else { return };
+        let Some(key) = self.mirror_here(subject) else { return };
         let Some(source) = self.kept.sources.get_mut(key) else { return };
         let Some(Mirrored::Mirror(home, replica, _)) = source.mirrored.as_deref_mut() else { return };
         if (*home, replica.opening) != (from, opening) {
             return;
         }
-        match replica.take(news, &mut source.log) {
+        // As at home, only that what is missing is so for the readers of one shard.
+        let excess_bytes = news.excess_bytes();
+        let news = if excess_bytes > 0
+            && self.overdraft_bytes + excess_bytes > self.settings.overdraft_bytes_max
+            && let News::Bytes { bytes, .. } = &news
+        {
+            self.stats.counters.overdrafts_refused += 1;
+            let to = source.log.end() + bytes.len() as u64;
+            news.without_bytes(to)
+        } else {
+            news
+        };
+        let turn = replica.take(news, &mut source.log);
+        if let Some(tail) = &mut source.tail {
+            tail.grew(ends, source.log.start());
+        }
+        match turn {
             Turn::Grown | Turn::Skipped => self.kept.stir(key),
             Turn::Over(end) => self.mirror_over(key, end),
             Turn::Broken => {
@@ -374,29 +484,36 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    fn begin_mirror(&mut self, from: usize, number: u64, opening: u64, about: About, at: (u64, u64)) {
-        let About { route, dialect, chunked, background, on_leave, began_ms } = about;
+    fn begin_mirror(&mut self, from: usize, subject: Subject, opening: u64, about: About, at: (u64, u64)) {
+        let About { route, dialect, chunked, background, on_leave, began_ms, shared } = about;
+        let (Subject::Stream(number) | Subject::Tail(number)) = subject;
         let mut source = Source::new(number, None, route, dialect, chunked, began_ms);
         (source.background, source.on_leave) = (background, on_leave);
-        let window_bytes = self.resume_of_source(&source).map_or(0, |resume| resume.window_bytes);
+        source.tail = shared.map(|shared| Box::new(Tail::new(shared)));
+        let window_bytes = match shared {
+            Some(_) => self.settings.lag_high_bytes,
+            None => self.resume_of_source(&source).map_or(0, |resume| resume.window_bytes),
+        };
         let (replica, log) = Replica::begin(opening, at.0, at.1, window_bytes);
         source.log = log;
         source.mirrored = Some(Box::new(Mirrored::Mirror(from, replica, 0)));
         source.charged = RESUME_STREAM_COST_BYTES;
-        let known = self.mirrors.by_stream.contains_key(&number);
+        let known = self.mirrors.here.contains_key(&subject);
         debug_assert!(!known, "a stream has one mirror on a shard");
-        let room = self.mirrors.by_stream.len() < MIRRORS_MAX;
+        let room = self.mirrors.here.len() < MIRRORS_MAX;
         let key = match self.leaving == Leaving::No && room && !known {
             true => self.kept.sources.insert(source).ok(),
             false => None,
         };
         let Some(key) = key else {
-            return self.write_left(from, Letter { stream: number, opening, says: Says::Left });
+            return self.write_left(from, Letter { subject, opening, says: Says::Left });
         };
         self.kept.bytes += RESUME_STREAM_COST_BYTES;
-        self.kept.live_too(key);
-        self.follow_ages();
-        self.mirrors.by_stream.insert(number, key);
+        if shared.is_none() {
+            self.kept.live_too(key);
+            self.follow_ages();
+        }
+        self.mirrors.here.insert(subject, key);
         self.mirror_idle(key, MIRROR_IDLE_MS);
         // Its home hears that it is here.
         self.kept.stir(key);
@@ -420,7 +537,8 @@ impl<I: Io> Shard<I> {
         };
         if source.readers.is_empty() && source.end.is_none() {
             let resume = self.resume_of_source(source);
-            let cancels = resume.is_none_or(|resume| resume.on_leave == OnLeave::Cancel);
+            let cancels =
+                source.tail.is_none() && resume.is_none_or(|resume| resume.on_leave == OnLeave::Cancel);
             // The backend of a stream that is to end with its last reader is not kept waiting.
             if cancels || self.leaving != Leaving::No {
                 self.close_mirror(key);
@@ -458,7 +576,7 @@ impl<I: Io> Shard<I> {
             return false;
         }
         if source.readers.is_empty() {
-            let letter = Letter { stream: source.number, opening: replica.opening, says: Says::Left };
+            let letter = Letter { subject: source.subject(), opening: replica.opening, says: Says::Left };
             let home = *home;
             self.write_left(home, letter);
             self.remove_source(key);
@@ -484,6 +602,9 @@ impl<I: Io> Shard<I> {
     /// The home is gone with its streams: whoever reads this one is told, as by a shard that stops.
     fn break_mirror(&mut self, key: Key) {
         let Some(source) = self.kept.sources.get_mut(key) else { return };
+        if source.tail.is_some() {
+            return self.break_tail(key);
+        }
         self.scratch.clear();
         source.dialect.write_error_event_numbered(&End::Stopped.fault(), None, &mut self.scratch);
         let last_event_id = source.log.last_event_id();
@@ -492,11 +613,25 @@ impl<I: Io> Shard<I> {
         self.mirror_over(key, End::Stopped);
     }
 
-    /// Nobody finds a mirror any more.
+    /// Its readers come again and find where they were; only who is within an event must not take that for whole.
+    fn break_tail(&mut self, key: Key) {
+        let readers = self.kept.sources.get(key).map(|source| source.readers.clone());
+        for reader in readers.into_iter().flatten() {
+            self.durable_end(reader, End::Gone);
+        }
+        self.mirror_over(key, End::Gone);
+    }
+
+    /// Nobody finds a mirror any more, nor the mirrors of a tail.
     pub(super) fn forget_mirror(&mut self, key: Key) {
         let Some(source) = self.kept.sources.get(key) else { return };
-        if source.is_mirror() && self.mirrors.by_stream.get(&source.number) == Some(&key) {
-            self.mirrors.by_stream.remove(&source.number);
+        let subject = source.subject();
+        if source.is_mirror() {
+            if self.mirrors.here.get(&subject) == Some(&key) {
+                self.mirrors.here.remove(&subject);
+            }
+        } else if source.tail.is_some() {
+            self.mirrors.tails.remove(&source.number);
         }
     }
 
@@ -530,7 +665,12 @@ impl<I: Io> Shard<I> {
             // Of one that is over, whoever was owed it still is.
             source.log.release(taken);
         }
-        let charged = source.log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES;
+        // What is owed to readers beyond what any stream may hold for itself: events longer than that.
+        let owed = (source.log.memory_bytes() as u64).saturating_sub(source.log.history_bytes());
+        let drawn = owed.saturating_sub(self.settings.share_bytes());
+        self.draw_for(key, drawn);
+        let Some(source) = self.kept.sources.get_mut(key) else { return };
+        let charged = source.mirror_bytes();
         let before = std::mem::replace(&mut source.charged, charged);
         self.kept.bytes = self.kept.bytes - before + charged;
         if let (Some(told), Some(Mirrored::Mirror(home, replica, _)), Some(neighbours)) =
@@ -540,8 +680,9 @@ impl<I: Io> Shard<I> {
                 self.mirrors.blocked.push(key);
                 self.retry_mirrors();
             } else {
+                let (home, opening) = (*home, replica.opening);
                 let says = Says::Told(replica.tell(told, now_ms));
-                neighbours.write(*home, Letter { stream: source.number, opening: replica.opening, says });
+                neighbours.write(home, Letter { subject: source.subject(), opening, says });
             }
         }
         self.make_room_if_full();
@@ -553,7 +694,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn audit_mirror(&self, key: Key) -> Result<(), String> {
         let Some(source) = self.kept.sources.get(key) else { return Ok(()) };
         if source.is_mirror() {
-            let found = self.mirrors.by_stream.get(&source.number) == Some(&key);
+            let found = self.mirrors.here.get(&source.subject()) == Some(&key);
             if found != source.end.is_none() {
                 return Err("a mirror is found by its stream as long as that goes on".to_owned());
             }
@@ -569,7 +710,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn audit_mirrors(&self) -> Result<(), String> {
         let links: usize = self.kept.sources.iter().map(|(_, source)| source.links().len()).sum();
         let live = self.kept.sources.iter().filter(|(_, source)| source.is_mirror() && source.end.is_none());
-        if links != self.mirrors.links || live.count() != self.mirrors.by_stream.len() {
+        if links != self.mirrors.links || live.count() != self.mirrors.here.len() {
             return Err(format!("{links} mirrors elsewhere, {} are counted", self.mirrors.links));
         }
         Ok(())

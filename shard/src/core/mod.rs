@@ -16,6 +16,7 @@ mod demo;
 mod directory;
 mod durable;
 mod finish;
+mod handover;
 mod journal;
 mod kept;
 mod listing;
@@ -55,6 +56,7 @@ use secure::Handshakes;
 use std::collections::VecDeque;
 use std::hint::black_box;
 use std::sync::Arc;
+pub(crate) use stream::Description;
 use stream::Stream;
 
 /// How long the caller lets a turn sleep.

@@ -7,9 +7,11 @@
 //!                  no operation left
 //!                  └─ Io::release ─► queue of the mesh ─► Io::adopt ─► the same bytes again, and on
 //! ```
-//! It happens between two requests only: what moves is a socket, the bytes that were received and not used, and TLS at rest.
+//! What moves is a socket, the bytes that were received and not used, and TLS at rest. It happens between two requests, and in the
+//! middle of one kind of answer (`handover`).
 
 use super::conn::{Client, Conn, Role, State};
+use super::handover::Handover;
 use super::{Leaving, Shard, TimerOf};
 use crate::io::Io;
 use crate::mesh::{Handed, Moved};
@@ -23,6 +25,8 @@ use protocol::slots::Key;
 #[derive(Default)]
 pub(super) struct Moves {
     clients: Vec<Key>,
+    /// How many of them go in the middle of an answer.
+    pub(super) handovers: usize,
     pub(super) timer_armed: bool,
 }
 
@@ -86,13 +90,26 @@ impl<I: Io> Shard<I> {
             return;
         }
         let mut blocked = false;
+        self.moves.handovers = 0;
         for key in std::mem::take(&mut self.moves.clients) {
             let Some(conn) = self.conns.get(key) else { continue };
             let State::Moving(to) = conn.state else { continue };
             let to = usize::from(to);
+            let answered = conn.stream.is_some();
             let open = self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_open(to));
             if !conn.ops.none() || conn.waiting > 0 || conn.tls.as_ref().is_some_and(|tls| tls.has_unsent()) {
                 self.moves.clients.push(key);
+                self.moves.handovers += usize::from(answered);
+            } else if answered {
+                match self.follow_handover(key, to) {
+                    Handover::Goes => self.hand_over(key, to),
+                    Handover::Stays => self.stay_with_answer(key),
+                    Handover::Waits => {
+                        blocked = true;
+                        self.moves.clients.push(key);
+                        self.moves.handovers += 1;
+                    }
+                }
             } else if self.leaving != Leaving::No || !open {
                 self.stay(key);
             } else if self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_full(to)) {
@@ -109,7 +126,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// It is not taken elsewhere, and is answered here.
-    fn stay(&mut self, key: Key) {
+    pub(super) fn stay(&mut self, key: Key) {
         let Some(conn) = self.conns.get_mut(key) else { return };
         conn.state = State::Open;
         conn.receive_wanted = true;
@@ -131,6 +148,9 @@ impl<I: Io> Shard<I> {
 
     fn hand_over(&mut self, key: Key, to: usize) {
         let Some(mut conn) = self.conns.remove(key) else { return };
+        let answered = conn.stream.is_some();
+        let answer = self.take_answer(&conn);
+        debug_assert_eq!(answered, answer.is_some(), "an answer that cannot go on elsewhere");
         let mut held = conn.take_held();
         if is_planted(Bug::MovedBytesLost) {
             held.clear();
@@ -148,11 +168,11 @@ impl<I: Io> Shard<I> {
         let hops = conn.hops() + self.neighbours.as_ref().map_or(0, |neighbours| neighbours.distance_to(to));
         let tls = conn.tls.map(|tls| tls.at_rest());
         let from = self.neighbours.as_ref().map_or(0, |neighbours| neighbours.own());
-        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused, hops, from, sent };
+        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused, hops, from, sent, answer };
         let what = self.io.release(conn.socket);
         let handed = Handed { what, listener: 0, times: HANDED_ON_MAX, moved: Some(Box::new(moved)) };
         self.stats.counters.handed_away += 1;
-        self.stats.counters.moves += 1;
+        self.stats.counters.moves += u64::from(!answered);
         let result = self.neighbours.as_mut().map(|neighbours| neighbours.hand(to, handed));
         debug_assert!(matches!(result, Some(Ok(()))), "there was room, and nobody else fills the queue");
         self.slot_freed();
@@ -160,15 +180,30 @@ impl<I: Io> Shard<I> {
 
     /// Serves a client that comes with a request of its own.
     pub(super) fn serve_moved(&mut self, socket: I::Socket, moved: Moved) {
-        let Moved { held, tls, peer_fin, requests, refused, hops, from, sent } = moved;
-        let moved_from = Some(from as u16);
-        let client = Client { requests, refused, hops, moved_from, sent, ..Client::default() };
+        let Moved { held, tls, peer_fin, requests, refused, hops, from, sent, answer } = moved;
+        let client = match answer {
+            None => Client { hops, moved_from: Some(from as u16), sent, ..Client::default() },
+            Some(_) => Client::default(),
+        };
+        let client = Client { requests, refused, ..client };
         let mut conn = Conn::new(socket, Role::Client(client));
         conn.tls = tls.map(|tls| Box::new(Tls::from(tls)));
         conn.due_ms = self.now_ms() + u64::from(self.idle_ms());
         conn.receive_wanted = !peer_fin;
+        let Some(answer) = answer else {
+            if let Some(key) = self.insert_client(conn) {
+                self.go_on(key, held, peer_fin);
+            }
+            return;
+        };
+        // What it has sent meanwhile is looked at when it has been answered.
+        conn.held = held;
         if let Some(key) = self.insert_client(conn) {
-            self.go_on(key, held, peer_fin);
+            self.resume_answer(key, *answer);
+            self.held_grew(key);
+            if peer_fin {
+                self.peer_finished(key);
+            }
         }
     }
 }

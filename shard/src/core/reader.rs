@@ -35,6 +35,8 @@ pub(crate) struct Reader {
     pub(super) began_ms: u64,
     /// Of one that shares a tail: its position in the durable stream behind what it was lent, if that ends between two events.
     pub(super) behind: Maybe,
+    /// Of the same: it ends with the event that it is being sent.
+    pub(super) finishing: bool,
 }
 
 impl Reader {
@@ -84,6 +86,10 @@ impl<I: Io> Shard<I> {
             if stream.produced || reader.waits {
                 return None;
             }
+            if reader.finishing && reader.behind != Maybe::NONE {
+                self.durable_end(key, End::Done);
+                continue;
+            }
             let (source, at, began_ms) = (reader.source, reader.at, reader.began_ms);
             match self.supply(source, at, began_ms) {
                 Supply::Range(range) => {
@@ -97,6 +103,8 @@ impl<I: Io> Shard<I> {
                     self.reader_over(key, end);
                     return None;
                 }
+                // What is sealed with it goes out first.
+                Supply::Dropped if sealed && !self.tls_scratch.plain.is_empty() => return None,
                 Supply::Dropped => self.reader_lagged(key),
             }
         }
@@ -182,9 +190,9 @@ impl<I: Io> Shard<I> {
         stream.append_block(gap.as_bytes(), now_us);
     }
 
-    /// Whether a reader that is sent so many bytes has been sent all there is, so that nothing waits for its confirmation: no more of its own, no end, and
-    /// no source that follows it.
-    pub(super) fn is_reader_level(&self, stream: &Stream, bytes: usize) -> bool {
+    /// Whether a reader that is sent so many bytes of what it was lent (none: they are in records) has been sent all there is, so that
+    /// nothing waits for its confirmation: no more of its own, no end, and no source that follows it.
+    pub(super) fn is_reader_level(&self, stream: &Stream, bytes: Option<usize>) -> bool {
         let Some(reader) = &stream.reader else { return false };
         let Some(source) = self.kept.sources.get(reader.source) else { return false };
         let end = match source.producer.and_then(|producer| self.streams.get(producer)) {
@@ -193,7 +201,7 @@ impl<I: Io> Shard<I> {
             _ => return false,
         };
         let own = reader.own_lent || reader.own_at < stream.response.end();
-        let all = reader.lent.as_ref().is_some_and(|lent| lent.len() == bytes);
+        let all = reader.lent.as_ref().map(Lent::len) == bytes;
         all && !own && !stream.produced && reader.at == end && !self.is_held_up(reader.source)
     }
 
@@ -284,6 +292,7 @@ impl<I: Io> Shard<I> {
             source.served = if to < all { to } else { 0 };
             let goes_on = source.served > 0 || source.stirred;
             self.feed_mirrors(key);
+            self.spread_readers(key);
             self.touch_readers(key, from, to);
             for nth in from..to {
                 if is_planted(Bug::ReaderForgotten) && nth > 0 && nth + 1 == all {

@@ -8,7 +8,7 @@ use super::reader::Reader;
 use super::relay::{EVENT_STREAM_HEADERS, ExtraLines};
 use super::stream::{Answer, Stream};
 use crate::io::Io;
-use crate::mesh::Neighbours;
+use crate::mesh::{Neighbours, Subject};
 use protocol::fault::Fault;
 use protocol::http::{Framing, RequestHead, Version, write_own_response_head};
 use protocol::log::{Log, Place};
@@ -54,7 +54,8 @@ impl<I: Io> Shard<I> {
             return Err(resume::NOT_FOUND);
         }
         let number = numbered(id.shard, id.number);
-        let here = self.kept.by_number.get(&number).copied().or_else(|| self.mirror_here(number));
+        let here = self.kept.by_number.get(&number).copied();
+        let here = here.or_else(|| self.mirror_here(Subject::Stream(number)));
         here.ok_or(resume::EXPIRED)
     }
 
@@ -182,6 +183,7 @@ impl<I: Io> Shard<I> {
             waits: !may_begin,
             began_ms: now_ms,
             behind: Maybe::NONE,
+            finishing: false,
         }));
         let client = stream.client;
         self.stats.counters.mirror_reads += u64::from(mirror);
@@ -228,6 +230,7 @@ impl<I: Io> Shard<I> {
             waits: false,
             began_ms: now_us / 1000,
             behind: Maybe::NONE,
+            finishing: false,
         }));
         let Ok(reader_key) = self.streams.insert(stream) else { return };
         source.readers.push(reader_key);

@@ -332,6 +332,9 @@ impl<I: Io> Shard<I> {
         let Some(conn) = self.conns.get_mut(key) else { return };
         if matches!(conn.state, State::Moving(_)) {
             self.stats.counters.tls_failures += 1;
+            if conn.stream.is_some() {
+                self.client_cut(key);
+            }
             return self.join(key, Close::Orderly);
         }
         if conn.state != State::Open {
@@ -384,9 +387,11 @@ impl<I: Io> Shard<I> {
 
     /// Sends the records that lie ready, or encrypts the next batch. Gives false if there was nothing to send.
     pub(super) fn pump_tls(&mut self, key: Key) -> bool {
-        if self.is_sealing_reader(key) {
+        let level = self.is_sealing_reader(key) && {
             self.fill_for_reader(key);
-        }
+            let stream = self.conns.get(key).and_then(|conn| self.streams.get(conn.stream?));
+            stream.is_some_and(|stream| self.is_reader_level(stream, None))
+        };
         let Some(conn) = self.conns.get_mut(key) else { return true };
         let Some(tls) = &mut conn.tls else { return false };
         let mut confirm = Confirm::Prompt;
@@ -412,7 +417,7 @@ impl<I: Io> Shard<I> {
                 return false;
             }
             let bytes = plain.len() as u32;
-            let whole = !reads && at == log.end();
+            let whole = if reads { level } else { at == log.end() };
             let (complete, paused) = match client {
                 true => (!stream.produced, stream.paused),
                 false => (stream.request_done, stream.upload_paused),

@@ -43,8 +43,9 @@ pub(super) struct Stored {
 struct Unshown {
     record: u64,
     source: Key,
-    /// Up to here in its log.
+    /// Up to here in its log, and the id of the last event there.
     to: u64,
+    last_event_id: u64,
     since_ms: u64,
 }
 
@@ -218,12 +219,16 @@ impl<I: Io> Shard<I> {
         let number = source.number;
         let followed = stored.journal.follow(number, log, end.map(|end| (end, now.unix_ms)), response);
         let to = if end.is_some() { u64::MAX } else { log.end() };
+        let last_event_id = log.last_event_id();
         let Some(source) = self.kept.sources.get_mut(key) else { return };
         match followed {
             Followed::Nothing => {}
             Followed::Recorded { record, at } if stored.gates => {
-                source.shown = source.shown.min(at);
-                stored.unshown.push_back(Unshown { record, source: key, to, since_ms: now.ms });
+                if at < source.shown {
+                    (source.shown, source.shown_event_id) = (at, None);
+                }
+                let since_ms = now.ms;
+                stored.unshown.push_back(Unshown { record, source: key, to, last_event_id, since_ms });
             }
             Followed::Recorded { .. } => {}
             Followed::Off => source.shown = u64::MAX,
@@ -289,7 +294,7 @@ impl<I: Io> Shard<I> {
     fn show(&mut self, acknowledged: u64, all: bool) {
         let mut stirred = Vec::new();
         let Some(stored) = &mut self.kept.stored else { return };
-        while let Some(&Unshown { record, source: key, to, .. }) = stored.unshown.front()
+        while let Some(&Unshown { record, source: key, to, last_event_id, .. }) = stored.unshown.front()
             && (all || record <= acknowledged)
         {
             stored.unshown.pop_front();
@@ -298,7 +303,7 @@ impl<I: Io> Shard<I> {
                 source.shown = u64::MAX;
                 stored.journal.leave_off(source.number);
             } else if source.stored && source.shown != u64::MAX {
-                source.shown = to;
+                (source.shown, source.shown_event_id) = (to, Some(last_event_id));
             }
             stirred.push(key);
         }

@@ -348,6 +348,12 @@ impl Stream {
         self.demo.is_none() && self.durable.is_none() && self.reader.is_none()
     }
 
+    /// Whether the client of a durable stream has been given a part of something that has no end yet.
+    pub(crate) fn is_within_event(&self) -> bool {
+        let within = |durable: &Durable| durable.is_within(self.reader.as_deref());
+        self.durable.as_deref().is_some_and(within)
+    }
+
     pub(crate) fn has_events_answer(&self) -> bool {
         matches!(self.answer, Answer::Events { .. })
     }

@@ -14,6 +14,7 @@ use super::kept::Source;
 use super::stream::{Answer, Stream};
 use super::{Leaving, Shard};
 use crate::io::Io;
+use crate::mesh::SharedPlace;
 use protocol::durable::{Shared, Totals};
 use protocol::http::Version;
 use protocol::ledger::Ledger;
@@ -34,12 +35,37 @@ pub(super) enum Level {
 
 /// What a source knows that is a tail.
 pub(super) struct Tail {
-    shared: Shared,
+    pub(super) shared: Shared,
     /// Where in its log events end, and the position in the durable stream behind each; of what is held.
     ends: VecDeque<(u64, u64)>,
+    /// Which of its readers is looked at next for whether it could be served elsewhere.
+    pub(super) looked_at: usize,
+    /// When another shard may be asked again to read it, ms.
+    pub(super) mirror_from_ms: u64,
 }
 
 impl Tail {
+    pub(super) fn new(shared: Shared) -> Self {
+        Tail { shared, ends: VecDeque::new(), looked_at: 0, mirror_from_ms: 0 }
+    }
+
+    /// Notes where events end in what was appended to a log that holds nothing below `start`.
+    pub(super) fn grew(&mut self, ends: &[(u64, u64)], start: u64) {
+        self.ends.extend(ends);
+        while self.ends.front().is_some_and(|&(end, _)| end < start) {
+            self.ends.pop_front();
+        }
+    }
+
+    /// Where events end behind `from` and up to `to`.
+    pub(super) fn ends_within(&self, from: u64, to: u64) -> Box<[(u64, u64)]> {
+        // Nearly always the last ones.
+        let behind = self.ends.iter().rev().skip_while(|&&(end, _)| end > to);
+        let mut ends: Vec<(u64, u64)> = behind.take_while(|&&(end, _)| end > from).copied().collect();
+        ends.reverse();
+        ends.into()
+    }
+
     /// The position in the durable stream behind what ends there in the log.
     fn position(&self, at: u64) -> Option<u64> {
         // Nearly always the last one.
@@ -82,8 +108,8 @@ impl<I: Io> Shard<I> {
             && stream.end.is_none()
             && stream.has_events_answer()
             && stream.events_chunked()
-            // Its records are its own anyway.
-            && conn.tls.is_none()
+            // Its records are its own anyway; but they need not be made here.
+            && (conn.tls.is_none() || self.neighbours.is_some() && self.settings.mirror_readers > 0)
             && self.leaving == Leaving::No;
         stream.durable.as_ref().filter(|_| may)?.reading()?.shares(self.durable_now())
     }
@@ -103,10 +129,12 @@ impl<I: Io> Shard<I> {
         (producer.answer, producer.status) = (Answer::Events { early: false }, 200);
         producer.response.keep(self.settings.lag_high_bytes);
         let producer = self.streams.insert(producer).ok()?;
-        let tail = Tail { shared, ends: VecDeque::from([(0, at)]) };
+        let mut tail = Tail::new(shared);
+        tail.grew(&[(0, at)], 0);
+        let number = self.mirrors.number_tail(self.kept.shard);
         let source = Source {
             tail: Some(Box::new(tail)),
-            ..Source::new(0, producer, route, dialect, true, self.now_us / 1000)
+            ..Source::new(number, producer, route, dialect, true, self.now_us / 1000)
         };
         let Ok(source) = self.kept.sources.insert(source) else {
             self.streams.remove(producer);
@@ -143,21 +171,30 @@ impl<I: Io> Shard<I> {
         };
         let at = reading.between();
         self.durable.store.leave(&mut reading, now);
-        // What it was given so far is in its own log, and goes out first.
+        // What it was given so far is in its own log, and goes out first. With TLS what is in flight are records.
+        let sealed = if conn.tls.is_some() { conn.ledger.in_flight() } else { 0 };
+        let own_at = conn.ledger.sent() + u64::from(sealed);
+        if sealed > 0 {
+            stream.response.release(own_at);
+        }
         stream.forget_request();
         stream.reader = Some(Box::new(super::reader::Reader {
             source: source_key,
             place: source.readers.len() as u32,
             at: end,
             lent: None,
-            own_at: conn.ledger.sent(),
-            own_lent: conn.ledger.in_flight() > 0,
+            own_at,
+            own_lent: conn.tls.is_none() && conn.ledger.in_flight() > 0,
             waits: false,
             began_ms: 0,
             behind: at.into(),
+            finishing: false,
         }));
         source.readers.push(key);
         self.stats.counters.durable_shared += 1;
+        if self.neighbours.is_some() {
+            self.kept.stir(source_key);
+        }
     }
 
     /// Notes where in a tail's log events end; the log has just grown.
@@ -169,10 +206,7 @@ impl<I: Io> Shard<I> {
         if let Some(at) = stream.durable.as_ref().and_then(|durable| durable.reading()?.between())
             && tail.ends.back().is_none_or(|&(last, _)| last < end)
         {
-            tail.ends.push_back((end, at));
-        }
-        while tail.ends.front().is_some_and(|&(end, _)| end < start) {
-            tail.ends.pop_front();
+            tail.grew(&[(end, at)], start);
         }
     }
 
@@ -190,6 +224,7 @@ impl<I: Io> Shard<I> {
             return false;
         };
         let Some(shared) = source.tail.as_ref().map(|tail| tail.shared) else { return false };
+        let (home, tail) = (source.mirror_of(), source.number);
         let Some(reader) = stream.reader.take() else { return false };
         let Some(durable) = &mut stream.durable else { return false };
         if let Some(conn) = stream.client.and_then(|key| self.conns.get_mut(key)) {
@@ -199,7 +234,11 @@ impl<I: Io> Shard<I> {
         }
         stream.pending_since_us = Maybe::some(now_us);
         self.stats.counters.durable_parted += 1;
-        if let Some(behind) = reader.behind.get() {
+        if let (Some(behind), Some(home)) = (reader.behind.get(), home) {
+            let place = SharedPlace { home, tail, shared, at: reader.at, behind };
+            self.reader_left(&reader);
+            self.hand_back(key, place);
+        } else if let Some(behind) = reader.behind.get() {
             durable.end_sharing(self.durable.store.part(shared, behind, key));
             self.reader_left(&reader);
             self.durable_fill(key);
@@ -220,7 +259,7 @@ impl<I: Io> Shard<I> {
         let Some(source_key) = stream.source else { return false };
         let Some(mut stream) = self.remove_tail_stream(key) else { return true };
         let within = stream.durable.take().is_some_and(|durable| {
-            let within = durable.is_within();
+            let within = durable.is_within(None);
             self.durable_settle(key, *durable);
             within
         });
@@ -236,20 +275,20 @@ impl<I: Io> Shard<I> {
         source.charged = log.memory_bytes() as u64 + RESUME_STREAM_COST_BYTES;
         self.kept.bytes += source.charged;
         source.log = log;
-        if source.readers.is_empty() {
-            self.remove_source(source_key);
-        } else {
-            self.kept.stir(source_key);
+        match source.is_read() {
+            true => self.kept.stir(source_key),
+            false => self.remove_source(source_key),
         }
         true
     }
 
     /// If a source is a tail, and nobody shares it any longer, it goes; false if it is none.
     pub(super) fn drop_tail(&mut self, source_key: Key) -> bool {
-        let Some(source) = self.kept.sources.get(source_key).filter(|source| source.tail.is_some()) else {
+        let source = self.kept.sources.get(source_key);
+        let Some(source) = source.filter(|source| source.tail.is_some() && !source.is_mirror()) else {
             return false;
         };
-        if source.readers.is_empty() {
+        if !source.is_read() {
             if let Some(producer) = source.producer
                 && let Some(mut stream) = self.remove_tail_stream(producer)
                 && let Some(durable) = stream.durable.take()

@@ -250,7 +250,7 @@ impl<I: Io> Shard<I> {
         };
         let Some(stream) = self.streams.get(stream_key) else { return };
         let stall_ms = u64::from(self.settings.routes[stream.route].deadlines.write_stall_ms);
-        let deferred = self.is_reader_level(stream, range.len());
+        let deferred = self.is_reader_level(stream, Some(range.len()));
         let confirm = if deferred { Confirm::Deferred } else { Confirm::Prompt };
         let Some(conn) = self.conns.get_mut(key) else { return };
         conn.deferred = deferred;
