@@ -233,6 +233,21 @@ def test_from_before_what_a_mirror_has(start, backend):  # noqa: F811
         assert reader.ids() == list(range(reader.ids()[0], said.words + 2))
 
 
+def test_streams_on_disk_are_read_on_every_shard(start, backend, tmp_path):  # noqa: F811
+    """With an event delivered when it is synced, as by default."""
+    tokenring, stream, said, crowd, readers = mirrored(start, backend, "--durable", "on", "--data-dir", tmp_path / "data")
+    readers += [crowd.add(come_back(tokenring.port, stream, 0)) for _ in range(20)]
+    for _ in range(50):
+        said.say(2, 300)
+        caught_up(crowd, readers, said.words)
+    said.done()
+    crowd.read_all(10)
+    for reader in readers:
+        assert_words(reader.events, 1, said.words)
+        assert reader.ids() == list(range(1, said.words + 2))
+    assert metric(tokenring, "tokenring_stored_streams") == 1 and metric(tokenring, "tokenring_unstored_streams") == 0
+
+
 def test_over_tls(start, backend, tls):  # noqa: F811
     port, flags, trust = tls
     tokenring, stream, said, crowd, readers = mirrored(start, backend, *flags)

@@ -425,7 +425,7 @@ settings! {
         "Readers of kept streams that begin on one shard within a second. When more come back at once, the others wait, first come, first served, and are sent heartbeats.");
     MIRROR_READERS = Setting::new("mirror-readers", Group::Limits, count("COUNT", 0, 1 << 24),
         || Value::Integer(limits::MIRROR_READERS as u64),
-        "Readers that a stream has on its own shard before clients of other shards read it there: from then on each shard has a copy of what is kept of the stream, and serves its own readers. Below, they are moved to the stream's shard; 0 always moves them.");
+        "Readers that a stream has on its own shard before clients of other shards read it there: from then on each shard has a copy of what is kept of the stream, and serves its own readers. Of live readers of durable streams some are handed over to other shards from then on. Below, all are on the stream's shard; 0: always.");
 
     POOL_IDLE_MAX = Setting::new("pool-idle-max", Group::Pool, count("COUNT", 0, 65_535), || Value::Integer(64),
         "Idle backend connections kept for reuse; 0 closes each after its answer.");
