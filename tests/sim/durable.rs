@@ -481,7 +481,7 @@ fn readers_see_what_was_published_whatever_the_machine_does() {
     let [whole, shared, parted] = [0, 1, 2].map(|nth| runs.iter().map(|run| run[nth]).sum::<usize>());
     if are_usual(&seeds, 200) {
         assert!(whole > 100, "{whole} readers saw the end of their streams");
-        assert!(shared > 100 && parted > 5, "{shared} shared, {parted} fell behind");
+        assert!(shared > 100 && parted > 2, "{shared} shared, {parted} fell behind");
     }
 }
 
