@@ -25,7 +25,7 @@ pub use body::{BodyDecoder, Piece};
 pub use chunk::{CHUNK_END, ChunkHead, LAST_CHUNK};
 pub use date::DateLine;
 pub use refusal::Refusal;
-pub use request::{RequestHead, parse_request};
+pub use request::{RequestHead, is_dot_segment, parse_request};
 pub use response::{ResponseHead, parse_response};
 pub use write::{
     ClientHead, reason_phrase, write_client_response, write_own_response_head, write_upstream_request,
@@ -95,10 +95,43 @@ impl Default for HeadLimits {
     }
 }
 
-/// Storage for the parsed fields of one head, owned by the caller so that parsing allocates nothing.
-pub type HeaderSlots<'b> = [httparse::Header<'b>; limits::HEADERS_MAX];
+/// Fields of a head that is parsed without an allocation: nearly every head has fewer, and slots for the most that one may have
+/// take longer to lay out than most heads take to parse.
+const HEADERS_FEW: usize = 32;
 
-/// Empty slots for one call of [`parse_request`] or [`parse_response`].
+/// Storage for the parsed fields of one head, owned by the caller.
+#[derive(Debug)]
+pub struct HeaderSlots<'b> {
+    few: [httparse::Header<'b>; HEADERS_FEW],
+    /// All of them, where they are more.
+    many: Vec<httparse::Header<'b>>,
+    count: usize,
+}
+
+/// Empty slots for a call of [`parse_request`] or [`parse_response`].
 pub fn header_slots<'b>() -> HeaderSlots<'b> {
-    [httparse::EMPTY_HEADER; limits::HEADERS_MAX]
+    HeaderSlots { few: [httparse::EMPTY_HEADER; HEADERS_FEW], many: Vec::new(), count: 0 }
+}
+
+impl<'b> HeaderSlots<'b> {
+    fn clear(&mut self) {
+        self.many.clear();
+        self.count = 0;
+    }
+
+    fn push(&mut self, header: httparse::Header<'b>) {
+        if let Some(slot) = self.few.get_mut(self.count) {
+            *slot = header;
+        } else {
+            if self.count == HEADERS_FEW {
+                self.many.extend_from_slice(&self.few);
+            }
+            self.many.push(header);
+        }
+        self.count += 1;
+    }
+
+    fn filled(&self) -> &[httparse::Header<'b>] {
+        self.few.get(..self.count).unwrap_or(&self.many)
+    }
 }

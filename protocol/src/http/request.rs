@@ -6,6 +6,7 @@ use std::net::Ipv6Addr;
 use super::fields::{Declared, Fields, decimal, find, media_type};
 use super::scan::{ascii, fields, is_target, is_token, line_end, list, no_line_end, run, trim, version};
 use super::{Framing, HeadLimits, HeaderSlots, LEADING_EMPTY_LINES_MAX, METHOD_BYTES_MAX, Refusal, Version};
+use crate::limits::HEADERS_MAX;
 
 /// A complete and legal request head; borrows the bytes it was parsed from.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -51,15 +52,18 @@ impl<'b> RequestHead<'_, 'b> {
     /// Whether a segment of the path is `.` or `..`, literally or percent-encoded. Such a path could leave the prefix
     /// that a route was chosen by, or the base path that is put before it: a route by prefix must refuse it.
     pub fn has_dot_segments(&self) -> bool {
-        self.path().split('/').any(|segment| {
-            let mut rest = segment.as_bytes();
-            let mut dots = 0;
-            while let [b'.', tail @ ..] | [b'%', b'2', b'e' | b'E', tail @ ..] = rest {
-                (rest, dots) = (tail, dots + 1);
-            }
-            rest.is_empty() && (dots == 1 || dots == 2)
-        })
+        self.path().split('/').any(is_dot_segment)
     }
+}
+
+/// Whether a segment of a path is `.` or `..`, literally or percent-encoded.
+pub fn is_dot_segment(segment: &str) -> bool {
+    let mut rest = segment.as_bytes();
+    let mut dots = 0;
+    while let [b'.', tail @ ..] | [b'%', b'2', b'e' | b'E', tail @ ..] = rest {
+        (rest, dots) = (tail, dots + 1);
+    }
+    rest.is_empty() && (dots == 1 || dots == 2)
 }
 
 /// Parses the request head at the start of `input`.
@@ -76,12 +80,12 @@ pub fn parse_request<'h, 'b>(
     limits: &HeadLimits,
 ) -> Result<Option<RequestHead<'h, 'b>>, Refusal> {
     let window = &input[..input.len().min(limits.head_bytes)];
-    let headers_max = limits.headers.min(slots.len());
+    let headers_max = limits.headers.min(HEADERS_MAX);
     let Some((line, after_line)) = request_line(window, limits)? else { return incomplete(input, limits) };
-    let Some((count, head_bytes)) = fields(window, after_line, &mut slots[..headers_max])? else {
+    let Some(head_bytes) = fields(window, after_line, slots, headers_max)? else {
         return incomplete(input, limits);
     };
-    head(line, &slots[..count], head_bytes).map(Some)
+    head(line, slots.filled(), head_bytes).map(Some)
 }
 
 /// The answer when the head does not end within the bytes that it may have.

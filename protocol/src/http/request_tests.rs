@@ -6,6 +6,7 @@ use super::{
     CONNECTION_TOKENS_MAX, Framing, HeadLimits, METHOD_BYTES_MAX, Refusal, RequestHead, Version,
     header_slots, parse_request,
 };
+use crate::limits::HEADERS_MAX;
 
 fn with_head<T>(input: &[u8], look: impl FnOnce(&RequestHead) -> T) -> T {
     let mut slots = header_slots();
@@ -207,6 +208,26 @@ fn garbage_is_refused_before_its_line_ends() {
 }
 
 #[test]
+fn all_fields_are_read_in_order_however_many_there_are() {
+    let counts = [HEADERS_MAX, 31, 32, 33, 1, 34, HEADERS_MAX];
+    let names: Vec<String> = (1..HEADERS_MAX).map(|number| format!("X{number}")).collect();
+    let inputs = counts.map(|count| {
+        let lines: String = names[..count - 1].iter().map(|name| format!("{name}: {name}\r\n")).collect();
+        format!("GET / HTTP/1.1\r\nHost: a\r\n{lines}\r\n")
+    });
+    // The same slots again and again: nothing of the head before may be left in them.
+    let mut slots = header_slots();
+    for (count, input) in counts.into_iter().zip(&inputs) {
+        let head = parse_request(input.as_bytes(), &mut slots, &HeadLimits::default()).unwrap().unwrap();
+        let read: Vec<_> = head.headers.iter().map(|header| (header.name, header.value)).collect();
+        let expected: Vec<_> =
+            names[..count - 1].iter().map(|name| (name.as_str(), name.as_bytes())).collect();
+        assert_eq!(read[0], ("Host", &b"a"[..]));
+        assert_eq!(read[1..], expected);
+    }
+}
+
+#[test]
 fn limits_are_enforced_before_the_head_is_complete() {
     let limits = HeadLimits { head_bytes: 64, headers: 2, target_bytes: 16 };
     let cases: &[(&str, Result<bool, Refusal>)] = &[
@@ -390,7 +411,7 @@ fn whatever_is_accepted_another_parser_reads_alike() {
         let mut slots = header_slots();
         let Ok(Some(head)) = parse_request(&input, &mut slots, &HeadLimits::default()) else { continue };
         accepted += 1;
-        let mut theirs = header_slots();
+        let mut theirs = [httparse::EMPTY_HEADER; HEADERS_MAX];
         let mut request = httparse::Request::new(&mut theirs);
         let parsed = request.parse(&input);
         assert_eq!(parsed, Ok(httparse::Status::Complete(head.head_bytes)), "seed {seed}");

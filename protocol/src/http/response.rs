@@ -5,6 +5,7 @@ use super::fields::{Declared, Fields, decimal, find, media_type};
 use super::request::incomplete;
 use super::scan::{fields, is_value, line_end, list, no_line_end, run, version};
 use super::{Framing, HeadLimits, HeaderSlots, Refusal, Version};
+use crate::limits::HEADERS_MAX;
 
 /// A complete and legal response head; borrows the bytes it was parsed from.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -48,12 +49,12 @@ pub fn parse_response<'h, 'b>(
     request_method: &str,
 ) -> Result<Option<ResponseHead<'h, 'b>>, Refusal> {
     let window = &input[..input.len().min(limits.head_bytes)];
-    let headers_max = limits.headers.min(slots.len());
+    let headers_max = limits.headers.min(HEADERS_MAX);
     let Some((line, after_line)) = status_line(window)? else { return incomplete(input, limits) };
-    let Some((count, head_bytes)) = fields(window, after_line, &mut slots[..headers_max])? else {
+    let Some(head_bytes) = fields(window, after_line, slots, headers_max)? else {
         return incomplete(input, limits);
     };
-    head(line, &slots[..count], head_bytes, request_method).map(Some)
+    head(line, slots.filled(), head_bytes, request_method).map(Some)
 }
 
 struct StatusLine<'b> {
@@ -354,7 +355,7 @@ mod tests {
                 continue;
             };
             accepted += 1;
-            let mut theirs = header_slots();
+            let mut theirs = [httparse::EMPTY_HEADER; HEADERS_MAX];
             let mut response = httparse::Response::new(&mut theirs);
             let parsed = response.parse(&input);
             assert_eq!(parsed, Ok(httparse::Status::Complete(head.head_bytes)), "seed {seed}");

@@ -1,7 +1,7 @@
 //! The bytes of a head, read once from left to right: first-line parts and header fields, and the character classes.
 //! Every function answers `Ok(None)` for "more bytes are needed", and names the first offending byte otherwise.
 
-use super::{Refusal, Version};
+use super::{HeaderSlots, Refusal, Version};
 
 const TOKEN: u8 = 1;
 const VALUE: u8 = 2;
@@ -102,25 +102,26 @@ pub(super) fn version(
     }
 }
 
-/// The header section that begins at `at` (RFC 9112 section 5): how many slots it filled, and the offset after its
-/// blank line.
+/// The header section that begins at `at` (RFC 9112 section 5), of at most so many fields: fills the slots, and gives the offset
+/// after its blank line.
 pub(super) fn fields<'b>(
     bytes: &'b [u8],
     mut at: usize,
-    slots: &mut [httparse::Header<'b>],
-) -> Result<Option<(usize, usize)>, Refusal> {
-    let mut count = 0;
+    slots: &mut HeaderSlots<'b>,
+    headers_max: usize,
+) -> Result<Option<usize>, Refusal> {
+    slots.clear();
     loop {
         match bytes.get(at) {
             None => return Ok(None),
-            Some(b'\r' | b'\n') => {
-                return Ok(line_end(bytes, at, Refusal::BareCr)?.map(|end| (count, end)));
-            }
-            Some(b' ' | b'\t') if count == 0 => return Err(Refusal::LeadingWhitespace),
+            Some(b'\r' | b'\n') => return line_end(bytes, at, Refusal::BareCr),
+            Some(b' ' | b'\t') if slots.count == 0 => return Err(Refusal::LeadingWhitespace),
             Some(b' ' | b'\t') => return Err(Refusal::ObsFold),
             Some(_) => {}
         }
-        let Some(slot) = slots.get_mut(count) else { return Err(Refusal::TooManyHeaders) };
+        if slots.count >= headers_max {
+            return Err(Refusal::TooManyHeaders);
+        }
         let Some(name_bytes) = run(&bytes[at..], is_token) else { return Ok(None) };
         let colon = at + name_bytes;
         match bytes[colon] {
@@ -132,8 +133,7 @@ pub(super) fn fields<'b>(
         let value_end = colon + 1 + value_bytes;
         let Some(next) = line_end(bytes, value_end, Refusal::BadHeaderValue)? else { return Ok(None) };
         let name = ascii(&bytes[at..colon], Refusal::BadHeaderName)?;
-        *slot = httparse::Header { name, value: trim(&bytes[colon + 1..value_end]) };
-        count += 1;
+        slots.push(httparse::Header { name, value: trim(&bytes[colon + 1..value_end]) });
         at = next;
     }
 }
