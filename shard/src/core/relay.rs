@@ -50,6 +50,13 @@ impl ExtraLines {
     }
 }
 
+impl std::fmt::Write for ExtraLines {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.push(text);
+        Ok(())
+    }
+}
+
 /// How a backend's body goes on after some of its bytes.
 enum Flow {
     /// More is to come.
