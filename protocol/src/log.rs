@@ -84,8 +84,8 @@ struct Segment {
 }
 
 impl Segment {
-    fn with_capacity(base: u64, first_id: u64, bytes: usize) -> Self {
-        Segment { memory: spare::take(bytes), base, first_id, filled: 0 }
+    fn with_capacity(base: u64, first_id: u64, bytes: usize, from: spare::End) -> Self {
+        Segment { memory: spare::take(bytes, from), base, first_id, filled: 0 }
     }
 
     fn end(&self) -> u64 {
@@ -119,16 +119,25 @@ mod spare {
     use super::{Cell, LOG_SEGMENT_BYTES_MAX, LOG_SEGMENT_FIRST_BYTES, Rc};
     use crate::limits::LOG_SPARE_BYTES_MAX;
     use std::cell::RefCell;
+    use std::collections::VecDeque;
 
     /// One list for each size: the first, its double, and so on.
     const SIZES: usize = (LOG_SEGMENT_BYTES_MAX / LOG_SEGMENT_FIRST_BYTES).ilog2() as usize + 1;
     const _: () =
         assert!(LOG_SEGMENT_FIRST_BYTES.is_power_of_two() && LOG_SEGMENT_BYTES_MAX.is_power_of_two());
 
-    type Spares = [Vec<Rc<[Cell<u8>]>>; SIZES];
+    type Spares = [VecDeque<Rc<[Cell<u8>]>>; SIZES];
 
     thread_local! {
-        static SPARES: RefCell<Spares> = const { RefCell::new([const { Vec::new() }; SIZES]) };
+        static SPARES: RefCell<Spares> = const { RefCell::new([const { VecDeque::new() }; SIZES]) };
+    }
+
+    /// Which end of a list: what producing and sending have just used is in the cache, and is used again for that; what history
+    /// has let go is not, and serves for history.
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    pub(super) enum End {
+        Warm,
+        Cold,
     }
 
     /// Bytes kept.
@@ -143,19 +152,25 @@ mod spare {
     }
 
     /// At least `bytes`, of any content.
-    pub(super) fn take(bytes: usize) -> Rc<[Cell<u8>]> {
+    pub(super) fn take(bytes: usize, from: End) -> Rc<[Cell<u8>]> {
         // Beyond the greatest size: made to measure, and not kept.
         let bytes = match bytes {
             0..=LOG_SEGMENT_BYTES_MAX => bytes.next_power_of_two().max(LOG_SEGMENT_FIRST_BYTES),
             large => large,
         };
         list_of(bytes)
-            .and_then(|list| SPARES.try_with(|spares| spares.borrow_mut()[list].pop()).ok()?)
+            .and_then(|list| {
+                let spares = |spares: &RefCell<Spares>| match from {
+                    End::Warm => spares.borrow_mut()[list].pop_back(),
+                    End::Cold => spares.borrow_mut()[list].pop_front(),
+                };
+                SPARES.try_with(spares).ok()?
+            })
             .unwrap_or_else(|| std::iter::repeat_n(Cell::new(0), bytes).collect())
     }
 
     /// Memory that its log is done with; somebody else may still hold it.
-    pub(super) fn give(memory: Rc<[Cell<u8>]>) {
+    pub(super) fn give(memory: Rc<[Cell<u8>]>, to: End) {
         let bytes = memory.len();
         if let Some(list) = list_of(bytes)
             && Rc::strong_count(&memory) == 1
@@ -165,7 +180,10 @@ mod spare {
                 .try_with(|spares| {
                     let spares = &mut spares.borrow_mut()[list];
                     if (spares.len() + 1) * bytes <= LOG_SPARE_BYTES_MAX {
-                        spares.push(memory);
+                        match to {
+                            End::Warm => spares.push_back(memory),
+                            End::Cold => spares.push_front(memory),
+                        }
                     }
                 })
                 .ok();
@@ -373,9 +391,10 @@ impl Log {
     /// with this id. Nothing before it is held any more.
     pub fn skip_to(&mut self, at: u64, last_event_id: u64) {
         debug_assert!(at > self.end && last_event_id >= self.last_event_id, "{self:?} skips to {at}");
+        let is = self.older_is();
         let history = self.kept.as_mut().and_then(|kept| kept.history.take());
         for segment in self.older.drain(..).chain(history).chain(self.last.take()) {
-            spare::give(segment.memory);
+            spare::give(segment.memory, is);
         }
         (self.memory_bytes, self.end, self.last_event_id) = (0, at, last_event_id);
         if let Some(kept) = &mut self.kept {
@@ -472,20 +491,25 @@ impl Log {
         if self.older.is_empty()
             && let Some(history) = self.kept.as_mut().and_then(|kept| kept.history.take_if(over))
         {
-            self.give(history);
+            self.give(history, spare::End::Cold);
         }
         self.follow_window();
     }
 
     fn drop_first(&mut self) {
         if let Some(segment) = self.older.pop_front() {
-            self.give(segment);
+            self.give(segment, self.older_is());
         }
     }
 
-    fn give(&mut self, segment: Segment) {
+    /// Where the memory of what is let go from the front is: what was kept has not been looked at for long.
+    fn older_is(&self) -> spare::End {
+        if self.kept.is_some() { spare::End::Cold } else { spare::End::Warm }
+    }
+
+    fn give(&mut self, segment: Segment, to: spare::End) {
         self.memory_bytes -= segment.memory.len();
-        spare::give(segment.memory);
+        spare::give(segment.memory, to);
     }
 
     /// What is delivered of a small segment becomes history, and the segment is free for the next append, of whatever log. The
@@ -508,7 +532,7 @@ impl Log {
             // A stream that is idle behind its first words holds no more memory than those need.
             let size = (size * 2).clamp(LOG_SEGMENT_FIRST_BYTES, LOG_SEGMENT_BYTES_MAX).max(bytes);
             self.older.extend(before);
-            let history = Segment::with_capacity(last.base + head, last.first_id, size);
+            let history = Segment::with_capacity(last.base + head, last.first_id, size, spare::End::Cold);
             self.memory_bytes += history.memory.len();
             kept.history = Some(history);
         }
@@ -520,7 +544,7 @@ impl Log {
                 kept.follow_first(Some(end));
             }
         }
-        self.give(last);
+        self.give(last, spare::End::Warm);
     }
 
     /// The segment becomes one of the older ones.
@@ -534,7 +558,9 @@ impl Log {
     }
 
     /// Appends the concatenation of `parts` as one contiguous range; returns its offset.
-    pub fn append(&mut self, parts: &[&[u8]]) -> u64 {
+    // Inline, so that parts and their lengths stay in registers.
+    #[inline]
+    pub fn append<const PARTS: usize>(&mut self, parts: &[&[u8]; PARTS]) -> u64 {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         let at = self.end;
         if bytes == 0 {
@@ -569,7 +595,7 @@ impl Log {
         let last = match self.last.take() {
             // Never filled: of no more use.
             Some(segment) if segment.filled == 0 => {
-                self.give(segment);
+                self.give(segment, spare::End::Warm);
                 0
             }
             Some(segment) => {
@@ -581,7 +607,8 @@ impl Log {
         };
         let next = (last * 2).clamp(LOG_SEGMENT_FIRST_BYTES, LOG_SEGMENT_BYTES_MAX);
         // An append larger than a segment gets one of its own.
-        let segment = Segment::with_capacity(self.end, self.last_event_id + 1, next.max(bytes));
+        let segment =
+            Segment::with_capacity(self.end, self.last_event_id + 1, next.max(bytes), spare::End::Warm);
         self.memory_bytes += segment.memory.len();
         self.last = Some(segment);
     }
@@ -638,7 +665,7 @@ impl Log {
         if let Some(last) = self.last.take_if(|last| {
             last.memory.len() > 2 * LOG_SEGMENT_FIRST_BYTES || Rc::strong_count(&last.memory) == 1
         }) {
-            self.give(last);
+            self.give(last, spare::End::Warm);
         }
         if self.older.capacity() > 0 {
             self.older = VecDeque::new();
@@ -648,9 +675,10 @@ impl Log {
 
 impl Drop for Log {
     fn drop(&mut self) {
+        let is = self.older_is();
         let history = self.kept.as_mut().and_then(|kept| kept.history.take());
         for segment in self.older.drain(..).chain(history).chain(self.last.take()) {
-            spare::give(segment.memory);
+            spare::give(segment.memory, is);
         }
     }
 }
