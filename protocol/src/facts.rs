@@ -58,6 +58,8 @@ pub struct Scanner {
     closed: bool,
     /// The text has outgrown its limit.
     overflow: bool,
+    /// The last scalar was null.
+    was_null: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
@@ -184,7 +186,7 @@ impl Scanner {
 
     fn begin_text(&mut self, state: State) -> State {
         self.text.clear();
-        self.overflow = false;
+        (self.overflow, self.was_null) = (false, false);
         self.escape = Escape::None;
         self.high_surrogate = 0;
         state
@@ -197,6 +199,13 @@ impl Scanner {
             return 1;
         }
         let plain = memchr2(b'"', b'\\', bytes).unwrap_or(bytes.len());
+        let is_fresh = self.text.is_empty() && self.high_surrogate == 0 && !self.overflow;
+        if is_fresh && bytes.get(plain) == Some(&b'"') {
+            // All of it lies here.
+            self.overflow = plain > bytes_max;
+            self.end_text(&bytes[..plain]);
+            return plain + 1;
+        }
         if plain > 0 {
             self.push(&bytes[..plain], bytes_max);
             return plain;
@@ -205,28 +214,30 @@ impl Scanner {
             self.escape = Escape::Begun;
         } else {
             self.push(b"", bytes_max);
-            self.end_text();
+            let text = std::mem::take(&mut self.text);
+            self.end_text(&text);
+            self.text = text;
         }
         1
     }
 
-    fn end_text(&mut self) {
+    fn end_text(&mut self, text: &[u8]) {
         if self.state == State::Key {
-            self.field = if self.overflow { Field::Other } else { self.field_of_key() };
+            self.field = if self.overflow { Field::Other } else { self.field_of_key(text) };
             self.state = State::Colon;
         } else {
             if !self.overflow {
-                self.facts.model = std::str::from_utf8(&self.text).ok().map(Box::from);
+                self.facts.model = std::str::from_utf8(text).ok().map(Box::from);
             }
             self.state = State::AfterValue;
         }
     }
 
-    fn field_of_key(&self) -> Field {
+    fn field_of_key(&self, key: &[u8]) -> Field {
         if self.in_stream_options {
-            return if self.text == b"include_usage" { Field::IncludeUsage } else { Field::Other };
+            return if key == b"include_usage" { Field::IncludeUsage } else { Field::Other };
         }
-        match &self.text[..] {
+        match key {
             b"model" => Field::Model,
             b"stream" => Field::Stream,
             b"stream_options" => Field::StreamOptions,
@@ -339,10 +350,20 @@ impl Scanner {
         let ends = |byte: &u8| matches!(byte, b',' | b'}' | b']' | b' ' | b'\t' | b'\n' | b'\r');
         let end = bytes.iter().position(ends);
         let taken = end.unwrap_or(bytes.len());
+        if end.is_some() && self.text.is_empty() && !self.overflow {
+            // All of it lies here.
+            if taken <= SCALAR_BYTES_MAX {
+                self.note_scalar(&bytes[..taken]);
+            }
+            self.state = State::AfterValue;
+            return taken;
+        }
         self.push(&bytes[..taken], SCALAR_BYTES_MAX);
         if end.is_some() {
             if !self.overflow {
-                self.note_scalar();
+                let text = std::mem::take(&mut self.text);
+                self.note_scalar(&text);
+                self.text = text;
             }
             self.state = State::AfterValue;
         }
@@ -363,8 +384,9 @@ impl Scanner {
         }
     }
 
-    fn note_scalar(&mut self) {
-        let truth = match &self.text[..] {
+    fn note_scalar(&mut self, text: &[u8]) {
+        self.was_null = text == b"null";
+        let truth = match text {
             b"true" => Some(true),
             b"false" => Some(false),
             _ => None,
@@ -374,7 +396,7 @@ impl Scanner {
             Field::IncludeUsage => self.facts.include_usage = truth,
             Field::Background => self.facts.background = truth,
             Field::MaxTokens(index) => {
-                let digits = Some(&self.text).filter(|text| text.iter().all(u8::is_ascii_digit));
+                let digits = Some(text).filter(|text| text.iter().all(u8::is_ascii_digit));
                 let digits = digits.and_then(|text| std::str::from_utf8(text).ok());
                 let number = digits.and_then(|digits| digits.parse::<u128>().ok());
                 self.note_max_tokens(index, number.map(|number| u32::try_from(number).unwrap_or(u32::MAX)));

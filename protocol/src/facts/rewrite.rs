@@ -167,7 +167,7 @@ impl Rewriter {
                     _ if !scalar => None,
                     Some(true) => return self.member.is_some().then_some((at, How::ForNobody)),
                     Some(false) => Some(b"false".len()),
-                    None => (self.scanner.text == b"null").then_some(b"null".len()),
+                    None => self.scanner.was_null.then_some(b"null".len()),
                 };
                 if let Some(member) = &mut self.member {
                     member.refusal = says.map(|bytes| at - bytes..at);

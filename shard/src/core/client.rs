@@ -3,18 +3,18 @@
 use super::Shard;
 use super::conn::State;
 use super::relay::waits_for_line_end;
-use super::stream::{Answer, Stream};
+use super::stream::{Answer, Scanning, Stream};
 use crate::io::{Close, Io};
 use crate::settings::{LeaveChoices, Route};
 use crate::tls::{HANDSHAKE_FAILURE, HELLO_BYTE};
 use protocol::background::NEEDS_STREAM;
 use protocol::cors;
 use protocol::dialect::Dialect;
-use protocol::facts::{Background, Rewriter, Scanner};
+use protocol::facts::{Background, Rewriter};
 use protocol::http::{
     self, BodyDecoder, Framing, Piece, Refusal, RequestHead, Version, header_slots, parse_request,
 };
-use protocol::limits::{BODY_PROGRESS_BYTES, FACTS_PREFIX_BYTES_MAX, LINGER_BYTES_MAX};
+use protocol::limits::{BODY_PROGRESS_BYTES, LINGER_BYTES_MAX};
 use protocol::phase::{End, Step};
 use protocol::resume::{Ask, Leave, NotALeave};
 use protocol::slots::Key;
@@ -223,13 +223,13 @@ impl<I: Io> Shard<I> {
 
     fn begin(&mut self, key: Key, head: &RequestHead<'_, '_>, raw: &[u8], more_input: bool) {
         self.stats.counters.requests += 1;
-        let settings = std::sync::Arc::clone(&self.settings);
         let path = head.path();
-        let Some(index) = settings.routes.iter().position(|route| route.matches(path)) else {
+        let Some(index) = self.settings.routes.iter().position(|route| route.matches(path)) else {
             return self.begin_refused(key, Dialect::of_path(path), Refusal::NotFound);
         };
-        let route = &settings.routes[index];
-        let durable = settings.durable.covers(path);
+        let route = &self.settings.routes[index];
+        let relayed = !route.upstreams.is_empty();
+        let durable = self.settings.durable.covers(path);
         let asks = !durable && super::resume::covers(head);
         let elsewhere = durable && self.durable_elsewhere(key, path).is_some();
         let dialect = if durable { Dialect::Plain } else { Dialect::of_path(path) };
@@ -244,7 +244,7 @@ impl<I: Io> Shard<I> {
             if dialect == Dialect::Responses && route.resume.is_some() {
                 stream.request_mut().rewriter = Some(Box::new(Rewriter::new()));
             } else {
-                stream.request_mut().scanner = Some(Box::new(Scanner::new(FACTS_PREFIX_BYTES_MAX)));
+                stream.request_mut().scanner = Scanning::Begins;
             }
         }
         let now_ms = self.now_ms();
@@ -257,7 +257,7 @@ impl<I: Io> Shard<I> {
         let preflight = cors.preflight.filter(|_| stream.request_done);
         let Some(stream_key) = self.attach(key, stream) else { return };
         self.describe(stream_key, head);
-        if !self.check_request(stream_key, route, head, raw) {
+        if !self.check_request(stream_key, relayed, head, raw) {
             return;
         }
         if let Some(told) = preflight {
@@ -279,7 +279,7 @@ impl<I: Io> Shard<I> {
         }
         if durable {
             self.begin_durable(stream_key, head);
-        } else if route.upstreams.is_empty() {
+        } else if !relayed {
             if !self.begin_demo(stream_key, head) {
                 return;
             }
@@ -299,7 +299,7 @@ impl<I: Io> Shard<I> {
             self.mark_dirty(key);
         }
         if let Some(conn) = self.conns.get_mut(key) {
-            conn.body = Some(BodyDecoder::new(head.framing, settings.body_bytes_max));
+            conn.body = Some(BodyDecoder::new(head.framing, self.settings.body_bytes_max));
             if let Some(client) = conn.client() {
                 client.body_progress = BODY_PROGRESS_BYTES;
             }
@@ -355,7 +355,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// What can be said of a request by its head alone. False: it was refused.
-    fn check_request(&mut self, key: Key, route: &Route, head: &RequestHead<'_, '_>, raw: &[u8]) -> bool {
+    fn check_request(&mut self, key: Key, relayed: bool, head: &RequestHead<'_, '_>, raw: &[u8]) -> bool {
         let durable = self.settings.durable.covers(head.path());
         let length = match head.framing {
             Framing::Length(length) => length,
@@ -388,7 +388,7 @@ impl<I: Io> Shard<I> {
             self.refuse(key, refusal);
             return false;
         }
-        if (durable || !route.upstreams.is_empty()) && self.leaving_now() {
+        if (durable || relayed) && self.leaving_now() {
             self.end_stream(key, End::Stopped);
             return false;
         }

@@ -11,6 +11,7 @@ use protocol::demo::DemoModel;
 use protocol::dialect::{Dialect, Meaning};
 use protocol::facts::{Background, RequestFacts, Rewriter, Scanner};
 use protocol::http::{CHUNK_END, ChunkHead, Framing, LAST_CHUNK, Version};
+use protocol::limits::FACTS_PREFIX_BYTES_MAX;
 use protocol::log::Log;
 use protocol::phase::{End, Phase, Step};
 use protocol::slots::Key;
@@ -46,6 +47,18 @@ pub(crate) struct Demo {
     pub(crate) preamble_written: bool,
 }
 
+/// How far a request's facts are.
+#[derive(Default)]
+pub(crate) enum Scanning {
+    /// They are known, or nobody wants to.
+    #[default]
+    No,
+    /// Nothing was looked at.
+    Begins,
+    /// More is wanted.
+    GoesOn(Box<Scanner>),
+}
+
 /// What is known of a stream's request, and what it takes to have it answered: of no more use to most of what follows, so it lies
 /// apart.
 #[derive(Default)]
@@ -54,7 +67,7 @@ pub(crate) struct Request {
     pub(crate) log: Log,
     /// Bytes of the log that are the head.
     pub(crate) head_bytes: u64,
-    pub(crate) scanner: Option<Box<Scanner>>,
+    pub(crate) scanner: Scanning,
     /// In the scanner's place, where what asks for a response in background is not for the backend.
     pub(crate) rewriter: Option<Box<Rewriter>>,
     pub(crate) facts: RequestFacts,
@@ -282,7 +295,7 @@ impl Stream {
     /// Nothing more of the request's body is looked at.
     pub(crate) fn stop_scanning(&mut self) {
         if let Some(request) = &mut self.request {
-            (request.scanner, request.rewriter) = (None, None);
+            (request.scanner, request.rewriter) = (Scanning::No, None);
         }
     }
 
@@ -456,10 +469,24 @@ impl Stream {
         } else {
             self.request_mut().append(piece, chunked);
         }
-        if let Some(scanner) = self.request.as_mut().and_then(|request| request.scanner.as_mut())
-            && !scanner.feed(piece)
-        {
-            self.take_facts();
+        let Some(request) = &mut self.request else { return };
+        match &mut request.scanner {
+            Scanning::No => {}
+            Scanning::Begins => {
+                // Most requests come whole, and what tells their facts is needed no longer than here.
+                let mut scanner = Scanner::new(FACTS_PREFIX_BYTES_MAX);
+                if scanner.feed(piece) {
+                    request.scanner = Scanning::GoesOn(Box::new(scanner));
+                } else {
+                    request.scanner = Scanning::No;
+                    self.take_facts_as(scanner.into_facts());
+                }
+            }
+            Scanning::GoesOn(scanner) => {
+                if !scanner.feed(piece) {
+                    self.take_facts();
+                }
+            }
         }
     }
 
@@ -471,13 +498,13 @@ impl Stream {
     /// The facts are as complete as they will be.
     pub(crate) fn take_facts(&mut self) {
         let Some(request) = &mut self.request else { return };
-        let (rewriter, scanner) = (request.rewriter.take(), request.scanner.take());
+        let (rewriter, scanner) = (request.rewriter.take(), std::mem::take(&mut request.scanner));
         if let Some(mut rewriter) = rewriter {
             self.background = rewriter.background();
             rewriter.finish(|bytes| self.append_request_as_it_is(bytes));
             self.take_facts_as(rewriter.into_facts());
         }
-        if let Some(scanner) = scanner {
+        if let Scanning::GoesOn(scanner) = scanner {
             self.take_facts_as(scanner.into_facts());
         }
     }
@@ -559,21 +586,22 @@ struct IdLine {
 }
 
 impl IdLine {
+    // Inline, and written where it stays: to copy what was just written byte by byte waits for the bytes.
+    #[inline(always)]
     fn new(mut id: u64) -> Self {
-        let mut bytes = [0; 28];
-        let mut start = bytes.len() - 1;
-        bytes[start] = b'\n';
+        let mut line = IdLine { bytes: [0; 28], start: 27 };
+        line.bytes[27] = b'\n';
         loop {
-            start -= 1;
-            bytes[start] = b'0' + (id % 10) as u8;
+            line.start -= 1;
+            line.bytes[line.start] = b'0' + (id % 10) as u8;
             id /= 10;
             if id == 0 {
                 break;
             }
         }
-        start -= 4;
-        bytes[start..start + 4].copy_from_slice(b"id: ");
-        IdLine { bytes, start }
+        line.start -= 4;
+        line.bytes[line.start..line.start + 4].copy_from_slice(b"id: ");
+        line
     }
 
     fn as_bytes(&self) -> &[u8] {
