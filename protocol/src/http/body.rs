@@ -16,6 +16,8 @@ use crate::limits::{CHUNK_LINE_BYTES_MAX, TRAILER_BYTES_MAX};
 
 /// Digits of a chunk size: those of 2^64 - 1.
 const SIZE_DIGITS_MAX: u8 = 16;
+/// Of those that are read at once.
+const PLAIN_SIZE_DIGITS_MAX: usize = 8;
 /// Bytes of line that each chunk is granted before they count as excess.
 const CHUNK_GRANT_BYTES: u64 = 16;
 
@@ -111,7 +113,14 @@ impl BodyDecoder {
                     }
                     self.state = State::Refused(Refusal::BodyTooLarge);
                 }
+                State::DataCr if input.starts_with(b"\r\n") => {
+                    *input = &input[2..];
+                    self.state = State::Size;
+                }
                 _ => {
+                    if self.state == State::Size && self.line_bytes == 0 && self.take_plain_size(input) {
+                        continue;
+                    }
                     let [byte, rest @ ..] = *input else { return Ok(Piece::NeedMore) };
                     *input = rest;
                     self.state = self.step(*byte).unwrap_or_else(State::Refused);
@@ -139,6 +148,30 @@ impl BodyDecoder {
             self.state = if self.state == State::Data { State::DataCr } else { State::Done };
         }
         data
+    }
+
+    /// A chunk-size line that is here whole, of few digits and nothing else: what nearly all are. False: it is none, and nothing was
+    /// taken.
+    fn take_plain_size(&mut self, input: &mut &[u8]) -> bool {
+        let mut size = 0;
+        for digits in 0..=PLAIN_SIZE_DIGITS_MAX {
+            match input.get(digits) {
+                Some(b'\r') if digits > 0 && input.get(digits + 1) == Some(&b'\n') => {
+                    // As the digits and the CR would have been counted.
+                    self.line_bytes = digits as u16 + 1;
+                    self.remaining = size;
+                    *input = &input[digits + 2..];
+                    self.state = self.begin_chunk().unwrap_or_else(State::Refused);
+                    return true;
+                }
+                Some(&byte) => match hex_digit(byte) {
+                    Some(digit) => size = size << 4 | u64::from(digit),
+                    None => return false,
+                },
+                None => return false,
+            }
+        }
+        false
     }
 
     /// One byte of framing.

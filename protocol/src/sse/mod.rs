@@ -255,7 +255,7 @@ impl Decoder {
         }
         let bytes: &'i [u8] = input;
         let mut start = 0;
-        while let Some(length) = memchr2(b'\n', b'\r', &bytes[start..]) {
+        while let Some(length) = line_length(&bytes[start..]) {
             let at = start + length;
             match self.seen.take(&bytes[start..at], bytes[at], bytes.get(at + 1).copied()) {
                 Line::Ends(terminator_bytes) => start = at + terminator_bytes,
@@ -327,6 +327,11 @@ impl Decoder {
         self.held = Vec::new();
         Err(SseError::EventTooLarge)
     }
+}
+
+/// Bytes before the first line end. Every event ends in a line of none, for which there is nothing to search.
+fn line_length(bytes: &[u8]) -> Option<usize> {
+    if let [b'\n' | b'\r', ..] = bytes { Some(0) } else { memchr2(b'\n', b'\r', bytes) }
 }
 
 /// The lines of a block without their terminators.
