@@ -335,8 +335,23 @@ impl<I: Io> Shard<I> {
         if is_planted(Bug::LostWakeUp) {
             return;
         }
+        if client && !sealed && self.has_all(key) {
+            // Before the next request, which may have come in the same turn, is put aside for it.
+            return self.delivered(key);
+        }
         // Not at once: what arrives later in this turn goes out with it.
         self.mark_dirty(key);
+    }
+
+    /// Whether a client was sent its answer to the end.
+    fn has_all(&self, key: Key) -> bool {
+        let Some(conn) = self.conns.get(key).filter(|conn| conn.state == State::Open) else { return false };
+        let stream = conn.stream.and_then(|key| self.streams.get(key));
+        stream.is_some_and(|stream| {
+            let all =
+                stream.produced && stream.reader.is_none() && stream.response.end() == conn.ledger.sent();
+            all && conn.ops.send.is_none()
+        })
     }
 
     /// Pauses or resumes the producers on both sides, as the lag of the consumers says.
