@@ -31,8 +31,11 @@ impl Lines {
     /// Values are ours, or were checked when they came.
     pub(super) fn add(&mut self, name: &str, value: impl Display) -> &mut Self {
         debug_assert!(!name.contains(['\r', '\n', ':']), "a name of ours");
+        self.0.push_str(name);
+        self.0.push_str(": ");
         // Writing to a String does not fail.
-        write!(self.0, "{name}: {value}\r\n").ok();
+        write!(self.0, "{value}").ok();
+        self.0.push_str("\r\n");
         self
     }
 

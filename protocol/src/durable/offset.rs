@@ -34,7 +34,17 @@ impl Offset {
 
 impl fmt::Display for Offset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:0DIGITS$}_{:0DIGITS$}", self.generation, self.position)
+        // Without the machinery that fills a number up: every append is answered with one.
+        let mut text = [b'_'; 2 * DIGITS + 1];
+        for (number, digits) in [(self.generation, 0..DIGITS), (self.position, DIGITS + 1..2 * DIGITS + 1)] {
+            let mut rest = number;
+            for digit in text[digits].iter_mut().rev() {
+                *digit = b'0' + (rest % 10) as u8;
+                rest /= 10;
+            }
+            debug_assert_eq!(rest, 0, "more digits than any offset has");
+        }
+        f.write_str(std::str::from_utf8(&text).unwrap_or_default())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Offset, Settings, media_type, refusals, timestamp};
 use crate::fault::Fault;
-use crate::http::RequestHead;
+use crate::http::{RequestHead, is_dot_segment};
 use crate::limits::DURABLE_FIELD_BYTES_MAX;
 
 /// The greatest integer that JavaScript counts to exactly (section 5.2.1).
@@ -13,7 +13,7 @@ const INTEGER_MAX: u64 = (1 << 53) - 1;
 pub struct Request {
     /// Of the target, prefix included, as it was sent: names the stream.
     pub path: Box<str>,
-    /// The host that was asked, for the Location of what is created.
+    /// The host that was asked, for the Location of what is created; empty where nothing is.
     pub(super) authority: Box<str>,
     /// It came over TLS; false until the caller knows better.
     pub secure: bool,
@@ -155,7 +155,8 @@ impl Request {
             "OPTIONS" => Operation::Preflight,
             _ => return Err(refusals::METHOD),
         };
-        Ok(Request { path: path.into(), authority: head.authority.into(), secure: false, operation })
+        let authority = if head.method == "PUT" { head.authority } else { "" };
+        Ok(Request { path: path.into(), authority: authority.into(), secure: false, operation })
     }
 }
 
@@ -169,8 +170,7 @@ fn check_path(path: &str, prefix: &str) -> Result<(), Fault> {
     if name.split('/').next() == Some("__ds") {
         return Err(refusals::RESERVED);
     }
-    let dots = |segment: &str| matches!(segment.replace("%2e", ".").replace("%2E", ".").as_str(), "." | "..");
-    if name.split('/').any(dots) { Err(refusals::BAD_PATH) } else { Ok(()) }
+    if name.split('/').any(is_dot_segment) { Err(refusals::BAD_PATH) } else { Ok(()) }
 }
 
 impl Create {
@@ -347,9 +347,11 @@ mod tests {
             [("HEAD", Operation::Metadata), ("DELETE", Operation::Delete), ("OPTIONS", Operation::Preflight)]
         {
             let request = parse(&format!("{method} /v1/durable/a/b%20c HTTP/1.1\n")).unwrap();
-            assert_eq!((&*request.path, &*request.authority), ("/v1/durable/a/b%20c", "a.b:1"));
+            assert_eq!(&*request.path, "/v1/durable/a/b%20c");
             assert_eq!(request.operation, is);
         }
+        let create = parse("PUT /v1/durable/a/b%20c HTTP/1.1\n").unwrap();
+        assert_eq!((&*create.path, &*create.authority), ("/v1/durable/a/b%20c", "a.b:1"));
         for (line, refusal) in [
             ("PATCH /v1/durable/a", refusals::METHOD),
             ("GET /v1/durable", refusals::NOT_FOUND),

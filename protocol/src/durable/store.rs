@@ -13,6 +13,7 @@ use crate::fault::Fault;
 use crate::limits::{DURABLE_EXPIRY_STEP_MS, DURABLE_FORK_DEPTH_MAX, DURABLE_STREAM_COST_BYTES};
 use crate::log::Lent;
 use crate::slots::{Key, Slots};
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 /// Of streams that are created without one (PROTOCOL.md section 5.1).
@@ -384,7 +385,7 @@ impl Store {
         let created = self.place.number_from(now.unix_ms.max(self.created + 1));
         let origin = self.origin(create, created, now).map_err(|fault| self.refused(fault))?;
         let form = Form::of(&origin.content_type);
-        let messages = messages(form, body, true).map_err(|fault| self.refused(fault))?;
+        let messages = messages(form, &body, true).map_err(|fault| self.refused(fault))?;
         let source = origin.source;
         let need = DURABLE_STREAM_COST_BYTES as u64 + request.path.len() as u64 + room_for(body, &messages);
         // The source must not be given up to make room for its fork.
@@ -403,7 +404,7 @@ impl Store {
         self.by_path.insert(request.path.clone(), id);
         if let Some(stream) = self.streams.get_mut(id) {
             stream.away = self.place.is_away(&request.path);
-            for message in &messages {
+            for message in messages.iter() {
                 stream.push(message);
             }
             if create.closed {
@@ -541,7 +542,7 @@ impl Store {
         {
             return Err(self.refused(refusals::SEQUENCE));
         }
-        let messages = messages(stream.form, body, false).map_err(|fault| self.refused(fault))?;
+        let messages = messages(stream.form, &body, false).map_err(|fault| self.refused(fault))?;
         // What only closes needs no room.
         if !body.is_empty() {
             let need = room_for(body, &messages);
@@ -552,7 +553,7 @@ impl Store {
         let window = self.settings.stream_bytes_max;
         let at = self.streams.get(id).map_or(0, Stream::tail);
         if let Some(stream) = self.streams.get_mut(id) {
-            for message in &messages {
+            for message in messages.iter() {
                 stream.push(message);
             }
             if let Some(tag) = tag {
@@ -753,9 +754,12 @@ impl Store {
     /// The stream at a path; one that is due is not.
     pub(super) fn find(&mut self, path: &str, now: Now) -> Option<Id> {
         let id = *self.by_path.get(path)?;
-        if self.streams.get(id)?.due_ms() <= now.ms && !self.streams.get(id)?.deleted {
-            self.expire_one(id);
+        let stream = self.streams.get(id)?;
+        if stream.due_ms() > now.ms || stream.deleted {
+            return Some(id);
         }
+        self.expire_one(id);
+        // There for its forks, perhaps.
         self.by_path.get(path).copied()
     }
 
@@ -826,15 +830,15 @@ impl Store {
 }
 
 /// The messages of a body; none in an empty one.
-fn messages(form: Form, body: &[u8], create: bool) -> Result<Vec<&[u8]>, Fault> {
+fn messages<'b>(form: Form, body: &'b &'b [u8], create: bool) -> Result<Cow<'b, [&'b [u8]]>, Fault> {
     match form {
-        _ if body.is_empty() => Ok(Vec::new()),
+        _ if body.is_empty() => Ok(Cow::default()),
         Form::Json => match json::messages(body)? {
             // Section 9.1.3: creates an empty stream, but is no append.
             none if none.is_empty() && !create => Err(refusals::EMPTY_ARRAY),
             messages => Ok(messages.into_iter().map(str::as_bytes).collect()),
         },
-        Form::Text | Form::Binary => Ok(vec![body]),
+        Form::Text | Form::Binary => Ok(Cow::Borrowed(std::slice::from_ref(body))),
     }
 }
 

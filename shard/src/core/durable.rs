@@ -240,11 +240,11 @@ impl<I: Io> Shard<I> {
 
     pub(super) fn durable_reply(&mut self, key: Key, reply: Reply) {
         let (now_ms, leaving) = (self.now_ms(), self.leaving != Leaving::No);
-        let settings = std::sync::Arc::clone(&self.settings);
+        let (events_ms, long_poll_ms) = (self.settings.durable.events_ms, self.settings.durable.long_poll_ms);
         match reply {
-            Reply::Answer(answer) => {
+            Reply::Answer(mut answer) => {
                 let framing = Framing::Length(answer.body.len() as u64);
-                self.durable_head(key, &answer, framing);
+                self.durable_head(key, &mut answer, framing);
                 if let Some(stream) = self.streams.get_mut(key)
                     && !stream.head_only
                     && !answer.body.is_empty()
@@ -253,20 +253,24 @@ impl<I: Io> Shard<I> {
                 }
                 self.end_stream(key, End::Done);
             }
-            Reply::Body(head, bytes, reading) => {
-                self.durable_head(key, &head, Framing::Length(bytes));
+            Reply::Body(mut head, bytes, reading) => {
+                self.durable_head(key, &mut head, Framing::Length(bytes));
                 self.durable_begin_reading(key, reading);
             }
-            Reply::Events(head, mut reading) => {
+            Reply::Events(mut head, mut reading) => {
                 if leaving {
                     reading.finish();
                 }
                 let chunked = self.streams.get(key).is_some_and(Stream::events_chunked);
-                self.durable_head(key, &head, if chunked { Framing::Chunked } else { Framing::UntilClose });
+                self.durable_head(
+                    key,
+                    &mut head,
+                    if chunked { Framing::Chunked } else { Framing::UntilClose },
+                );
                 if let Some(stream) = self.streams.get_mut(key) {
                     stream.answer = Answer::Events { early: false };
                     if let Some(durable) = &mut stream.durable {
-                        durable.due_ms = durable.due_ms.min(after(now_ms, settings.durable.events_ms));
+                        durable.due_ms = durable.due_ms.min(after(now_ms, events_ms));
                     }
                 }
                 self.durable_begin_reading(key, reading);
@@ -278,7 +282,7 @@ impl<I: Io> Shard<I> {
                     stream.step(Step::PlainBody);
                     if let Some(durable) = &mut stream.durable {
                         durable.state = State::Polling(Box::new(poll));
-                        durable.due_ms = durable.due_ms.min(after(now_ms, settings.durable.long_poll_ms));
+                        durable.due_ms = durable.due_ms.min(after(now_ms, long_poll_ms));
                     }
                 }
                 if leaving {
@@ -292,7 +296,7 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    fn durable_head(&mut self, key: Key, head: &durable::Answer, framing: Framing) {
+    fn durable_head(&mut self, key: Key, head: &mut durable::Answer, framing: Framing) {
         let unix_time_s = self.unix_time_s();
         let Some(stream) = self.streams.get_mut(key) else { return };
         stream.status = head.status;
@@ -300,7 +304,7 @@ impl<I: Io> Shard<I> {
         stream.close |= framing == Framing::UntilClose || !stream.request_done;
         // What a GET would have had is not known.
         let framing = if stream.head_only { Framing::None } else { framing };
-        let lines = [head.lines.as_str(), self.date.at(unix_time_s)].concat();
+        head.lines.push_str(self.date.at(unix_time_s));
         self.scratch.clear();
         write_own_response_head(
             &mut self.scratch,
@@ -308,7 +312,7 @@ impl<I: Io> Shard<I> {
             stream.version,
             !stream.close,
             framing,
-            &lines,
+            &head.lines,
         );
         stream.append_response(&self.scratch, self.now_us);
     }
