@@ -4,7 +4,6 @@ is full or may not be written is told of and recovers."""
 import json
 import os
 import random
-import signal
 import subprocess
 import threading
 import time
@@ -36,11 +35,6 @@ def serve(start_tokenring, data):
 
 def url_of(server, name="a"):
     return f"{server.url}/v1/durable/{name}"
-
-
-def kill(server):
-    server.signal(signal.SIGKILL)
-    server.child.wait(10)
 
 
 def streams(data, *arguments):
@@ -123,7 +117,7 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(serve, data, inte
         before = sum(publisher.acknowledged for publisher in publishers)
         wait_until(lambda: sum(p.acknowledged for p in publishers) > before + 40, 30, "appends")  # noqa: B023
         time.sleep(rng.random() / 5)
-        kill(server)
+        server.kill()
         for publisher in publishers:
             publisher.over = True
             publisher.join(30)
@@ -199,7 +193,7 @@ def fill(server, names, messages=5):
 def test_a_torn_tail_is_cut_and_reported(serve, data):
     server = serve()
     fill(server, "abc")
-    kill(server)
+    server.kill()
     last = segments(data)[-1]
     content = last.read_bytes()
     last.write_bytes(content + content[64:164])
@@ -211,7 +205,7 @@ def test_a_torn_tail_is_cut_and_reported(serve, data):
     for name in "abc":
         assert httpx.get(url_of(again, name)).json() == [f"{name} {number}" for number in range(5)]
     fill(again, "d")
-    kill(again)
+    again.kill()
     third = serve()
     assert httpx.get(url_of(third, "d")).status_code == 200
 
@@ -220,7 +214,7 @@ def test_a_flipped_byte_in_the_middle_costs_its_own_stream_only(serve, data):
     server = serve()
     fill(server, "abc")
     offsets = {name: httpx.head(url_of(server, name)).headers["Stream-Next-Offset"] for name in "abc"}
-    kill(server)
+    server.kill()
     segment = segments(data)[0]
     content = bytearray(segment.read_bytes())
     content[content.index(b'"b 2"') + 2] ^= 0x20
@@ -255,7 +249,7 @@ def test_a_second_process_is_refused(serve, data):
     assert second.returncode == EXIT_UNAVAILABLE
     assert f"another process writes it (id {server.pid})" in second.stderr
     assert httpx.put(url_of(server), headers=TEXT).status_code == 201
-    kill(server)
+    server.kill()
     assert httpx.get(url_of(serve())).status_code == 200, "a lock does not outlive its process"
 
 
@@ -308,7 +302,7 @@ def test_a_full_disk_refuses_publishers_and_recovers_by_itself(start_tokenring, 
         assert append(len(acknowledged)).status_code == 200
         acknowledged.append(len(acknowledged))
         assert [message["n"] for message in read_all(client, url_of(server))] == acknowledged
-        kill(server)
+        server.kill()
         server = start()
         assert [message["n"] for message in read_all(client, url_of(server))] == acknowledged
 
@@ -336,7 +330,7 @@ def test_segments_that_nobody_needs_go(serve, data):
     assert counters(server)["durable_segments_removed"] > 0
     assert not (data / "00000000000000000001.segment").exists()
     assert server.status()["shards"][0]["counters"]["durable_rewritten_bytes"] > 0
-    kill(server)
+    server.kill()
     again = serve()
     assert httpx.get(url_of(again, "quiet")).text == "from long ago"
 
@@ -384,7 +378,7 @@ def test_messages_go_when_they_are_old_and_a_restart_brings_none_back(serve, dat
     assert gone().json()["error"]["code"] == "offset_gone" and gone().headers["stream-earliest-offset"] == old
     httpx.post(url, headers=text, content="new").raise_for_status()
     assert httpx.get(url, params={"offset": old}).text == "new"
-    kill(server)
+    server.kill()
     server = serve(more=["--durable-retention-ms", "2000"])
     url = url_of(server)
     assert httpx.get(url).headers["stream-earliest-offset"] >= old

@@ -3,7 +3,6 @@ end as what they are."""
 
 import json
 import random
-import signal
 import subprocess
 import time
 
@@ -34,11 +33,6 @@ def serve(start_tokenring, data):
         return start_tokenring(upstreams, shards=shards, more=[str(flag) for flag in more], **settings)
 
     return start
-
-
-def kill(server):
-    server.signal(signal.SIGKILL)
-    server.child.wait(10)
 
 
 def streams(data, *arguments):
@@ -82,7 +76,7 @@ def test_streams_are_found_after_kill_9(serve, backend, interval, shards):
     said_on.say(3)
     wait_until(lambda: status(first.port, left.stream)["last_event_id"] == 4, SOON_S, "it goes on")
     synced(first)
-    kill(first)
+    first.kill()
 
     second = serve(*flags, upstreams=[backend.url], shards=shards)
     for seen in range(6):
@@ -112,7 +106,7 @@ def test_streams_are_found_after_kill_9(serve, backend, interval, shards):
     fresh, said = begin(second, backend, 2)
     assert fresh.stream not in {whole.stream, half.stream, broken.stream, stopped.stream, left.stream}
     synced(second)
-    kill(second)
+    second.kill()
     third = serve(*flags, upstreams=[backend.url], shards=shards)
     assert resume(third.port, half.stream, 1).read_all().code == "stream_stopped"
     assert_words(resume(third.port, whole.stream, 2).read_all().events, 3, 5)
@@ -140,7 +134,7 @@ def test_kill_9_under_load_takes_no_event_back_that_a_client_had_seen(serve, dat
         until = time.monotonic() + 0.5 + rng.random()
         while time.monotonic() < until:
             crowd.pump(0.05)
-        kill(server)
+        server.kill()
         crowd.pump(0.2)
         crowd.close()
         named = [answer for answer in answers if answer.status == 200]
@@ -182,7 +176,7 @@ def test_streams_of_shards_that_there_are_no_more_are_found(serve, backend, data
             said.done()
             client.read_all()
         named.append(client.stream)
-    kill(first)
+    first.kill()
     for shards in (1, 2, 4, 1):
         server = serve(upstreams=[backend.url], shards=shards)
         for nth, stream in enumerate(named):
@@ -190,7 +184,7 @@ def test_streams_of_shards_that_there_are_no_more_are_found(serve, backend, data
             assert_words(back.events, 2, 2 + nth)
             assert bool(back.told) != bool(nth % 2)
         assert not [path for path in data.glob("relayed-*") if int(path.name[8:]) >= shards]
-        kill(server)
+        server.kill()
 
 
 def test_what_is_over_goes_with_its_time_also_over_a_restart(serve, backend, data):
@@ -199,13 +193,13 @@ def test_what_is_over_goes_with_its_time_also_over_a_restart(serve, backend, dat
     said.done()
     client.read_all()
     began = time.monotonic()
-    kill(first)
+    first.kill()
     second = serve("--keep-ms", 3000, upstreams=[backend.url])
     assert resume(second.port, client.stream, 1).read_all().status == 200
     wait_until(lambda: resume(second.port, client.stream, 1).read_all().status == 410, 10, "its time is over")
     assert 2 < time.monotonic() - began < 9
     synced(second)
-    kill(second)
+    second.kill()
     assert "ID" not in streams(data, "list").stdout
     third = serve("--keep-ms", 3000, upstreams=[backend.url])
     assert resume(third.port, client.stream, 1).read_all().code == "stream_expired"
@@ -240,7 +234,7 @@ def test_the_window_is_the_same_on_disk(serve, backend):
     earliest = status(first.port, client.stream)["earliest_event_id"]
     assert earliest > 100
     synced(first)
-    kill(first)
+    first.kill()
     second = serve(*flags, upstreams=[backend.url])
     told = status(second.port, client.stream)
     assert told["last_event_id"] == 200 and 100 < told["earliest_event_id"] <= 200
@@ -263,7 +257,7 @@ def test_a_response_in_background_is_found_after_a_restart(serve, interval):
     deleted = list(client(first).responses.create(**asked, extra_query=quick))[0].response.id
     client(first).responses.delete(deleted)
     synced(first)
-    kill(first)
+    first.kill()
     second = client(serve(*flags, shards=2))
     found = second.responses.retrieve(whole[0].response.id)
     assert found.status == "completed" and found.output_text == whole[-1].response.output_text
@@ -284,7 +278,7 @@ def test_streams_can_be_looked_at_without_a_server(serve, backend, data):
     said.done()
     whole.read_all()
     half, said = begin(server, backend, 2)
-    kill(server)
+    server.kill()
     listed = streams(data, "list").stdout
     rows = {line.split()[0]: line.split()[1:] for line in listed.splitlines() if line.strip()}
     assert rows[whole.stream][0] == "4" and "done" in rows[whole.stream]
@@ -303,7 +297,7 @@ def test_a_flipped_byte_costs_its_own_stream_only(serve, backend, data):
     for client, said in clients:
         said.say(4)
         client.read(8)
-    kill(server)
+    server.kill()
     segment = sorted((data / "relayed-0").glob("*.segment"))[0]
     content = bytearray(segment.read_bytes())
     at = [at for at in range(len(content)) if content.startswith(b"id: 4\n", at)][1]
@@ -336,7 +330,7 @@ def test_a_route_that_is_not_durable_leaves_nothing_on_the_disk(start_tokenring,
     first = start_tokenring([backend.url], shards=1, more=flags)
     client, said = begin(first, backend, 2)
     assert b"w1" not in b"".join(path.read_bytes() for path in data.rglob("*.segment"))
-    kill(first)
+    first.kill()
     second = start_tokenring([backend.url], shards=1, more=flags)
     assert resume(second.port, client.stream, 1).read_all().code == "stream_expired"
     fresh, _ = begin(second, backend, 1)
@@ -370,7 +364,7 @@ def test_streams_go_on_when_the_disk_is_full_and_are_stored_again_when_it_is_not
     client.read(124)
     beside.read(3)
     synced(server)
-    kill(server)
+    server.kill()
     server = start()
     assert_words(resume(server.port, client.stream, 120).read_all().events, 121, 124)
     assert_words(resume(server.port, beside.stream, 0).read_all().events, 1, 3)
