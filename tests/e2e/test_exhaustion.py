@@ -282,12 +282,11 @@ def test_the_ring_takes_nothing_for_a_while(start_tokenring, number):
         assert "panicked" not in tokenring.log()
 
 
-@pytest.mark.parametrize("sleep", ["ring", "reactor"])
 @pytest.mark.parametrize("number,reason", [(errno.EAGAIN, "memory"), (errno.EBUSY, "completions")])
-def test_a_ring_that_takes_nothing_is_asked_at_leisure(start_tokenring, number, reason, sleep):
+def test_a_ring_that_takes_nothing_is_asked_at_leisure(start_tokenring, number, reason):
     """Asking at once again and again would take a whole CPU, which is short then as well."""
     with Supervised("io_uring_enter") as kernel:
-        tokenring = start_tokenring(shards=1, confine=kernel.confine, more=["--sleep", sleep])
+        tokenring = start_tokenring(shards=1, confine=kernel.confine)
         client, begin = streaming(tokenring, 200)
         kernel.refuse(number)
         began = time.monotonic()
