@@ -64,6 +64,8 @@ pub enum Bug {
     GoneUntold,
     /// The shard of a fork's path hears of the fork after its creator has.
     ForkToldLate,
+    /// A path is given up while the disk can still take that back.
+    GoneTooEarly,
     /// A path stays reserved for a fork that was not made.
     ReservedForEver,
     /// Who is handed over to a mirror goes on behind what it has not had.

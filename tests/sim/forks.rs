@@ -3,6 +3,7 @@
 //! tell. Afterwards the shards of the paths know of every fork that is elsewhere, and of no other.
 
 use crate::client::{ClientPlan, How, When};
+use crate::disk::SimDisk;
 use crate::durable::{JSON, LAST, Requests, message, numbers};
 use crate::minimise::failure_of;
 use crate::random;
@@ -228,6 +229,130 @@ fn check_directory(sim: &Sim, shards: usize) -> usize {
     }
     assert_eq!(known, there, "what is known of forks (left) is not what there is");
     there.len()
+}
+
+/// An actor whose server crashes: of what it was not told, some was done, up to somewhere.
+struct Survivor {
+    actor: Actor,
+    /// Those that are possible.
+    models: Vec<Model>,
+}
+
+impl Survivor {
+    /// Takes in what it was told; `over`: nothing more will be.
+    fn hear(&mut self, sim: &Sim, over: bool) -> bool {
+        let Some((client, _)) = &self.actor.asked else { return true };
+        let world = sim.world();
+        if !over && world.clients[*client].ended.is_none() {
+            return false;
+        }
+        let (client, deeds) = self.actor.asked.take().unwrap();
+        let answers = &world.clients[client].reader.messages;
+        let mut told = 0;
+        for (deed, answer) in deeds.iter().zip(answers).take_while(|(_, answer)| answer.complete) {
+            if answer.status() == 503 {
+                break;
+            }
+            told += 1;
+            let fits = |mut model: Model| {
+                let (status, given) = model.act(deed);
+                let reads = status == 200 && matches!(deed, Deed::Read(_));
+                let same = answer.status() == status && (!reads || numbers(answer).0 == given);
+                same.then_some(model)
+            };
+            let before = std::mem::take(&mut self.models);
+            self.models = before.iter().cloned().filter_map(fits).collect();
+            let text = String::from_utf8_lossy(&answer.body);
+            assert!(
+                !self.models.is_empty(),
+                "c{client}: {deed:?} was answered {} {text}; there was one of {before:?}",
+                answer.status()
+            );
+        }
+        self.actor.answered += told;
+        let mut possible = self.models.clone();
+        for deed in &deeds[told..] {
+            possible.iter_mut().for_each(|model| _ = model.act(deed));
+            self.models.extend(possible.iter().cloned());
+        }
+        self.models.sort_by_key(|model| format!("{model:?}"));
+        self.models.dedup_by_key(|model| format!("{model:?}"));
+        true
+    }
+}
+
+/// Paths that some give up while others already want them again: nobody is answered before the disk has it, but nobody waits for the
+/// others' answers either. What is wrong shows when the journals are read.
+fn race(sim: &mut Sim, rng: &mut Rng) {
+    let base = |nth: u64| format!("/v1/durable/base/{nth}");
+    for nth in 0..3 {
+        sim.client(Deed::Create(base(nth)).ask(Requests::new(), true).plan(0));
+    }
+    for _ in 0..rng.range(0, 40) {
+        let path = format!("/v1/durable/racy/{}", rng.below(2));
+        let deed = match rng.below(4) {
+            0 => Deed::Create(path),
+            1 => Deed::Fork { path, source: base(rng.below(3)) },
+            _ => Deed::Delete(path),
+        };
+        sim.client(deed.ask(Requests::new(), true).plan(rng.below(1_500_000)));
+    }
+}
+
+/// Servers with other numbers of shards, one after the other, each ended by a crash.
+fn crash_run(seed: u64) -> usize {
+    println!("seed {seed}");
+    let mut rng = Rng::new(seed ^ 0xC4A5);
+    let mut disks: Vec<SimDisk> = Vec::new();
+    let mut survivors: Vec<Survivor> = (0..rng.range(1, 4))
+        .map(|nth| Survivor { actor: Actor::new(nth, rng.range(2, 5)), models: vec![Model::default()] })
+        .collect();
+    let interval_ms = rng.pick(&[0, 0, 40]);
+    for round in 0..5 {
+        let mut with = settings();
+        with.backlog = 128;
+        with.durable.fsync_interval_ms = interval_ms;
+        with.durable.segment_bytes = rng.pick(&[2_000, 1 << 20]);
+        with.unix_time_at_start_s += round * 1_000;
+        let shards = rng.range(2, 4) as usize;
+        let sim = Sim::new(seed * 10 + round, with, Vec::new()).of_shards(shards, rng.pick(&[1, 2, 64]));
+        let mut sim = sim.with_disks(std::mem::take(&mut disks));
+        for disk in &mut sim.disks {
+            disk.latency_us = rng.pick(&[0, 200, 5_000, 300_000]);
+        }
+        race(&mut sim, &mut rng);
+        for _ in 0..rng.range(3, 25) {
+            for survivor in &mut survivors {
+                if survivor.hear(&sim, false) {
+                    // What is possible at most is what paths are chosen from.
+                    survivor.actor.model = survivor.models[0].clone();
+                    survivor.actor.ask(&mut sim, &mut rng, 0);
+                }
+            }
+            sim.run_ms(rng.skewed(600) + 1);
+        }
+        for survivor in &mut survivors {
+            survivor.hear(&sim, true);
+        }
+        disks = std::mem::take(&mut sim.disks);
+        let power = interval_ms == 0 && rng.chance(500);
+        disks.iter_mut().for_each(|disk| disk.crash(power));
+    }
+    survivors.iter().map(|survivor| survivor.actor.answered).sum()
+}
+
+#[test]
+fn a_crash_takes_no_fork_back_and_gives_no_path_twice() {
+    let answered: usize = (0..100).map(crash_run).sum();
+    assert!(answered > 5_000, "{answered} were answered");
+}
+
+#[test]
+fn a_path_that_is_given_up_too_early_is_found() {
+    let found = (0..300)
+        .find_map(|seed| failure_of(Bug::GoneTooEarly, || _ = crash_run(seed)).map(|what| (seed, what)));
+    let Some((seed, what)) = found else { panic!("it went unnoticed") };
+    println!("seed {seed}, {what:.200}");
 }
 
 #[derive(Default)]

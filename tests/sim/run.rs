@@ -137,6 +137,8 @@ pub(crate) struct Sim {
     mirror: Option<Neighbours<SimSocket>>,
     /// Of its durable streams.
     pub(crate) disk: Option<SimDisk>,
+    /// Those of several shards, by shard.
+    pub(crate) disks: Vec<SimDisk>,
     /// Reports for which there was no room: records, snapshots, and failures of TLS.
     records_dropped: u64,
     snapshots_dropped: u64,
@@ -231,6 +233,7 @@ impl Sim {
             pages: Vec::new(),
             mirror: None,
             disk: None,
+            disks: Vec::new(),
             records_dropped: 0,
             snapshots_dropped: 0,
             failures_dropped: 0,

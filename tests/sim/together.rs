@@ -4,9 +4,12 @@
 use crate::disk::SimDisk;
 use crate::io::SimIo;
 use crate::run::Sim;
-use shard::core::{Shard, Sleepy};
+use protocol::durable::journal::Recovered;
+use protocol::durable::{Rehoming, agree};
+use shard::core::{JournalOf, Shard, Sleepy};
 use shard::mesh::{Command, mailbox, neighbours_with};
 use shard::stats::Counters;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -30,6 +33,48 @@ impl Sim {
         for (ring, end) in neighbours_with(&self.ports, room).into_iter().enumerate() {
             self.shard_mut(ring).meet(end);
         }
+        self
+    }
+
+    /// With durable streams on disks, one for each shard that there is or was, and what they hold.
+    pub(crate) fn with_disks(mut self, mut disks: Vec<SimDisk>) -> Self {
+        let shards = self.shards().count();
+        while disks.len() < shards {
+            disks.push(SimDisk::new(JournalOf::Durable, 100 + disks.len() as u64));
+        }
+        let read = |disks: &[SimDisk]| {
+            let mut found = disks.iter().map(SimDisk::recover).enumerate().collect();
+            agree(&mut found);
+            found
+        };
+        let mut found: BTreeMap<usize, Recovered> = read(&disks);
+        if let Some(mut rehoming) = Rehoming::begin(&mut found, shards, 5) {
+            for leaving in [false, true] {
+                if leaving {
+                    rehoming.leave();
+                }
+                for (shard, disk) in disks.iter_mut().enumerate() {
+                    while let Some(job) = rehoming.next_job(shard) {
+                        disk.carry_out(&job);
+                        rehoming.job_done(shard);
+                    }
+                }
+            }
+            disks.truncate(shards);
+            found = read(&disks);
+        }
+        disks.truncate(shards);
+        for (own, recovered) in found.into_iter().filter(|(own, _)| *own < shards) {
+            let lost = recovered.findings.iter().find(|finding| finding.lost);
+            assert!(lost.is_none(), "shard {own}: {lost:?}");
+            let away: Vec<(Box<str>, usize)> =
+                recovered.paths_away(shards, own).map(|(path, home)| (path.into(), home)).collect();
+            self.shard_mut(own).open_journal(recovered, 7);
+            for (path, home) in away {
+                self.shard_mut(home).know_forks([(path, own)]);
+            }
+        }
+        self.disks = disks;
         self
     }
 
@@ -99,17 +144,30 @@ impl Sim {
     pub(crate) fn turn_of(&mut self, ring: usize, sleepy: Sleepy) {
         self.world().say(|| format!("-- shard {ring}"));
         let mut disk = if ring == 0 { self.disk.take() } else { None };
+        let mut disks = std::mem::take(&mut self.disks);
         let now_us = self.now_us();
+        if let Some(disk) = disks.get_mut(ring) {
+            disk.tell(self.shard_mut(ring), now_us);
+        }
         let shard = self.shard_mut(ring);
         if let Some(disk) = &mut disk {
             disk.tell(shard, now_us);
         }
         assert!(shard.turn(sleepy).is_ok(), "a simulated ring does not fail");
+        let now_us = self.now_us();
         if let Some(mut disk) = disk {
-            let now_us = self.now_us();
             disk.ask(self.shard_mut(ring), now_us);
             self.disk = Some(disk);
         }
+        if let Some(disk) = disks.get_mut(ring) {
+            let busy = disk.due_us().is_some();
+            disk.ask(self.shard_mut(ring), now_us);
+            if let Some(due_us) = disk.due_us().filter(|_| !busy) {
+                // What is done ends its sleep.
+                self.world().rings_at(ring, due_us - now_us);
+            }
+        }
+        self.disks = disks;
         self.check_step(ring);
         if self.shard_mut(ring).take_woken() {
             let commands = std::mem::take(&mut self.world().rings[ring].commands);

@@ -239,3 +239,36 @@ fn no_two_shards_give_a_stream_the_same_number() {
         }
     }
 }
+
+/// Or a crash could leave streams at it in two journals.
+#[test]
+fn a_path_is_given_up_when_the_disk_cannot_take_that_back() {
+    for (own, away) in [(0, false), (1, true)] {
+        let path = "/v1/durable/b";
+        assert_eq!(home_of(path, 2), 0);
+        let mut with = Dialogue::new(settings());
+        let interval = Settings { fsync_interval_ms: 1_000, ..settings() };
+        with.store = Store::with_journal(interval, Recovered::default(), 7, with.now);
+        with.store.be_placed(own, 2);
+        let (mut disk, mut random) = (Disk::default(), Random::new(1));
+        assert_eq!(with.ask(&format!("PUT {path}"), "", b"").status, 201);
+        assert_eq!(with.store.paths_away().count(), usize::from(away));
+        assert_eq!(with.ask(&format!("DELETE {path}"), "", b"").status, 204);
+        let held = |store: &Store| if away { store.is_going(path) } else { store.is_vacated(path) };
+        let mut written = 0;
+        while let Some(job) = with.store.next_job(with.now.ms) {
+            assert!(held(&with.store) && with.store.take_gone().is_none(), "written is not synced");
+            disk.work(&job, &mut random, false).unwrap();
+            with.store.job_done(Ok(()), with.now.ms);
+            written += 1;
+        }
+        assert!(written > 0 && held(&with.store) && with.store.take_gone().is_none());
+        with.wait_ms(1_000);
+        while let Some(job) = with.store.next_job(with.now.ms) {
+            disk.work(&job, &mut random, false).unwrap();
+            with.store.job_done(Ok(()), with.now.ms);
+        }
+        assert_eq!(with.store.take_gone().as_deref(), away.then_some(path));
+        assert!(!held(&with.store));
+    }
+}

@@ -86,15 +86,21 @@ impl<I: Io> Shard<I> {
     /// served here.
     pub(super) fn durable_elsewhere(&self, key: Key, path: &str) -> Option<(usize, bool)> {
         let neighbours = self.neighbours.as_ref()?;
+        let home = home_of(path, neighbours.shards());
+        if home == neighbours.own() && self.directory.entries.is_empty() {
+            return None;
+        }
         let sent = self.conns.get(key).is_some_and(|conn| conn.is_sent());
         if sent || self.durable.store.holds(path) {
             return None;
         }
-        match (home_of(path, neighbours.shards()), self.directory.entries.get(path)) {
-            (home, _) if home != neighbours.own() => Some((home, false)),
-            (_, Some(&Entry::At(shard))) => Some((shard, true)),
+        if home != neighbours.own() {
+            return Some((home, false));
+        }
+        match self.directory.entries.get(path) {
+            Some(&Entry::At(shard)) => Some((shard, true)),
             // Nobody has been told yet that there is one.
-            (_, Some(Entry::Reserved) | None) => None,
+            Some(Entry::Reserved) | None => None,
         }
     }
 

@@ -242,6 +242,8 @@ impl<I: Io> Shard<I> {
         let (now_ms, leaving) = (self.now_ms(), self.leaving != Leaving::No);
         let (events_ms, long_poll_ms) = (self.settings.durable.events_ms, self.settings.durable.long_poll_ms);
         match reply {
+            // It waited, and has been told something else meanwhile.
+            Reply::Answer(_) if self.streams.get(key).is_none_or(|stream| stream.end.is_some()) => return,
             Reply::Answer(mut answer) => {
                 let framing = Framing::Length(answer.body.len() as u64);
                 self.durable_head(key, &mut answer, framing);

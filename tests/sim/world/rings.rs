@@ -122,6 +122,11 @@ impl World {
         (0..self.rings.len()).filter(|&ring| self.rings[ring].due_us() <= self.now).collect()
     }
 
+    /// A shard's bell will ring.
+    pub(crate) fn rings_at(&mut self, ring: usize, after_us: u64) {
+        self.after(after_us, Event::Bell(ring));
+    }
+
     /// Somebody has rung a shard's bell, which is heard some time later.
     pub(crate) fn rung(&mut self, ring: usize) {
         let delay = self.delay();
