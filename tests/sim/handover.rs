@@ -4,7 +4,7 @@
 use crate::client::{ClientPlan, How, Pace, When};
 use crate::durable::{self, JSON, LAST, Requests, numbers};
 use crate::minimise::failure_of;
-use crate::rng::Rng;
+use crate::rng::{Rng, are_usual, seeds};
 use crate::run::{Finished, Sim};
 use crate::shards::{self, shards_with};
 use protocol::durable::home_of;
@@ -418,15 +418,14 @@ fn run(seed: u64) -> (Tally, Finished) {
 /// The first hundred seeds; with `SIM_HANDOVER_RUNS`, so many from `SIM_HANDOVER_FROM` on.
 #[test]
 fn who_is_handed_over_is_owed_what_it_was_owed_whatever_happens() {
-    let asked = |name: &str| std::env::var(name).ok().and_then(|number| number.parse::<u64>().ok());
-    let (from, runs) = (asked("SIM_HANDOVER_FROM").unwrap_or(0), asked("SIM_HANDOVER_RUNS").unwrap_or(100));
+    let seeds = seeds("HANDOVER", 100);
     let mut all = Tally::default();
-    for seed in from..from + runs {
+    for seed in seeds.clone() {
         all.add(&run(seed).0);
     }
     let Tally { whole, over, back, parted } = all;
     println!("{whole} whole, {over} handed over, {back} handed back, {parted} left behind");
-    if from == 0 && runs >= 100 {
+    if are_usual(&seeds, 100) {
         assert!(whole > 500 && over > 300 && back > 20 && parted > 40);
     }
 }
