@@ -178,6 +178,22 @@ fn where_memory_runs_out_the_least_missed_goes_first() {
 }
 
 #[test]
+fn what_is_kept_goes_as_others_end_and_not_many_at_once() {
+    let mut sim = sim_with(9, |settings| settings.resume_bytes_max = 300_000);
+    let mut evicted = 0;
+    for _ in 0..400 {
+        let exchange = sim.exchange(Request::new(Dialect::Chat, true), Answer::events(3));
+        sim.client(ClientPlan::new(&[exchange]));
+        sim.run_ms(50);
+        let before = std::mem::replace(&mut evicted, sim.shard.stats().counters.kept_evictions);
+        assert!(evicted - before <= 2, "{} at once", evicted - before);
+    }
+    assert!(evicted > 100, "{evicted}");
+    assert!(sim.shard.snapshot().kept.bytes > 290_000, "as much is kept as may be");
+    sim.finish();
+}
+
+#[test]
 fn a_drain_waits_for_readers_and_for_nobody_else() {
     let mut sim = sim_with(10, |_| {});
     let mut tale = chat(&mut sim, 100, 20_000, leaves(300_000, How::Close));
