@@ -179,6 +179,11 @@ impl Sim {
             && matches!(code, "upstream_refused" | "connect_timeout" | "overload" | "no_upstream");
         let unresolved = world.control.unresolved && matches!(code, "no_upstream" | "upstream_refused");
         let late = code.ends_with("timeout") || code == "upstream_stalled";
+        // A long upload in tiny pieces, of which a turn takes few: its turns alone may last longer than it may.
+        let starved = code == "body_timeout"
+            && world.faults.turn_completions > 0
+            && world.faults.receive_bytes > 0
+            && exchange.request.body_bytes > 100_000;
         let excused = self.lenience.impatient
             || is_asleep(&world.clients[client], 20_000_000)
             || world.clients[client].jumped_us >= JUMP_US_MIN;
@@ -194,6 +199,7 @@ impl Sim {
         let closing = code == "overload" && self.has_few_slots(world);
         by_fault.contains(&code)
             || breach
+            || starved
             || self.lenience.outlives && matches!(code, "lagged" | "stream_stopped")
             || world.has_broken_backends() && code == "upstream_tls"
             || closing

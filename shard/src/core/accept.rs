@@ -364,6 +364,9 @@ impl<I: Io> Shard<I> {
 
     /// Takes what the kernel has queued, then no more; idle clients go, streams finish.
     pub(super) fn drain(&mut self, deadline_ms: u64) {
+        if self.left {
+            return;
+        }
         let deadline_ms = self.now_ms() + deadline_ms;
         match self.leaving {
             Leaving::Stopping { .. } => return,
@@ -401,6 +404,9 @@ impl<I: Io> Shard<I> {
 
     /// Ends everything with an in-band error and leaves a moment later.
     pub(super) fn stop(&mut self) {
+        if self.left {
+            return;
+        }
         let deadline_ms = self.now_ms() + STOP_FLUSH_MS;
         if !matches!(self.leaving, Leaving::Stopping { .. }) {
             self.leaving = Leaving::Stopping { deadline_ms };
