@@ -127,7 +127,13 @@ fn hear(store: &mut Store, reply: Reply, now: Now) -> Option<(Option<Offset>, u1
             let kind =
                 field(&head, "Content-Type").and_then(|kind| kind.split(';').next()).unwrap_or_default();
             if kind.trim().eq_ignore_ascii_case("application/json") {
-                assert!(is_json(&body).is_array());
+                // By the grammar alone: a number may be larger than any that a reader of ours could hold.
+                let read = serde_json::from_slice::<serde::de::IgnoredAny>(&body);
+                assert!(
+                    read.is_ok() && body.starts_with(b"["),
+                    "{read:?}: {:?}",
+                    body.escape_ascii().to_string()
+                );
             }
             Some((well_formed(&head), head.status))
         }

@@ -146,6 +146,7 @@ impl Sim {
             || !stays && client.ended != Some(Ended::Reset)
             || client.half_closed && exchange.request.streaming
             || !exchange.request.demo && by_backend
+            || code == "body_timeout" && is_starved(world, exchange.request.body_bytes)
             // It went on sending behind its own `Connection: close`, and was answered by RST.
             || client.ended == Some(Ended::Reset)
                 && client.plan.pipelined
@@ -179,11 +180,7 @@ impl Sim {
             && matches!(code, "upstream_refused" | "connect_timeout" | "overload" | "no_upstream");
         let unresolved = world.control.unresolved && matches!(code, "no_upstream" | "upstream_refused");
         let late = code.ends_with("timeout") || code == "upstream_stalled";
-        // A long upload in tiny pieces, of which a turn takes few: its turns alone may last longer than it may.
-        let starved = code == "body_timeout"
-            && world.faults.turn_completions > 0
-            && world.faults.receive_bytes > 0
-            && exchange.request.body_bytes > 100_000;
+        let starved = code == "body_timeout" && is_starved(world, exchange.request.body_bytes);
         let excused = self.lenience.impatient
             || is_asleep(&world.clients[client], 20_000_000)
             || world.clients[client].jumped_us >= JUMP_US_MIN;
@@ -363,4 +360,9 @@ fn is_end_mark(dialect: Dialect, data: &str) -> bool {
         Dialect::Messages => data.contains("message_stop"),
         Dialect::Plain => false,
     }
+}
+
+/// A long upload in tiny pieces, of which a turn takes few: its turns alone may last longer than it may.
+fn is_starved(world: &World, body_bytes: usize) -> bool {
+    world.faults.turn_completions > 0 && world.faults.receive_bytes > 0 && body_bytes > 100_000
 }
