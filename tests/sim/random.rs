@@ -422,12 +422,6 @@ fn seed_of_env() {
     assert!(failures == 0, "{failures} seeds fail");
 }
 
-/// 200 KB come in pieces of 8 bytes, two of anybody's a turn.
-#[test]
-fn an_upload_may_starve_where_turns_take_next_to_nothing() {
-    run_seed(770_007_584);
-}
-
 #[test]
 fn a_seed_replays_bit_for_bit() {
     for seed in [3, 17, 99, 256] {
