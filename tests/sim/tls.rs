@@ -404,6 +404,13 @@ fn a_connection_to_a_backend_may_break_within_its_handshake() {
     random(770_002_425);
 }
 
+/// A head is late while the last bytes of a handshake are still being sent: what refuses it waits behind them, and so does the
+/// next send, which would have armed the connection's timer again.
+#[test]
+fn a_late_head_may_be_refused_behind_the_last_send_of_a_handshake() {
+    random(770_005_424);
+}
+
 /// Its client asks for new keys, and goes while the rest of a batch is still to be sent.
 #[test]
 fn a_connection_may_end_between_the_sends_of_one_batch() {

@@ -161,7 +161,11 @@ impl<I: Io> Shard<I> {
                     self.stats.counters.keep_alive_closes += 1;
                     self.linger(key);
                 }
-                None => self.refuse_late_head(key),
+                None => {
+                    self.refuse_late_head(key);
+                    // What it is told may have to wait for a send of the handshake, and would arm it then.
+                    self.follow_conn_timer(key);
+                }
             },
             (Role::Backend(backend), State::Open) => match stream {
                 Some(stream) if stalled => self.end_stream(stream, End::UpstreamStalled),
