@@ -422,6 +422,12 @@ fn seed_of_env() {
     assert!(failures == 0, "{failures} seeds fail");
 }
 
+/// The clock jumps over a stop's whole time before the next turn, with accepts still armed.
+#[test]
+fn the_clock_may_jump_over_the_time_of_a_stop() {
+    run_seed(5_166_761_558_056);
+}
+
 #[test]
 fn a_seed_replays_bit_for_bit() {
     for seed in [3, 17, 99, 256] {

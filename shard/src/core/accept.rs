@@ -446,6 +446,10 @@ impl<I: Io> Shard<I> {
                 self.leaving = Leaving::Stopping { deadline_ms: now_ms + STOP_FLUSH_MS };
                 self.arm_leaving(now_ms + STOP_FLUSH_MS);
             }
+            // The clock has jumped: listeners are closed at the end of this turn, and with them what the kernel holds for them.
+            Leaving::Stopping { deadline_ms } if deadline_ms <= now_ms && !self.has_closed() => {
+                self.arm_leaving(now_ms + 1);
+            }
             Leaving::Stopping { deadline_ms } if deadline_ms <= now_ms => {
                 for key in self.client_conns() {
                     let stream = self.conns.get(key).and_then(|conn| conn.stream);
@@ -491,7 +495,7 @@ impl<I: Io> Shard<I> {
                 acceptor.cancel(&mut self.io);
             }
         }
-        if !self.acceptors.iter().all(|acceptor| acceptor.closed) || !self.parked.is_empty() {
+        if !self.has_closed() || !self.parked.is_empty() {
             return;
         }
         // A neighbour that has not heard of the drain yet may hand a client over; it rings when it has.
@@ -504,6 +508,10 @@ impl<I: Io> Shard<I> {
         if self.load() == 0 && over {
             self.leave();
         }
+    }
+
+    fn has_closed(&self) -> bool {
+        self.acceptors.iter().all(|acceptor| acceptor.closed)
     }
 
     /// While leaving, a turn must not sleep until the listeners are closed.
