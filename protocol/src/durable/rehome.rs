@@ -159,8 +159,9 @@ fn homes(found: &BTreeMap<usize, Recovered>, shards: usize) -> HashMap<u64, usiz
     let all: HashMap<u64, &Image> = images(found).map(|(_, image)| (image.created, image)).collect();
     let root = |image: &Image| {
         let mut image = all.get(&image.created).copied()?;
-        // A source is older than its forks.
-        while let Some(source) = all.get(&image.facts.source) {
+        // A source is older than its forks, whoever has written the records.
+        while let Some(source) = all.get(&image.facts.source).filter(|source| source.created < image.created)
+        {
             image = source;
         }
         Some(home_of(&image.facts.path, shards))
