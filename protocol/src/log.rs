@@ -29,6 +29,9 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
+/// What memory is fetched by.
+const CACHE_LINE_BYTES: usize = 64;
+
 /// A contiguous range of a log, lent out (to the kernel): holds its memory until dropped.
 #[derive(Clone)]
 pub struct Lent {
@@ -331,14 +334,21 @@ impl Log {
         self.last_event_id += 1;
     }
 
-    /// Reads a little of what a release will need, so that it comes into the cache beside what else is on its way there: where
-    /// it stands, and the lines that history is copied to next. The result means nothing.
-    pub fn touch(&self) -> u64 {
-        let Some(kept) = &self.kept else { return 0 };
-        let Some(history) = &kept.history else { return kept.floor };
-        let next = history.filled as usize;
-        let read = |at: usize| history.memory.get(at).map_or(0, Cell::get);
-        kept.floor + u64::from(read(next) ^ read(next + 64) ^ read(next + 128) ^ read(next + 192))
+    /// Where a log that is kept has what lending and releasing need besides the log itself, for fetching it ahead.
+    pub fn apart(&self) -> Option<*const u8> {
+        self.kept.as_ref().map(|kept| std::ptr::from_ref(&**kept).cast())
+    }
+
+    /// Where the newest of what is kept lies, for fetching it ahead.
+    pub fn history_apart(&self) -> Option<*const u8> {
+        self.history().map(|history| history.memory.as_ptr().cast())
+    }
+
+    /// Where the next `bytes` that are delivered are copied to, line by line, for fetching it ahead: nobody has looked at that
+    /// memory for long.
+    pub fn settles_at(&self, bytes: usize) -> impl Iterator<Item = *const u8> {
+        let room = self.history().map_or(&[][..], |history| &history.memory[history.filled as usize..]);
+        room[..bytes.min(room.len())].chunks(CACHE_LINE_BYTES).map(|line| line.as_ptr().cast())
     }
 
     /// Bytes of memory held in segments, filled or not.

@@ -66,6 +66,11 @@ impl<K: Copy> Wheel<K> {
         TimerId(NonZeroU32::MIN.saturating_add(index))
     }
 
+    /// Where an armed timer lies, for fetching it ahead.
+    pub fn apart(&self, timer: TimerId) -> Option<*const u8> {
+        self.timers.get(timer.index() as usize).map(|timer| std::ptr::from_ref(timer).cast())
+    }
+
     /// Disarms a timer that has neither fired nor been removed.
     pub fn remove(&mut self, timer: TimerId) -> K {
         self.unlink(timer.index());

@@ -193,6 +193,9 @@ pub trait Io: Sized {
     /// Received bytes in a lent buffer; given back on drop.
     type Buffer: DerefMut<Target = [u8]> + Debug;
 
+    /// This memory is going to be needed soon: a hint, which reads nothing and waits for nothing.
+    fn prefetch(&self, _address: *const u8) {}
+
     /// Microseconds of the monotonic clock. Called when a turn wakes and when its work is done, nowhere else.
     fn now_us(&self) -> u64;
 

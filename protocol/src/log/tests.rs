@@ -118,6 +118,26 @@ fn history_takes_about_what_there_is_of_it() {
 }
 
 #[test]
+fn what_is_delivered_next_is_copied_to_where_was_foretold() {
+    let mut log = Log::new();
+    assert_eq!((log.apart(), log.settles_at(100).count()), (None, 0), "a log that is not kept");
+    log.keep(1 << 20);
+    assert!(log.apart().is_some() && log.history_apart().is_none() && log.settles_at(100).count() == 0);
+    log.append(&[&[7; 100]]);
+    log.release(100);
+    log.append(&[&[8; 150]]);
+    let foretold: Vec<_> = log.settles_at(150).collect();
+    let held: *const u8 = log.history_apart().unwrap();
+    log.release(250);
+    let copied = log.lend(100, 150).unwrap();
+    let start: *const u8 = copied.cells().as_ptr().cast();
+    assert_eq!(foretold, [0, 64, 128].map(|line| start.wrapping_add(line)));
+    assert_eq!(held, log.lend(0, 1).unwrap().cells().as_ptr().cast());
+    // No further than the memory goes.
+    assert_eq!(log.settles_at(1 << 20).count(), (LOG_SEGMENT_FIRST_BYTES - 250).div_ceil(64));
+}
+
+#[test]
 fn what_is_kept_for_later_is_bounded() {
     let mut logs: Vec<Log> = (0..5_000).map(|_| Log::new()).collect();
     for (index, log) in logs.iter_mut().enumerate() {

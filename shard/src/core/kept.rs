@@ -601,6 +601,7 @@ impl<I: Io> Shard<I> {
                 Some(source) if !source.is_read() => {
                     self.stats.counters.kept_evictions += 1;
                     self.remove_source(key);
+                    self.fetch_next_evicted();
                 }
                 Some(_) => self.kept.over.push_back(key),
             }
@@ -629,6 +630,25 @@ impl<I: Io> Shard<I> {
         }
         // Where nothing can be given up, another attempt is worth it only when there is more.
         self.kept.make_room_at = if self.kept.bytes > most { self.kept.bytes + most / 16 } else { most };
+    }
+
+    /// What is given up next has not been looked at for long: its memory comes while other things are done, each step of the way
+    /// one eviction earlier than the next.
+    fn fetch_next_evicted(&self) {
+        let mut next = self.kept.over.iter().map(|&key| self.kept.sources.get(key));
+        let history = next.next().flatten().and_then(|source| source.log.history_apart());
+        let then = next.next().flatten();
+        let log = then.and_then(|source| source.log.apart());
+        let timer = then.and_then(|source| self.wheel.apart(source.timer?.0));
+        for address in history.into_iter().chain(log).chain(timer) {
+            self.io.prefetch(address);
+        }
+        if let Some(source) = next.next().flatten() {
+            let start: *const u8 = std::ptr::from_ref(source).cast();
+            for line in 0..size_of::<Source>().div_ceil(64) {
+                self.io.prefetch(start.wrapping_add(64 * line));
+            }
+        }
     }
 
     fn mirror_forgets_half(&mut self, key: Key) {

@@ -221,6 +221,10 @@ impl<I: Io> Shard<I> {
             return;
         };
         let bytes = range.len() as u32;
+        if client {
+            // Needed when the send is confirmed; on its way while the kernel sends.
+            log.settles_at(range.len()).for_each(|line| self.io.prefetch(line));
+        }
         // Waited for: by what is left of the log, by the side that was paused, by the end of the answer or the request.
         let (complete, paused) = match client {
             true => (!stream.produced, stream.paused),
