@@ -28,6 +28,7 @@ mod room;
 mod store;
 mod stream;
 mod timestamp;
+mod writes;
 
 #[cfg(test)]
 mod model_tests;

@@ -2,7 +2,7 @@
 
 use super::lines::Lines;
 use super::reading::{Cursor, Reading, body_bytes};
-use super::request::{From, Live, Read, Request};
+use super::request::{Expiry, From, Live, Read, Request};
 use super::store::{Answer, Id, Outcome, Poll, Refused, Reply, Store};
 use super::{Form, Now, Offset, refusals};
 use crate::limits::DURABLE_PAGE_BYTES_MAX;
@@ -49,6 +49,24 @@ impl Store {
                 Ok(Reply::Events(Answer { status: 200, lines: lines.0, body: Vec::new() }, reading))
             }
         }
+    }
+
+    pub(super) fn metadata(&mut self, request: &Request, now: Now) -> Outcome {
+        let id = self.open_shown(&request.path, now)?;
+        let Some(stream) = self.streams.get(id) else { return Err(self.refused(refusals::NOT_FOUND)) };
+        let mut lines = self.lines();
+        lines
+            .add("Content-Type", &stream.content_type)
+            .add("Stream-Next-Offset", stream.offset(stream.shown_tail()))
+            .add_if(stream.is_shown_closed(), "Stream-Closed", "true");
+        match &stream.expiry {
+            Expiry::Never => {}
+            Expiry::Ttl(seconds) => _ = lines.add("Stream-TTL", seconds),
+            Expiry::At(_, text) => _ = lines.add("Stream-Expires-At", text),
+        }
+        self.add_earliest(id, &mut lines);
+        lines.add("Cache-Control", "no-store");
+        Ok(Reply::Answer(Answer { status: 200, lines: lines.0, body: Vec::new() }))
     }
 
     /// The position that a read is to begin at, if it is there.

@@ -1,7 +1,8 @@
 //! Journals of several shards that become those of another number, cut short anywhere, once and again, with the machine's power or
 //! without: afterwards each stream is where it belongs, whole, and nowhere else.
 
-use super::journal::tests::{Disk, Random, State, recover, state_of};
+use super::journal::disk::{Disk, Random, recover};
+use super::journal::tests::{State, state_of};
 use super::journal::{Job, Recovered};
 use super::rehome::{Rehoming, agree};
 use super::store::Store;

@@ -1,6 +1,6 @@
 //! Journals of relayed streams on a simulated disk that loses, tears and reorders what was not synced, and fails; and damaged ones.
 
-use super::journal::tests::{Disk, Random, recover};
+use super::journal::disk::{Disk, Random, recover};
 use super::journal::{Job, RelayFacts};
 use super::relayed::{Followed, RelayJournal, Restored};
 use crate::http::ChunkHead;

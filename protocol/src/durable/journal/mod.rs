@@ -14,6 +14,8 @@
 //! **Segments** are removed oldest first, and only when no stream needs one: each stream knows in which segment that what is
 //! known of it begins. To free old ones, streams are written anew ([`record::Kind::Snapshot`]), bit by bit, from memory.
 
+#[cfg(test)]
+pub(super) mod disk;
 mod image;
 pub(super) mod record;
 mod recovery;
