@@ -5,7 +5,9 @@
 //! time at which an event was *to be* published, whatever held the publisher up (no coordinated omission).
 #![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
+mod reader;
+mod returns;
+
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
@@ -13,18 +15,15 @@ use std::time::Duration;
 
 use bench::clock::{SECOND_NS, now_ns, seconds_ns};
 use bench::http::{ResponseReader, head_end};
-use bench::mark::{MARK_BYTES_MAX, Mark};
+use bench::mark::Mark;
 use bench::net::{self, Poller, Unsent};
 use bench::report::{Report, Window};
-use bench::sequence::Sequence;
 use clap::Parser;
+use reader::Reader;
+use returns::Returns;
 
 /// Token of the publisher; readers have their index, and those who return are counted on behind them.
 const PUBLISHER: u64 = u64::MAX;
-/// Those who return that may be on their way at once; the next one waits, and its time counts.
-const RETURNING_MAX: usize = 1024;
-/// Events whose ids are remembered for those who return.
-const IDS_MAX: usize = 4096;
 /// Bytes read at once.
 const PIECE_BYTES: usize = 64 << 10;
 /// Readers that may have been opened and not yet answered.
@@ -132,173 +131,6 @@ struct Run {
     window: Window,
     /// Events of which the latency counts: those due between the window's edges.
     measured: std::ops::Range<u64>,
-}
-
-struct Reader {
-    socket: Option<TcpStream>,
-    asked: bool,
-    received: Received,
-    /// Until it has caught up.
-    coming_back: Option<ComingBack>,
-    /// Events that were due before are none that it was there for.
-    live_from_ns: u64,
-}
-
-/// A reader of one of several streams that has left and is there again.
-struct ComingBack {
-    due_ns: u64,
-    has_first: bool,
-}
-
-/// What a reader has got.
-struct Received {
-    has_head: bool,
-    sequence: Sequence,
-    /// A head, or a mark, of which the rest has not arrived.
-    partial: Vec<u8>,
-    /// Of the last events: the sequence number, and the id that the server gave it.
-    ids: VecDeque<(u64, String)>,
-    /// Of an event of which the rest has not arrived.
-    text: Vec<u8>,
-    /// When the last event was due.
-    last_due_ns: u64,
-}
-
-/// Readers that come back, and when.
-#[derive(Default)]
-struct Returns {
-    start_ns: u64,
-    every_ns: u64,
-    /// How many are to come, and how many have come and gone.
-    all: u64,
-    begun: u64,
-    ended: u64,
-    slots: Vec<Option<Returned>>,
-    /// Of several streams: readers that have left, and when each is to come back.
-    away: VecDeque<(usize, u64)>,
-    away_ns: u64,
-}
-
-/// One who has come back.
-struct Returned {
-    socket: TcpStream,
-    /// Until it is sent.
-    request: String,
-    due_ns: u64,
-    /// Sequence number of the next event that it is owed, and of the last one that live readers had when it came back.
-    next: u64,
-    goal: u64,
-    has_head: bool,
-    has_first: bool,
-    partial: Vec<u8>,
-}
-
-impl Returns {
-    fn plan(&mut self, options: &Options, begin_ns: u64, end_ns: u64) {
-        if options.storm > 0 {
-            (self.start_ns, self.all) = (begin_ns + (end_ns - begin_ns) / 2, options.storm as u64);
-        } else if options.returns > 0.0 {
-            (self.start_ns, self.every_ns) = (begin_ns, (1e9 / options.returns) as u64);
-            self.all = (end_ns - begin_ns) / self.every_ns.max(1);
-            if options.streams > 1 {
-                // They leave so long before, and come back within the window.
-                self.away_ns = seconds_ns(options.away);
-                self.start_ns -= self.away_ns;
-            }
-        }
-    }
-
-    /// When the next one is to come back, if there is room for one.
-    fn next_due_ns(&self) -> Option<u64> {
-        let room = self.begun - self.ended < RETURNING_MAX as u64;
-        (self.begun < self.all && room).then(|| self.start_ns + self.begun * self.every_ns)
-    }
-
-    fn wake_ns(&self) -> u64 {
-        let back_ns = self.away.front().map_or(u64::MAX, |&(_, due_ns)| due_ns);
-        self.next_due_ns().unwrap_or(u64::MAX).min(back_ns)
-    }
-
-    fn are_over(&self) -> bool {
-        self.ended == self.all
-    }
-
-    fn unfinished(&self) -> u64 {
-        self.all - self.ended
-    }
-
-    fn free_slot(&mut self) -> usize {
-        self.slots.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        })
-    }
-
-    fn begin(&mut self, slot: usize, returned: Returned) {
-        self.slots[slot] = Some(returned);
-        self.begun += 1;
-    }
-
-    fn end(&mut self, slot: usize) -> io::Result<()> {
-        self.ended += 1;
-        match self.slots[slot].take() {
-            Some(returned) => net::reset_on_close(&returned.socket),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Returned {
-    /// Takes bytes; true when it has caught up, or cannot.
-    fn take(&mut self, bytes: &[u8], report: &mut Report) -> bool {
-        let now = now_ns();
-        self.partial.extend_from_slice(bytes);
-        if !self.has_head {
-            let Some(end) = head_end(&self.partial) else { return false };
-            if !self.partial.starts_with(b"HTTP/1.1 200 ") {
-                report.faults.status += 1;
-                return true;
-            }
-            self.has_head = true;
-            self.partial.drain(..end);
-        }
-        let mut from = 0;
-        while let Some(start) = memchr::memchr(b'~', &self.partial[from..]).map(|at| from + at)
-            && let Some(end) = memchr::memchr(b'~', &self.partial[start + 1..]).map(|at| start + 1 + at)
-        {
-            from = end + 1;
-            let Some(mark) = Mark::decode(&self.partial[start..from]) else {
-                report.faults.malformed += 1;
-                return true;
-            };
-            if mark.sequence != self.next {
-                let early = mark.sequence < self.next;
-                *(if early {
-                    &mut report.faults.sequence.doubled
-                } else {
-                    &mut report.faults.sequence.lost
-                }) += 1;
-                return true;
-            }
-            self.next += 1;
-            if !std::mem::replace(&mut self.has_first, true) {
-                report.first.record(now.saturating_sub(self.due_ns));
-            }
-            if mark.sequence >= self.goal {
-                report.caught_up.record(now.saturating_sub(self.due_ns));
-                return true;
-            }
-        }
-        self.partial.drain(..from);
-        false
-    }
-}
-
-/// What an event's `id` line says.
-fn id_of(event: &[u8]) -> Option<String> {
-    let mut lines = event.split(|&byte| byte == b'\r' || byte == b'\n');
-    let id = lines.find_map(|line| line.strip_prefix(b"id:"))?;
-    String::from_utf8(id.to_vec()).ok().map(|id| id.trim().to_owned())
 }
 
 struct Publisher {
@@ -466,96 +298,6 @@ impl Run {
         }
     }
 
-    /// Connects those whose time has come to come back.
-    fn bring_back(&mut self, now: u64) -> io::Result<()> {
-        while let Some(due_ns) = self.returns.next_due_ns().filter(|&due_ns| due_ns <= now) {
-            let ids = &self.readers[0].received.ids;
-            let newest = ids.back().map_or(0, |(sequence, _)| *sequence);
-            let missed = ids.iter().rev().find(|(sequence, _)| sequence + self.options.behind <= newest);
-            let Some((cursor, id)) = missed else {
-                return Err(io::Error::other(
-                    "nobody has had as many events as those who return are to miss",
-                ));
-            };
-            let slot = self.returns.free_slot();
-            let socket = net::connect(self.options.target)?;
-            self.poller.add_connection(&socket, (self.readers.len() + slot) as u64)?;
-            let request = format!(
-                "GET {} HTTP/1.1\r\nHost: {}\r\nAccept: text/event-stream\r\nLast-Event-ID: {id}\r\n\r\n",
-                self.options.read, self.options.target
-            );
-            self.returns.begin(
-                slot,
-                Returned {
-                    socket,
-                    request,
-                    due_ns,
-                    next: cursor + 1,
-                    goal: newest,
-                    has_head: false,
-                    has_first: false,
-                    partial: Vec::new(),
-                },
-            );
-        }
-        Ok(())
-    }
-
-    /// Of several streams: readers leave when their time has come, and come back to where they were.
-    fn send_away(&mut self, now: u64) -> io::Result<()> {
-        while let Some(due_ns) = self.returns.next_due_ns().filter(|&due_ns| due_ns <= now) {
-            let index = (self.returns.begun % self.readers.len() as u64) as usize;
-            let reader = &mut self.readers[index];
-            if reader.socket.take().is_none() || reader.coming_back.is_some() {
-                return Err(io::Error::other("a reader is to leave that is not there"));
-            }
-            self.returns.begun += 1;
-            self.returns.away.push_back((index, due_ns + self.returns.away_ns));
-        }
-        while let Some(&(index, due_ns)) = self.returns.away.front().filter(|(_, due_ns)| *due_ns <= now) {
-            self.returns.away.pop_front();
-            let socket = net::connect(self.options.target)?;
-            self.poller.add_connection(&socket, index as u64)?;
-            let reader = &mut self.readers[index];
-            (reader.socket, reader.asked) = (Some(socket), false);
-            (reader.live_from_ns, reader.coming_back) =
-                (due_ns, Some(ComingBack { due_ns, has_first: false }));
-            reader.received.has_head = false;
-            reader.received.partial.clear();
-            reader.received.text.clear();
-        }
-        Ok(())
-    }
-
-    fn serve_returned(&mut self, slot: usize, piece: &mut [u8]) -> io::Result<()> {
-        let Some(returned) = self.returns.slots.get_mut(slot).and_then(Option::as_mut) else { return Ok(()) };
-        if !returned.request.is_empty() {
-            match (&returned.socket).write(returned.request.as_bytes()) {
-                Ok(_) => returned.request.clear(),
-                Err(error) if error.kind() == io::ErrorKind::NotConnected => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
-        loop {
-            match (&returned.socket).read(piece) {
-                Ok(0) => {
-                    self.report.faults.truncated += 1;
-                    return self.returns.end(slot);
-                }
-                Ok(count) => {
-                    if returned.take(&piece[..count], &mut self.report) {
-                        return self.returns.end(slot);
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(_) => {
-                    self.report.faults.reset += 1;
-                    return self.returns.end(slot);
-                }
-            }
-        }
-    }
-
     /// When the next event is to be published; never while the last one has no answer.
     fn due_ns(&self) -> u64 {
         let publisher = &self.publisher;
@@ -702,81 +444,6 @@ impl Run {
         if reader.socket.take().is_some() {
             self.report.faults.truncated += 1;
             self.owed -= usize::from(reader.received.sequence.last() < self.events);
-        }
-    }
-}
-
-impl Reader {
-    /// Of that stream.
-    fn new(stream: u64) -> Self {
-        let received = Received {
-            has_head: false,
-            sequence: Sequence::new(stream),
-            partial: Vec::new(),
-            ids: VecDeque::new(),
-            text: Vec::new(),
-            last_due_ns: 0,
-        };
-        Self { socket: None, asked: false, received, coming_back: None, live_from_ns: 0 }
-    }
-}
-
-impl Received {
-    /// Takes note of the ids of events.
-    fn remember(&mut self, bytes: &[u8]) {
-        self.text.extend_from_slice(bytes);
-        while let Some(end) = memchr::memmem::find(&self.text, b"\n\n") {
-            let event: Vec<u8> = self.text.drain(..end + 2).collect();
-            if let (Some(mark), Some(id)) = (Mark::decode(&event), id_of(&event)) {
-                self.ids.push_back((mark.sequence, id));
-                if self.ids.len() > IDS_MAX {
-                    self.ids.pop_front();
-                }
-            }
-        }
-    }
-
-    /// Takes bytes: a head first, then whatever stands between marks.
-    fn take(&mut self, bytes: &[u8], report: &mut Report, measured: &std::ops::Range<u64>) {
-        report.bytes += bytes.len() as u64;
-        let joined;
-        let mut rest = bytes;
-        if !self.partial.is_empty() {
-            self.partial.extend_from_slice(bytes);
-            joined = std::mem::take(&mut self.partial);
-            rest = &joined;
-        }
-        if !self.has_head {
-            let Some(end) = head_end(rest) else { return self.partial = rest.to_vec() };
-            let ok = rest.starts_with(b"HTTP/1.1 200 ");
-            report.faults.status += u64::from(!ok);
-            self.has_head = true;
-            rest = &rest[end..];
-        }
-        let now = now_ns();
-        while let Some(start) = memchr::memchr(b'~', rest) {
-            rest = &rest[start..];
-            let Some(length) = memchr::memchr(b'~', &rest[1..]) else {
-                if rest.len() < MARK_BYTES_MAX {
-                    self.partial = rest.to_vec();
-                    return;
-                }
-                report.faults.malformed += 1;
-                return;
-            };
-            let (mark, after) = rest.split_at(length + 2);
-            rest = after;
-            let Some(mark) = Mark::decode(mark) else {
-                report.faults.malformed += 1;
-                continue;
-            };
-            report.events += 1;
-            self.sequence.see(mark.stream, mark.sequence);
-            self.last_due_ns = mark.due_ns;
-            if measured.contains(&mark.due_ns) {
-                report.added.record(now.saturating_sub(mark.due_ns));
-                report.hop.record(now.saturating_sub(mark.due_ns + mark.late_ns));
-            }
         }
     }
 }
