@@ -80,8 +80,6 @@ pub const ACCEPTS_ARMED_MAX: usize = 64;
 /// Clients on their way from other shards to one, at most. Beyond, a shard keeps what it accepts. They take descriptors of the
 /// shard that accepted them.
 pub const HANDED_MAX: usize = 1024;
-/// Milliseconds after which a client that is to go to another shard, and found its queue full, tries again.
-pub const MOVE_RETRY_MS: u64 = 1;
 /// Times a client is handed on before it is kept: each was decided by newer loads than the one before.
 pub const HANDED_ON_MAX: u8 = 3;
 /// Milliseconds a client that was accepted during a drain has for its first request.
@@ -163,8 +161,6 @@ pub const MIRROR_MESSAGES_PER_TURN_MAX: usize = 512;
 pub const HANDOVERS_AT_ONCE_MAX: usize = 32;
 /// Readers of a stream that are looked at in one turn for whether they can be handed over.
 pub const HANDOVERS_LOOKED_AT_PER_TURN: usize = 64;
-/// Milliseconds after which a stream that found the queue to another shard full goes on.
-pub const MIRROR_RETRY_MS: u64 = 1;
 
 /// Bytes of one append to a durable stream: checking JSON of that size takes a few milliseconds.
 pub const DURABLE_BODY_BYTES_MAX: u64 = 1024 * 1024;
@@ -202,8 +198,6 @@ pub const ERRAND_HOPS_MAX: u8 = 16;
 pub const ERRANDS_WAITING_MAX: usize = 1024;
 /// Letters about durable streams that are taken in one turn.
 pub const ERRAND_LETTERS_PER_TURN_MAX: usize = 256;
-/// Milliseconds after which a letter that found the queue to another shard full is tried again.
-pub const ERRAND_RETRY_MS: u64 = 1;
 /// Durable streams that are looked at for old messages at once.
 pub const DURABLE_LOOKS_PER_TURN_MAX: usize = 256;
 /// Milliseconds of which the times are multiples at which expired streams are removed; they cannot be used before that.

@@ -44,6 +44,8 @@ pub enum Bug {
     MovedBytesTwice,
     /// A client for whom there was no room on its way is not looked at again.
     MoveForgotten,
+    /// Who waits for room in a queue to another shard is not told that there is.
+    RoomUntold,
     /// A shard is not told of the clients that were handed to it.
     BellForgotten,
     /// A part of a stream does not get to its mirrors.
@@ -120,7 +122,7 @@ impl Bug {
 
     /// Those that only show between shards.
     pub const OF_MOVES: &'static [Bug] =
-        &[Bug::MovedBytesLost, Bug::MovedBytesTwice, Bug::MoveForgotten, Bug::BellForgotten];
+        &[Bug::MovedBytesLost, Bug::MovedBytesTwice, Bug::MoveForgotten, Bug::RoomUntold, Bug::BellForgotten];
 
     /// Those that only forks of streams on other shards can show.
     pub const OF_FORKS: &'static [Bug] = &[Bug::GoneUntold, Bug::ForkToldLate, Bug::ReservedForEver];

@@ -2,9 +2,11 @@
 //! The shard never waits for the control thread: a report that finds its queue full is dropped and counted.
 //!
 //! And the mesh between shards: three bounded lock-free queues for each ordered pair, for clients, for what concerns mirrors and for
-//! what concerns the places of durable streams, and a word in which each tells its load. Nobody waits for anybody: who finds a queue full keeps what it has.
+//! what concerns the places of durable streams, and a word in which each tells its load. Nobody waits for anybody: who finds a queue full keeps what it has,
+//! and is rung when there is room, if it wants to be.
 
 mod letters;
+mod queue;
 
 pub(crate) use letters::{About, Answering, Errand, ErrandLetter, Letter, Says, SharedPlace, Stage, Subject};
 pub use letters::{Handed, Moved};
@@ -14,12 +16,14 @@ use crate::settings::{TlsSet, UpstreamSet};
 use crate::stats::{Snapshot, StreamRecord};
 use crate::uring::{Bell, EventFd};
 use protocol::limits::{HANDED_MAX, MIRROR_MESSAGES_MAX};
+use protocol::planted::{Bug, is_planted};
+use queue::{Inlet, Outlet, queue};
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Commands waiting for one shard.
 pub const COMMANDS_MAX: usize = 256;
@@ -260,28 +264,33 @@ pub struct Neighbours<T> {
     published: u32,
     /// By shard; none for itself.
     outward: Vec<Option<Outward<T>>>,
-    inward: Vec<Consumer<Handed<T>>>,
-    /// Of mirrors, with the shard that each comes from.
-    letters: Vec<(usize, Consumer<Letter>)>,
+    inward: Vec<Inlet<Handed<T>>>,
+    /// Of mirrors.
+    letters: Vec<Inlet<Letter>>,
     /// Which of those queues is looked at first.
     letters_from: usize,
-    /// Of durable streams, with the shard that each comes from.
-    errands: Vec<(usize, Consumer<ErrandLetter>)>,
+    /// Of durable streams.
+    errands: Vec<Inlet<ErrandLetter>>,
+    /// Something was taken out of a queue since the last [`Neighbours::ring`].
+    taken: bool,
     /// Some bell is to be rung.
     unrung: bool,
 }
 
 #[derive(Debug)]
 struct Outward<T> {
-    queue: Producer<Handed<T>>,
-    letters: Producer<Letter>,
-    errands: Producer<ErrandLetter>,
+    queue: Outlet<Handed<T>>,
+    letters: Outlet<Letter>,
+    errands: Outlet<ErrandLetter>,
     bell: OnDrop<Bell>,
     unrung: bool,
 }
 
-fn on_its_way<T>(queue: &Producer<T>) -> usize {
-    queue.buffer().capacity() - queue.slots()
+/// Queues to a shard in which this one waits for room.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Awaited {
+    pub(crate) clients: bool,
+    pub(crate) errands: bool,
 }
 
 /// The mesh of the shards whose mailboxes these are, in their order. Each takes clients from its first
@@ -305,19 +314,26 @@ pub fn neighbours_with<T>(ports: &[ShardPort], room: usize) -> Vec<Neighbours<T>
             letters: Vec::with_capacity(shards),
             letters_from: 0,
             errands: Vec::with_capacity(shards),
+            taken: false,
             unrung: false,
         })
         .collect();
     for from in 0..shards {
         for (to, port) in ports.iter().enumerate() {
             let outward = (from != to).then(|| {
-                let (queue, end) = RingBuffer::new(room);
+                let (clients, end) = queue(from, room);
                 all[to].inward.push(end);
-                let (letters, end) = RingBuffer::new(room_for_letters);
-                all[to].letters.push((from, end));
-                let (errands, end) = RingBuffer::new(room);
-                all[to].errands.push((from, end));
-                Outward { queue, letters, errands, bell: OnDrop(port.bell(), Bell::ring), unrung: false }
+                let (letters, end) = queue(from, room_for_letters);
+                all[to].letters.push(end);
+                let (errands, end) = queue(from, room);
+                all[to].errands.push(end);
+                Outward {
+                    queue: clients,
+                    letters,
+                    errands,
+                    bell: OnDrop(port.bell(), Bell::ring),
+                    unrung: false,
+                }
             });
             all[from].outward.push(outward);
         }
@@ -336,7 +352,7 @@ impl<T> Neighbours<T> {
             .filter_map(|shard| {
                 let load = self.loads[shard].0.load(Ordering::Relaxed);
                 let queue = &self.outward[shard].as_ref()?.queue;
-                (load != CLOSED && !queue.is_full()).then(|| (load as usize + on_its_way(queue), shard))
+                (load != CLOSED && !queue.is_full()).then(|| (load as usize + queue.on_their_way(), shard))
             })
             .min_by_key(|&(load, _)| load)?;
         (least < most && own > least + 1 + least / 16).then_some(to)
@@ -349,12 +365,36 @@ impl<T> Neighbours<T> {
     pub fn hand(&mut self, to: usize, handed: Handed<T>) -> Result<(), Handed<T>> {
         let Some(outward) = &mut self.outward[to] else { return Err(handed) };
         (outward.unrung, self.unrung) = (true, true);
-        outward.queue.push(handed).map_err(|PushError::Full(handed)| handed)
+        outward.queue.push(handed)
     }
 
     /// Whether nothing more can be handed to that shard before it has taken something.
     pub fn is_full(&self, shard: usize) -> bool {
         self.outward.get(shard).and_then(Option::as_ref).is_none_or(|outward| outward.queue.is_full())
+    }
+
+    /// The same; if so, this shard is rung when that one has taken something.
+    pub fn awaits_room(&self, shard: usize) -> bool {
+        self.outward.get(shard).and_then(Option::as_ref).is_none_or(|outward| outward.queue.awaits_room())
+    }
+
+    /// For simulations: whether a queue of letters is full.
+    pub(crate) fn is_full_of_letters(&self, shard: usize) -> bool {
+        self.outward.get(shard).and_then(Option::as_ref).is_some_and(|outward| outward.letters.is_full())
+    }
+
+    /// For simulations: the same of what concerns the places of durable streams.
+    pub(crate) fn is_full_of_errands(&self, shard: usize) -> bool {
+        self.outward.get(shard).and_then(Option::as_ref).is_some_and(|outward| outward.errands.is_full())
+    }
+
+    /// For simulations: of which queues to that shard this one is rung when that one has taken something.
+    pub(crate) fn awaited(&self, shard: usize) -> Awaited {
+        let outward = self.outward.get(shard).and_then(Option::as_ref);
+        outward.map_or_else(Awaited::default, |outward| Awaited {
+            clients: outward.queue.is_awaited(),
+            errands: outward.errands.is_awaited(),
+        })
     }
 
     /// How many shards there are.
@@ -380,18 +420,21 @@ impl<T> Neighbours<T> {
 
     /// What the next [`Neighbours::take`] gives, unless more is handed over meanwhile.
     pub fn peek(&self) -> Option<&Handed<T>> {
-        self.inward.iter().find_map(|queue| queue.peek().ok())
+        self.inward.iter().find_map(Inlet::peek)
     }
 
     /// The next of what was handed to this shard.
     pub fn take(&mut self) -> Option<Handed<T>> {
-        self.inward.iter_mut().find_map(|queue| queue.pop().ok())
+        let handed = self.inward.iter_mut().find_map(Inlet::take);
+        self.taken |= handed.is_some();
+        handed
     }
 
-    /// Whether there is no room for a letter to that shard before it has taken some; who is gone takes none.
-    pub(crate) fn is_full_of_letters(&self, shard: usize) -> bool {
+    /// Whether there is no room for a letter to that shard. If so, this shard is rung when that one has taken some; who is gone takes
+    /// none.
+    pub(crate) fn awaits_room_for_letters(&self, shard: usize) -> bool {
         let outward = self.outward.get(shard).and_then(Option::as_ref);
-        outward.is_none_or(|outward| outward.letters.is_full() || outward.letters.is_abandoned())
+        outward.is_none_or(|outward| outward.letters.awaits_room() || outward.letters.is_abandoned())
     }
 
     /// Sends a letter, for which there is room; the neighbour hears of it with the next [`Neighbours::ring`].
@@ -407,20 +450,24 @@ impl<T> Neighbours<T> {
         let queues = self.letters.len();
         for step in 0..queues {
             let nth = (self.letters_from + step) % queues;
-            let (from, queue) = &mut self.letters[nth];
-            if let Ok(letter) = queue.pop() {
-                self.letters_from = nth + 1;
-                return Some((*from, letter));
+            let inlet = &mut self.letters[nth];
+            if let Some(letter) = inlet.take() {
+                (self.letters_from, self.taken) = (nth + 1, true);
+                return Some((inlet.from, letter));
             }
         }
         None
     }
 
-    /// The same of what concerns the places of durable streams; gives it back when there is no room.
+    /// The same of what concerns the places of durable streams; gives it back when there is no room, and this shard is rung when there
+    /// is.
     pub(crate) fn write_errand(&mut self, to: usize, letter: ErrandLetter) -> Result<(), ErrandLetter> {
         let Some(outward) = self.outward.get_mut(to).and_then(Option::as_mut) else { return Err(letter) };
+        if outward.errands.awaits_room() {
+            return Err(letter);
+        }
         (outward.unrung, self.unrung) = (true, true);
-        outward.errands.push(letter).map_err(|PushError::Full(letter)| letter)
+        outward.errands.push(letter)
     }
 
     /// Whether nobody will read what is written to that shard.
@@ -431,34 +478,29 @@ impl<T> Neighbours<T> {
 
     /// The next of it, and whose it is; that of each shard is in order.
     pub(crate) fn read_errand(&mut self) -> Option<(usize, ErrandLetter)> {
-        self.errands.iter_mut().find_map(|(from, queue)| Some((*from, queue.pop().ok()?)))
+        let read = self.errands.iter_mut().find_map(|inlet| Some((inlet.from, inlet.take()?)));
+        self.taken |= read.is_some();
+        read
     }
 
     /// Whether there is nothing to read of it.
     pub(crate) fn errands_read(&self) -> bool {
-        self.errands.iter().all(|(_, queue)| queue.is_empty())
+        self.errands.iter().all(Inlet::is_empty)
     }
 
     /// Shards that are gone, and whose letters have all been read.
     pub(crate) fn gone(&self) -> impl Iterator<Item = usize> {
-        let is_gone = |queue: &Consumer<Letter>| {
-            queue.is_abandoned() && {
-                // What was sent before the end is seen with it.
-                fence(Ordering::Acquire);
-                queue.is_empty()
-            }
-        };
-        self.letters.iter().filter(move |(_, queue)| is_gone(queue)).map(|&(from, _)| from)
+        self.letters.iter().filter(|inlet| inlet.is_over()).map(|inlet| inlet.from)
     }
 
     /// How many this shard handed to others that have not taken them.
     pub fn on_their_way(&self) -> usize {
-        self.outward.iter().flatten().map(|outward| on_its_way(&outward.queue)).sum()
+        self.outward.iter().flatten().map(|outward| outward.queue.on_their_way()).sum()
     }
 
     /// How many were handed to this shard and not taken.
     pub fn waiting(&self) -> usize {
-        self.inward.iter().map(Consumer::slots).sum()
+        self.inward.iter().map(Inlet::len).sum()
     }
 
     /// Tells this shard's clients; `None`: it takes no more, and hands no more over.
@@ -479,19 +521,35 @@ impl<T> Neighbours<T> {
     /// Those who have not taken what they were handed are rung again.
     pub fn remind(&mut self) {
         for outward in self.outward.iter_mut().flatten() {
-            let waits = on_its_way(&outward.queue) > 0;
+            let waits = outward.queue.on_their_way() > 0;
             outward.unrung |= waits;
             self.unrung |= waits;
         }
     }
 
-    /// Rings whom something was handed to since the last call.
+    /// Rings whom something was handed to since the last call, and who waits for the room that there is since.
     pub fn ring(&mut self) {
+        if std::mem::take(&mut self.taken) {
+            self.tell_of_room();
+        }
         if std::mem::take(&mut self.unrung) {
             for outward in self.outward.iter_mut().flatten() {
                 if std::mem::take(&mut outward.unrung) {
                     outward.bell.ring();
                 }
+            }
+        }
+    }
+
+    fn tell_of_room(&mut self) {
+        let clients = self.inward.iter_mut().map(|inlet| (inlet.from, inlet.owes_a_ring()));
+        let letters = self.letters.iter_mut().map(|inlet| (inlet.from, inlet.owes_a_ring()));
+        let errands = self.errands.iter_mut().map(|inlet| (inlet.from, inlet.owes_a_ring()));
+        for (from, owed) in clients.chain(letters).chain(errands) {
+            if let Some(outward) =
+                self.outward[from].as_mut().filter(|_| owed && !is_planted(Bug::RoomUntold))
+            {
+                (outward.unrung, self.unrung) = (true, true);
             }
         }
     }
@@ -640,13 +698,16 @@ mod tests {
         assert_eq!(all[..4], expected.map(Some));
         assert_eq!(all[4], None);
         let mut room = 0;
-        while !mesh[0].is_full_of_letters(1) {
+        while !mesh[0].awaits_room_for_letters(1) {
             mesh[0].write(1, letter(room));
             room += 1;
         }
         assert_eq!(room, MIRROR_MESSAGES_MAX as u64 / 2);
-        assert!(!mesh[0].is_full_of_letters(2), "the others have room");
-        assert!(mesh[0].is_full_of_letters(0) && mesh[0].is_full_of_letters(3), "there are none such");
+        assert!(!mesh[0].awaits_room_for_letters(2), "the others have room");
+        assert!(
+            mesh[0].awaits_room_for_letters(0) && mesh[0].awaits_room_for_letters(3),
+            "there are none such"
+        );
     }
 
     #[test]
@@ -660,14 +721,14 @@ mod tests {
         assert_eq!(mesh[0].gone().next(), None, "it has said something");
         assert!(matches!(mesh[0].read(), Some((1, Letter { subject: Subject::Stream(7), .. }))));
         assert_eq!(mesh[0].gone().collect::<Vec<_>>(), [1]);
-        assert!(mesh[0].is_full_of_letters(1), "nobody takes any");
+        assert!(mesh[0].awaits_room_for_letters(1), "nobody takes any");
     }
 
     #[test]
     fn the_room_for_what_is_handed_to_a_shard_does_not_grow_with_the_shards() {
         for shards in [3, 10, 40] {
             let mesh = mesh(shards);
-            let room: usize = mesh[0].inward.iter().map(|queue| queue.buffer().capacity()).sum();
+            let room: usize = mesh[0].inward.iter().map(Inlet::capacity).sum();
             assert!((HANDED_MAX / 2..=HANDED_MAX).contains(&room), "{room} for {shards} shards");
         }
     }

@@ -130,6 +130,35 @@ fn a_full_queue_between_shards_holds_up_and_loses_nobody() {
     assert_eq!(durable::check(&finished, &readers, 20), 60);
 }
 
+/// Nothing looks again and again for room: who waits for it sleeps until the other shard has taken something, and goes then.
+#[test]
+fn who_waits_for_room_on_its_way_is_woken_when_there_is_and_not_before() {
+    for seed in 0..20 {
+        let mut sim = shards_with(seed, 2, 1, |settings| settings.backlog = 128);
+        let (home, other) = (home_of("/v1/durable/a", 2), 1 - home_of("/v1/durable/a", 2));
+        sim.client(durable::publish("/v1/durable/a", 20, 10).plan(0));
+        sim.run_ms(2_000);
+        sim.world().hold_up(home, 3_000_000);
+        let readers: Vec<usize> = (0..40)
+            .map(|_| sim.client(durable::read("/v1/durable/a", "offset=-1&live=sse").plan(0)))
+            .collect();
+        sim.run_ms(500);
+        let counters = |sim: &Sim| sim.shards().nth(other).unwrap().snapshot().stats.counters;
+        let (before, waiting) = (counters(&sim), clients_of(&sim)[other]);
+        assert!(waiting > 10, "seed {seed}: {waiting} wait for room");
+        sim.run_ms(2_400);
+        let after = counters(&sim);
+        let turns = after.turns - before.turns;
+        assert!(turns < 10, "seed {seed}: {turns} turns, of which the wheel's coarser slots explain some");
+        assert_eq!(after.moves, before.moves, "seed {seed}: there is no room");
+        // Each takes two rings and a turn of either shard, and no shard waits for a clock.
+        sim.run_ms(150);
+        assert_eq!(clients_of(&sim)[other], 0, "seed {seed}: {waiting} waited, and there is room");
+        let finished = sim.finish();
+        assert_eq!(durable::check(&finished, &readers, 20), 40);
+    }
+}
+
 /// Requests of every home on one connection: each is answered, in their order, wherever the client is moved for it.
 #[test]
 fn a_client_that_asks_here_and_there_is_answered_in_order() {

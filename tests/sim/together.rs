@@ -176,6 +176,11 @@ impl Sim {
             }
         }
         self.hear_bells();
+        for (ring, shard) in self.shards().enumerate() {
+            if let Some(what) = shard.overslept() {
+                assert!(self.world().is_rung(ring), "shard {ring} waits for room that there is with {what}");
+            }
+        }
         let streams = self.shards().map(|shard| shard.population().2).sum();
         self.streams_max = self.streams_max.max(streams);
         while let Some(report) = self.shard_mut(ring).next_report() {

@@ -373,7 +373,6 @@ impl<I: Io> Shard<I> {
             Leaving::No | Leaving::Draining { .. } => self.leaving = Leaving::Draining { deadline_ms },
         }
         self.publish_load();
-        self.ring_neighbours();
         self.arm_leaving(deadline_ms);
         self.durable_drain();
         self.drain_stored();
@@ -411,7 +410,6 @@ impl<I: Io> Shard<I> {
         if !matches!(self.leaving, Leaving::Stopping { .. }) {
             self.leaving = Leaving::Stopping { deadline_ms };
             self.publish_load();
-            self.ring_neighbours();
             self.arm_leaving(deadline_ms);
             for acceptor in &mut self.acceptors {
                 acceptor.accepted_in_turn = false;
@@ -535,8 +533,6 @@ impl<I: Io> Shard<I> {
 
     fn leave(&mut self) {
         self.disarm_leaving();
-        self.leave_mirrors();
-        self.leave_directory();
         self.left = true;
         self.reports.push_back(Report::Left { forced: self.forced });
     }

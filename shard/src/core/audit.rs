@@ -56,17 +56,11 @@ impl<I: Io> Shard<I> {
     /// The first thing that is not as it should be.
     pub fn audit(&self) -> Result<(), String> {
         demand!(self.dirty.is_empty() && self.starved.is_empty(), "a turn left work undone");
-        let mut timers: usize = [
-            self.leaving_timer.is_some(),
-            self.handshakes.is_timer_armed(),
-            self.durable.timer.is_some(),
-            self.moves.timer_armed,
-            self.mirrors.timer.is_some(),
-            self.directory.timer.is_some(),
-        ]
-        .into_iter()
-        .map(usize::from)
-        .sum();
+        let mut timers: usize =
+            [self.leaving_timer.is_some(), self.handshakes.is_timer_armed(), self.durable.timer.is_some()]
+                .into_iter()
+                .map(usize::from)
+                .sum();
         self.audit_directory()?;
         let mut handshakes = 0;
         let mut clients = 0;
@@ -128,13 +122,19 @@ impl<I: Io> Shard<I> {
         }
         let deaf = conn.receive_wanted && !conn.peer_fin && conn.ops.connect.is_none();
         demand!(!deaf || conn.ops.receive.is_some(), "it is to be read, and is not: {conn:?}");
-        let moving = matches!(conn.state, State::Moving(_));
+        let moves_to = match conn.state {
+            State::Moving(to) => Some(usize::from(to)),
+            _ => None,
+        };
+        let moving = moves_to.is_some();
         let unwatched = conn.is_client() && !moving && !conn.peer_fin && conn.ops.receive.is_none();
         demand!(!unwatched || conn.ops.hangup.is_some(), "nobody would see it leave: {conn:?}");
         let held =
             !conn.ops.none() || conn.waiting > 0 || conn.tls.as_ref().is_some_and(|tls| tls.has_unsent());
+        let awaited = moves_to.zip(self.neighbours.as_ref()).map(|(to, neighbours)| neighbours.awaited(to));
+        let waits = awaited.is_some_and(|awaited| awaited.clients);
         demand!(
-            !moving || held || self.moves.timer_armed || self.hurried,
+            !moving || held || waits || self.hurried,
             "it could be moved, and nobody looks again: {conn:?}"
         );
         let due_ms = Self::conn_due_ms(conn);
@@ -234,6 +234,25 @@ impl<I: Io> Shard<I> {
     /// Whether its readers are served in the next turn, which comes at once.
     fn is_stirred(&self, stream: &Stream) -> bool {
         stream.source.and_then(|source| self.kept.sources.get(source)).is_some_and(|source| source.stirred)
+    }
+
+    /// What it waits with for room on the way to another shard, although there is room; to be asked after any shard's turn. Its bell
+    /// must be on its way.
+    pub fn overslept(&self) -> Option<String> {
+        let neighbours = self.neighbours.as_ref().filter(|_| !self.left)?;
+        let may_go = |conn: &Conn<I::Socket>| {
+            let held = !conn.ops.none() || conn.waiting > 0;
+            let held = held || conn.tls.as_ref().is_some_and(|tls| tls.has_unsent());
+            matches!(conn.state, State::Moving(to) if !held && !neighbours.is_full(to.into()))
+        };
+        if let Some(conn) = self.conns.iter().map(|(_, conn)| conn).find(|conn| may_go(conn)) {
+            return Some(format!("a client that could go: {conn:?}"));
+        }
+        let full_of_letters = || (0..neighbours.shards()).any(|shard| neighbours.is_full_of_letters(shard));
+        if self.has_unsent_letters() && !full_of_letters() {
+            return Some("what it has to tell mirrors, or their homes".to_owned());
+        }
+        self.directory.could_send(neighbours).then(|| "letters about durable streams".to_owned())
     }
 
     /// Its end of the mesh is gone, as with a shard that fails.

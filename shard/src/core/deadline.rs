@@ -50,9 +50,6 @@ impl<I: Io> Shard<I> {
                 }
                 TimerOf::Resumes => self.kept.waiting_timer = None,
                 TimerOf::Ages => self.kept.ages.timer = None,
-                TimerOf::Moves => self.moves.timer_armed = false,
-                TimerOf::Mirrors => self.mirrors.timer = None,
-                TimerOf::Directory => self.directory.timer = None,
                 TimerOf::Acceptor(_) => {}
             }
         }
@@ -62,10 +59,6 @@ impl<I: Io> Shard<I> {
                 TimerOf::Stream(key) => self.stream_timer_fired(key),
                 TimerOf::Acceptor(listener) => self.accept_rested(listener as usize),
                 TimerOf::Handshakes => self.admit_handshakes(),
-                // They are looked at in every turn.
-                TimerOf::Moves => {}
-                TimerOf::Mirrors => self.mirrors_due(),
-                TimerOf::Directory => self.send_unsent(),
                 TimerOf::Drain => self.leaving_due(),
                 TimerOf::Durable => self.durable_expire(),
                 TimerOf::Stored => self.stored_due(),

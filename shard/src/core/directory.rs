@@ -13,15 +13,14 @@
 //! only when the disk cannot take that back: after a crash no two journals have a stream at the same path.
 
 use super::durable::State;
-use super::{Leaving, Shard, TimerOf};
+use super::{Leaving, Shard};
 use crate::io::Io;
 use crate::mesh::{Errand, ErrandLetter, Neighbours, Stage};
 use protocol::durable::{Answer, Reply, Request, UNCERTAIN, UNSETTLED, home_of};
-use protocol::limits::{ERRAND_HOPS_MAX, ERRAND_LETTERS_PER_TURN_MAX, ERRAND_RETRY_MS, ERRANDS_WAITING_MAX};
+use protocol::limits::{ERRAND_HOPS_MAX, ERRAND_LETTERS_PER_TURN_MAX, ERRANDS_WAITING_MAX};
 use protocol::phase::End;
 use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
-use protocol::wheel::TimerId;
 use std::collections::{HashMap, VecDeque};
 
 /// What a registrar knows of a path of its own.
@@ -43,7 +42,6 @@ pub(super) struct Directory {
     unsent: VecDeque<(usize, ErrandLetter)>,
     /// Answers that wait for the journal, in the order of their records.
     held: VecDeque<HeldAnswer>,
-    pub(super) timer: Option<TimerId>,
     /// Letters may have come.
     pub(super) rung: bool,
 }
@@ -60,6 +58,11 @@ impl Directory {
     /// Whether it has something to do that may only be done in time.
     fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.unsent.is_empty() && self.held.is_empty()
+    }
+
+    /// For simulations: whether there is room for the first letter that found none.
+    pub(super) fn could_send<T>(&self, neighbours: &Neighbours<T>) -> bool {
+        self.unsent.front().is_some_and(|&(to, _)| !neighbours.is_full_of_errands(to))
     }
 }
 
@@ -350,7 +353,8 @@ impl<I: Io> Shard<I> {
         self.send_unsent();
     }
 
-    /// Sends what there is room for. All wait behind the first that does not fit: their order counts, and it is not for long.
+    /// Sends what there is room for. All wait behind the first that does not fit: their order counts, and its shard rings when there is
+    /// room.
     pub(super) fn send_unsent(&mut self) {
         while let Some((to, letter)) = self.directory.unsent.pop_front() {
             let Some(neighbours) = &mut self.neighbours else { return };
@@ -362,10 +366,6 @@ impl<I: Io> Shard<I> {
                 self.directory.unsent.push_front((to, letter));
                 break;
             }
-        }
-        if !self.directory.unsent.is_empty() && self.directory.timer.is_none() && !self.left {
-            let due_ms = self.now_ms() + ERRAND_RETRY_MS;
-            self.directory.timer = Some(self.wheel.insert(due_ms, TimerOf::Directory));
         }
     }
 
@@ -379,12 +379,6 @@ impl<I: Io> Shard<I> {
     /// Whether other shards have all that they wait for; called when they send nothing new any more.
     pub(super) fn errands_done(&self) -> bool {
         self.directory.is_idle() && self.neighbours.as_ref().is_none_or(Neighbours::errands_read)
-    }
-
-    pub(super) fn leave_directory(&mut self) {
-        if let Some(timer) = self.directory.timer.take() {
-            self.wheel.remove(timer);
-        }
     }
 }
 
@@ -407,7 +401,10 @@ impl<I: Io> Shard<I> {
     }
 
     pub(super) fn audit_directory(&self) -> Result<(), String> {
-        if !self.directory.unsent.is_empty() && self.directory.timer.is_none() && !self.left {
+        if let (Some(&(to, _)), Some(neighbours)) = (self.directory.unsent.front(), &self.neighbours)
+            && !self.left
+            && !neighbours.awaited(to).errands
+        {
             return Err("letters wait for room, and nothing will look".to_owned());
         }
         Ok(())

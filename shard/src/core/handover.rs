@@ -118,11 +118,11 @@ impl<I: Io> Shard<I> {
         }
         let returns =
             matches!(stream.durable.as_ref().map(|durable| &durable.state), Some(State::Returning(_)));
-        match neighbours.is_full(to) {
+        match returns {
             // It has nothing to wait for here.
-            true if returns => Handover::Waits,
-            false if returns || self.is_handed_over(key, to) => Handover::Goes,
-            _ => Handover::Stays,
+            true if self.awaits_room(to) => Handover::Waits,
+            false if neighbours.is_full(to) || !self.is_handed_over(key, to) => Handover::Stays,
+            _ => Handover::Goes,
         }
     }
 

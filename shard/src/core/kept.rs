@@ -515,6 +515,7 @@ impl<I: Io> Shard<I> {
 
     pub(super) fn remove_source(&mut self, key: Key) {
         self.forget_mirror(key);
+        self.mirrors.blocked.remove(&key);
         let Some(source) = self.kept.sources.remove(key) else { return };
         if let Some((timer, _)) = source.timer {
             self.wheel.remove(timer);

@@ -19,17 +19,14 @@ use crate::mesh::{About, Letter, Neighbours, Says, Subject};
 use crate::settings::OnLeave;
 use protocol::fault::Fault;
 use protocol::http::{Framing, RequestHead};
-use protocol::limits::{
-    MIRROR_IDLE_MS, MIRROR_MESSAGES_PER_TURN_MAX, MIRROR_RETRY_MS, MIRRORS_MAX, RESUME_STREAM_COST_BYTES,
-};
+use protocol::limits::{MIRROR_IDLE_MS, MIRROR_MESSAGES_PER_TURN_MAX, MIRRORS_MAX, RESUME_STREAM_COST_BYTES};
 use protocol::log::{Log, Shown};
 use protocol::mirror::{Link, News, Replica, Told, Turn, may_begin};
 use protocol::phase::End;
 use protocol::planted::{Bug, is_planted};
 use protocol::resume::{Ask, Want};
 use protocol::slots::Key;
-use protocol::wheel::TimerId;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 /// What a source has to do with other shards.
 pub(super) enum Mirrored {
@@ -53,10 +50,9 @@ pub(super) struct Mirrors {
     /// How many there are of streams of this shard.
     links: usize,
     /// Streams that found a queue full.
-    blocked: Vec<Key>,
+    pub(super) blocked: BTreeSet<Key>,
     /// Last letters that did: of mirrors that are gone, or never were.
     unsent: Vec<(usize, Letter)>,
-    pub(super) timer: Option<TimerId>,
     /// Letters may have come.
     pub(super) rung: bool,
 }
@@ -214,7 +210,7 @@ impl<I: Io> Shard<I> {
             let shown = Shown { to: source.shown, last_event_id: source.shown_event_id };
             for (shard, link) in links {
                 loop {
-                    if neighbours.is_full_of_letters(*shard) {
+                    if neighbours.awaits_room_for_letters(*shard) {
                         blocked = true;
                         break;
                     }
@@ -251,8 +247,7 @@ impl<I: Io> Shard<I> {
         }
         self.draw_for_mirrors(source_key);
         if blocked {
-            self.mirrors.blocked.push(source_key);
-            self.retry_mirrors();
+            self.mirrors.blocked.insert(source_key);
         }
         self.forget_links(source_key, |_, link| link.over);
     }
@@ -270,35 +265,22 @@ impl<I: Io> Shard<I> {
         self.overdraft_bytes = self.overdraft_bytes - before + drawn;
     }
 
-    fn retry_mirrors(&mut self) {
-        if self.mirrors.timer.is_none() && !self.left && !is_planted(Bug::MirrorForgotten) {
-            self.mirrors.timer = Some(self.wheel.insert(self.now_ms() + MIRROR_RETRY_MS, TimerOf::Mirrors));
-        }
-    }
-
-    /// The shard leaves: who would still hear of it hears that it is gone.
-    pub(super) fn leave_mirrors(&mut self) {
-        if let Some(timer) = self.mirrors.timer.take() {
-            self.wheel.remove(timer);
-        }
-    }
-
     /// A mirror is none any more: its home is told, as soon as it can be.
     fn write_left(&mut self, home: usize, letter: Letter) {
         match &mut self.neighbours {
             _ if is_planted(Bug::MirrorLeftUntold) => {}
-            Some(neighbours) if !neighbours.is_full_of_letters(home) => neighbours.write(home, letter),
+            Some(neighbours) if !neighbours.awaits_room_for_letters(home) => neighbours.write(home, letter),
             // Who is gone misses nobody.
             Some(neighbours) if neighbours.gone().any(|shard| shard == home) => {}
-            _ => {
-                self.mirrors.unsent.push((home, letter));
-                self.retry_mirrors();
-            }
+            _ => self.mirrors.unsent.push((home, letter)),
         }
     }
 
     /// Those that found a queue full try again.
-    pub(super) fn mirrors_due(&mut self) {
+    fn retry_mirrors(&mut self) {
+        if is_planted(Bug::MirrorForgotten) {
+            return;
+        }
         for (home, letter) in std::mem::take(&mut self.mirrors.unsent) {
             self.write_left(home, letter);
         }
@@ -382,6 +364,7 @@ impl<I: Io> Shard<I> {
         if !std::mem::take(&mut self.mirrors.rung) {
             return;
         }
+        self.retry_mirrors();
         for _ in 0..MIRROR_MESSAGES_PER_TURN_MAX {
             let Some((from, letter)) = self.neighbours.as_mut().and_then(Neighbours::read) else {
                 return self.miss_neighbours();
@@ -676,9 +659,8 @@ impl<I: Io> Shard<I> {
         if let (Some(told), Some(Mirrored::Mirror(home, replica, _)), Some(neighbours)) =
             (told, source.mirrored.as_deref_mut(), &mut self.neighbours)
         {
-            if neighbours.is_full_of_letters(*home) {
-                self.mirrors.blocked.push(key);
-                self.retry_mirrors();
+            if neighbours.awaits_room_for_letters(*home) {
+                self.mirrors.blocked.insert(key);
             } else {
                 let (home, opening) = (*home, replica.opening);
                 let says = Says::Told(replica.tell(told, now_ms));
@@ -691,6 +673,11 @@ impl<I: Io> Shard<I> {
 
 /// For simulations: whether what is mirrored agrees with itself.
 impl<I: Io> Shard<I> {
+    /// Whether letters have found no room.
+    pub(super) fn has_unsent_letters(&self) -> bool {
+        !self.mirrors.blocked.is_empty() || !self.mirrors.unsent.is_empty()
+    }
+
     pub(super) fn audit_mirror(&self, key: Key) -> Result<(), String> {
         let Some(source) = self.kept.sources.get(key) else { return Ok(()) };
         if source.is_mirror() {

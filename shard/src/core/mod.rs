@@ -77,11 +77,6 @@ enum TimerOf {
     Stream(Key),
     Acceptor(u32),
     Handshakes,
-    Moves,
-    /// Letters to other shards found no room.
-    Mirrors,
-    /// The same of letters about durable streams.
-    Directory,
     Durable,
     Drain,
     /// A stream without a client, or one that is over, has had its time.
@@ -402,6 +397,8 @@ impl<I: Io> Shard<I> {
             Command::Drain { deadline_ms } => self.drain(deadline_ms),
             Command::Stop => self.stop(),
         }
+        // The next turn may sleep.
+        self.ring_neighbours();
     }
 
     fn complete(&mut self, completion: Completion<I::Socket, I::Buffer>) {

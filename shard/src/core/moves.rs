@@ -12,12 +12,12 @@
 
 use super::conn::{Client, Conn, Role, State};
 use super::handover::Handover;
-use super::{Leaving, Shard, TimerOf};
+use super::{Leaving, Shard};
 use crate::io::Io;
 use crate::mesh::{Handed, Moved};
 use crate::tls::Tls;
 use protocol::http::RequestHead;
-use protocol::limits::{HANDED_ON_MAX, MOVE_RETRY_MS};
+use protocol::limits::HANDED_ON_MAX;
 use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
 
@@ -27,7 +27,6 @@ pub(super) struct Moves {
     clients: Vec<Key>,
     /// How many of them go in the middle of an answer.
     pub(super) handovers: usize,
-    pub(super) timer_armed: bool,
 }
 
 /// A client that a shard is to serve.
@@ -84,12 +83,12 @@ impl<I: Io> Shard<I> {
         self.follow_receive(key);
     }
 
-    /// Hands over whom the kernel has let go of. Looked at in every turn, since what ends an operation also ends its sleep.
+    /// Hands over whom the kernel has let go of. Looked at in every turn, since what ends an operation also ends its sleep, and so does
+    /// the bell of a shard that there is room on the way to.
     pub(super) fn follow_moves(&mut self) {
         if self.moves.clients.is_empty() {
             return;
         }
-        let mut blocked = false;
         self.moves.handovers = 0;
         for key in std::mem::take(&mut self.moves.clients) {
             let Some(conn) = self.conns.get(key) else { continue };
@@ -105,24 +104,24 @@ impl<I: Io> Shard<I> {
                     Handover::Goes => self.hand_over(key, to),
                     Handover::Stays => self.stay_with_answer(key),
                     Handover::Waits => {
-                        blocked = true;
                         self.moves.clients.push(key);
                         self.moves.handovers += 1;
                     }
                 }
             } else if self.leaving != Leaving::No || !open {
                 self.stay(key);
-            } else if self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_full(to)) {
-                blocked = true;
+            } else if self.awaits_room(to) {
                 self.moves.clients.push(key);
             } else {
                 self.hand_over(key, to);
             }
         }
-        if blocked && !self.moves.timer_armed && !is_planted(Bug::MoveForgotten) {
-            self.wheel.insert(self.now_us / 1000 + MOVE_RETRY_MS, TimerOf::Moves);
-            self.moves.timer_armed = true;
-        }
+    }
+
+    /// Whether the queue to a shard is full; if so, that shard rings when it is not any more.
+    pub(super) fn awaits_room(&self, to: usize) -> bool {
+        let Some(neighbours) = &self.neighbours else { return false };
+        if is_planted(Bug::MoveForgotten) { neighbours.is_full(to) } else { neighbours.awaits_room(to) }
     }
 
     /// It is not taken elsewhere, and is answered here.

@@ -122,9 +122,22 @@ impl World {
         (0..self.rings.len()).filter(|&ring| self.rings[ring].due_us() <= self.now).collect()
     }
 
+    /// A shard's CPU has something else to do for so long.
+    pub(crate) fn hold_up(&mut self, ring: usize, us: u64) {
+        self.rings[ring].stalled_until = self.now + us;
+    }
+
     /// A shard's bell will ring.
     pub(crate) fn rings_at(&mut self, ring: usize, after_us: u64) {
         self.after(after_us, Event::Bell(ring));
+    }
+
+    /// Whether a shard will have a turn for its bell, or has something to do as it is.
+    pub(crate) fn is_rung(&self, ring: usize) -> bool {
+        let bell = |event: &Event| matches!(event, Event::Bell(of) if *of == ring);
+        self.rings[ring].has_work()
+            || self.rings[ring].asleep_until.is_none()
+            || self.events.values().any(bell)
     }
 
     /// Somebody has rung a shard's bell, which is heard some time later.
