@@ -80,6 +80,12 @@ pub const ACCEPTS_ARMED_MAX: usize = 64;
 /// Clients on their way from other shards to one, at most. Beyond, a shard keeps what it accepts. They take descriptors of the
 /// shard that accepted them.
 pub const HANDED_MAX: usize = 1024;
+/// Clients by which loads may differ, beside a sixteenth, before any of those that are there are moved.
+pub const BALANCE_SLACK: usize = 2;
+/// Connections that are looked at in one turn for whether they can go to a shard with fewer.
+pub const BALANCE_LOOKED_AT_PER_TURN: usize = 256;
+/// Clients of a shard on their way for the sake of load at a time: until they are there, nobody reads what they send.
+pub const BALANCE_MOVES_AT_ONCE_MAX: usize = 64;
 /// Times a client is handed on before it is kept: each was decided by newer loads than the one before.
 pub const HANDED_ON_MAX: u8 = 3;
 /// Milliseconds a client that was accepted during a drain has for its first request.

@@ -15,7 +15,7 @@ use crate::listing::{Inquiry, Page};
 use crate::settings::{TlsSet, UpstreamSet};
 use crate::stats::{Snapshot, StreamRecord};
 use crate::uring::{Bell, EventFd};
-use protocol::limits::{HANDED_MAX, MIRROR_MESSAGES_MAX};
+use protocol::limits::{BALANCE_SLACK, HANDED_MAX, MIRROR_MESSAGES_MAX};
 use protocol::planted::{Bug, is_planted};
 use queue::{Inlet, Outlet, queue};
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
@@ -356,6 +356,30 @@ impl<T> Neighbours<T> {
             })
             .min_by_key(|&(load, _)| load)?;
         (least < most && own > least + 1 + least / 16).then_some(to)
+    }
+
+    /// Whether that neighbour has so many fewer clients than `own`; what is on its way to it counts as its.
+    pub fn is_emptier(&self, shard: usize, own: usize) -> bool {
+        let theirs = self.load_of(shard);
+        self.is_open(shard) && own > theirs + 1 + theirs / 16
+    }
+
+    /// How many clients that neighbour has, and what is on its way to it.
+    pub fn load_of(&self, shard: usize) -> usize {
+        let on_their_way = self.outward[shard].as_ref().map_or(0, |outward| outward.queue.on_their_way());
+        self.loads[shard].0.load(Ordering::Relaxed) as usize + on_their_way
+    }
+
+    /// The neighbour with the most clients is rung, if it has so many more than `own` that some should go: it will look.
+    pub fn remind_fuller(&mut self, own: usize) {
+        let others = (0..self.loads.len()).filter(|&shard| shard != self.own);
+        let loads = others.map(|shard| (self.loads[shard].0.load(Ordering::Relaxed), shard));
+        let Some((most, fuller)) = loads.filter(|&(load, _)| load != CLOSED).max() else { return };
+        if let Some(Some(outward)) = self.outward.get_mut(fuller)
+            && most as usize > own + own / 16 + 1 + BALANCE_SLACK
+        {
+            (outward.unrung, self.unrung) = (true, true);
+        }
     }
 
     /// Hands one over; the neighbour hears of it with the next [`Neighbours::ring`].

@@ -32,6 +32,8 @@ counters! {
     handed_in => "tokenring_handed_in_total",
     /// Those of them that were moved because a request belonged to another shard.
     moves => "tokenring_moves_total",
+    /// Those of them that were moved between two requests, because another shard had many fewer.
+    moves_for_load => "tokenring_moves_for_load_total",
     /// Durable streams to be created of which other shards were asked.
     durable_errands => "tokenring_durable_errands_total",
     /// Those that were refused because they were not settled in time, or not taken by a disk.
@@ -184,7 +186,7 @@ counters! {
     durable_parted => "tokenring_durable_readers_parted_total",
     /// Live readers of durable streams handed over to other shards in the middle of their answers.
     durable_handed_over => "tokenring_durable_readers_handed_over_total",
-    /// Those of them that were handed back, because they had fallen behind or there was nothing for them.
+    /// Those of them that were handed back, because they had fallen behind, there was nothing for them, or many fewer clients there.
     durable_handed_back => "tokenring_durable_readers_handed_back_total",
     /// Records of durable streams made for the journal on disk.
     durable_journal_records => "tokenring_durable_journal_records_total",

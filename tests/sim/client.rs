@@ -49,6 +49,8 @@ pub(crate) struct ClientPlan {
     pub(crate) write_gap_us: u64,
     pub(crate) pace: Pace,
     pub(crate) leave: Option<(When, How)>,
+    /// Waits for so long before each request but the first, if they are not pipelined.
+    pub(crate) pause_us: u64,
     /// Stays connected for so long after the last answer.
     pub(crate) idle_us: u64,
     /// Writes these bytes as they are instead of requests.
@@ -74,6 +76,7 @@ impl ClientPlan {
             write_gap_us: 0,
             pace: Pace::Eager,
             leave: None,
+            pause_us: 0,
             idle_us: 0,
             raw: None,
             bare: false,
@@ -123,6 +126,7 @@ pub(crate) struct Client {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum ClientStep {
     Start,
+    Ask,
     Write,
     Read,
     Leave,
@@ -173,6 +177,7 @@ impl World {
         }
         match step {
             ClientStep::Start => self.client_starts(index),
+            ClientStep::Ask => self.client_asks(index),
             ClientStep::Write => self.client_writes(index),
             ClientStep::Read => self.client_reads(index),
             ClientStep::Leave => self.client_leaves(index),
@@ -339,6 +344,8 @@ impl World {
                     if complete >= client.plan.exchanges.len() {
                         let idle = client.plan.idle_us;
                         self.after(idle, Event::Client(index, ClientStep::Satisfied));
+                    } else if !client.plan.pipelined && client.plan.pause_us > 0 {
+                        self.after(client.plan.pause_us, Event::Client(index, ClientStep::Ask));
                     } else if !client.plan.pipelined {
                         self.client_asks(index);
                     }

@@ -4,6 +4,7 @@
 
 mod backend;
 mod background;
+mod balance;
 mod canary;
 mod client;
 mod control;

@@ -15,11 +15,14 @@ fn spread(server: &mut Server, clients: u64) -> Vec<u64> {
     shards.collect()
 }
 
+fn is_even(loads: &[u64]) -> bool {
+    let mean = loads.iter().sum::<u64>() as f64 / loads.len() as f64;
+    loads.iter().all(|&load| (load as f64 - mean).abs() <= mean * 0.1)
+}
+
 #[track_caller]
 fn assert_even(loads: &[u64]) {
-    let mean = loads.iter().sum::<u64>() as f64 / loads.len() as f64;
-    let even = loads.iter().all(|&load| (load as f64 - mean).abs() <= mean * 0.1);
-    assert!(even, "{loads:?}");
+    assert!(is_even(loads), "{loads:?}");
 }
 
 fn connect(server: &Server, clients: usize) -> Vec<Peer> {
@@ -32,8 +35,8 @@ fn clients_are_spread_evenly_and_stay_so_when_many_of_one_shard_leave() {
         .serve(|mut peer| while peer.try_request().is_ok() && peer.try_send(&ok("fine")).is_ok() {});
     for shards in [2, 4] {
         let mut server = Server::start(&[backend], &["--shards", &shards.to_string()]);
-        let mut clients = connect(&server, 100);
-        let loads = spread(&mut server, 100);
+        let mut clients = connect(&server, 200);
+        let loads = spread(&mut server, 200);
         assert_eq!(loads.len(), shards);
         assert_even(&loads);
         // Which shard a client is on shows where the counter of requests moves.
@@ -54,13 +57,15 @@ fn clients_are_spread_evenly_and_stay_so_when_many_of_one_shard_leave() {
             before = after;
         }
         assert_eq!(on_first.len() as u64, loads[0]);
-        // Half of the first shard's clients leave, and as many others come.
-        let leave = on_first.len() / 2;
-        on_first.truncate(on_first.len() - leave);
-        let left = spread(&mut server, 100 - leave as u64);
-        assert_eq!(left[0], loads[0] - leave as u64);
+        // Nearly all of the first shard's clients leave: some of the others, who are between two requests, go there.
+        let leave = on_first.len() - 2;
+        on_first.truncate(2);
+        server.wait_for("the loads to be even again", |server| is_even(&spread(server, 200 - leave as u64)));
+        let moved = server.count("tokenring_moves_for_load_total");
+        assert!(moved > 0 && moved < on_others.len() as u64, "{moved} were moved");
+        // As many others come.
         let mut new = connect(&server, leave);
-        assert_even(&spread(&mut server, 100));
+        assert_even(&spread(&mut server, 200));
         for client in new.iter_mut().chain(&mut on_first).chain(&mut on_others) {
             client.send(get("/fine"));
             assert_eq!(client.response().text(), "fine");

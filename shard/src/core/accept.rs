@@ -360,6 +360,7 @@ impl<I: Io> Shard<I> {
             self.publish_load();
             self.follow_accepts();
         }
+        self.look_for_fuller();
     }
 
     /// Takes what the kernel has queued, then no more; idle clients go, streams finish.
@@ -387,7 +388,7 @@ impl<I: Io> Shard<I> {
     }
 
     /// A client that is between two requests goes now; one that has not made its first gets a moment for it.
-    fn leave_when_idle(&mut self, key: protocol::slots::Key) {
+    pub(super) fn leave_when_idle(&mut self, key: protocol::slots::Key) {
         let fresh_ms = self.now_ms() + DRAIN_FRESH_MS;
         let Some(conn) = self.conns.get_mut(key) else { return };
         if conn.state != State::Open || conn.stream.is_some() || !conn.held.is_empty() {

@@ -590,6 +590,7 @@ impl<I: Io> Shard<I> {
         {
             self.want_receive(key, true);
         }
+        self.leave_if_uneven(key);
     }
 
     fn leaving_now(&self) -> bool {

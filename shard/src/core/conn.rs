@@ -138,6 +138,8 @@ pub(crate) struct Client {
     pub(crate) hops: u16,
     /// The shard that it was moved here from.
     pub(crate) moved_from: Option<u16>,
+    /// It was moved here for what it asked for, and is likely to ask for it again: it is not moved away for the sake of load.
+    pub(crate) settled: bool,
     /// Bytes dropped while lingering.
     pub(crate) dropped: u32,
 }
@@ -255,6 +257,13 @@ impl<S> Conn<S> {
 
     pub(crate) fn is_client(&self) -> bool {
         matches!(self.role, Role::Client(_))
+    }
+
+    pub(crate) fn as_client(&self) -> Option<&Client> {
+        match &self.role {
+            Role::Client(client) => Some(client),
+            Role::Backend(_) => None,
+        }
     }
 
     pub(crate) fn client(&mut self) -> Option<&mut Client> {

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   home:    catches up ─► shares a tail ──(a neighbour has fewer clients, and a mirror)──► Moving ─► handed over
-//!   mirror:  shares the mirror ──(its window has left it behind, or it is gone)──► Moving ─► handed back, to catch up again
+//!   mirror:  shares the mirror ──(its window has left it behind, or it is gone; home has many fewer)──► Moving ─► handed back, to catch up again
 //! ```
 //! What goes along is what its answer needs to go on: where it is, which is between two events, when it is to end, what is to be
 //! said of it in the log. Its head was sent, and nothing of it is in flight.
@@ -79,31 +79,65 @@ impl<I: Io> Shard<I> {
         }
     }
 
+    /// If a source is a mirror of a tail, some of its readers go home while there are many fewer clients.
+    pub(super) fn recall_readers(&mut self, source_key: Key) {
+        let Some(source) = self.kept.sources.get(source_key) else { return };
+        let (Some(home), Some(tail)) = (source.mirror_of(), &source.tail) else { return };
+        let (all, first) = (source.readers.len(), tail.looked_at);
+        if source.end.is_some() || all == 0 || !self.is_emptier(home) {
+            return;
+        }
+        let looked = HANDOVERS_LOOKED_AT_PER_TURN.min(all);
+        let readers: Vec<Key> = (0..looked).map(|nth| source.readers[(first + nth) % all]).collect();
+        for key in readers {
+            if self.moves.handovers >= HANDOVERS_AT_ONCE_MAX || !self.is_emptier(home) {
+                break;
+            }
+            if self.may_part(key).is_some() && self.is_level_reader(key) {
+                self.part_from_tail(key);
+            }
+        }
+        if let Some(tail) = self.kept.sources.get_mut(source_key).and_then(|source| source.tail.as_mut()) {
+            tail.looked_at = (first + looked) % all;
+        }
+    }
+
     /// The connection of a reader that could be handed over to that shard now, if the kernel let go of it.
     fn may_leave(&self, key: Key, to: usize) -> Option<Key> {
+        self.may_part(key).filter(|_| self.is_handed_over(key, to))
+    }
+
+    /// The connection of a reader of which the kernel holds no more than a receive.
+    fn may_part(&self, key: Key) -> Option<Key> {
         let client = self.streams.get(key)?.client?;
         let conn = self.conns.get(client)?;
         let idle = conn.state == ConnState::Open
             && conn.ops.send.is_none()
             && !conn.peer_fin
             && conn.tls.as_ref().is_none_or(|tls| !tls.has_unsent());
-        (idle && self.is_handed_over(key, to)).then_some(client)
+        idle.then_some(client)
     }
 
-    /// Whether a reader is between two events, with nothing of its own to be sent, and that shard's mirror has what it has had.
-    fn is_handed_over(&self, key: Key, to: usize) -> bool {
+    /// Whether a reader of a tail is between two events, with nothing of its own to be sent.
+    fn is_level_reader(&self, key: Key) -> bool {
         let Some(stream) = self.streams.get(key) else { return false };
         let Some(reader) = &stream.reader else { return false };
-        let Some(source) = self.kept.sources.get(reader.source) else { return false };
-        let level = reader.lent.is_none()
+        reader.lent.is_none()
             && !reader.own_lent
             && reader.own_at == stream.response.end()
             && reader.behind != Maybe::NONE
-            && !stream.produced;
-        level
+            && !stream.produced
+            && stream.durable.as_ref().is_some_and(|durable| matches!(durable.state, State::Sharing))
+    }
+
+    /// The same, and whether that shard's mirror has what it has had.
+    fn is_handed_over(&self, key: Key, to: usize) -> bool {
+        let reader = self.streams.get(key).and_then(|stream| stream.reader.as_ref());
+        let source = reader.and_then(|reader| self.kept.sources.get(reader.source));
+        let (Some(reader), Some(source)) = (reader, source) else { return false };
+        self.is_level_reader(key)
             && source.producer.is_some()
             && source.mirror_at(to).is_some_and(|link| link.has(reader.at))
-            && stream.durable.as_ref().is_some_and(|durable| matches!(durable.state, State::Sharing))
     }
 
     /// What becomes of a client that is to go to another shard in the middle of its answer.

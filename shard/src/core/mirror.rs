@@ -58,6 +58,12 @@ pub(super) struct Mirrors {
 }
 
 impl Mirrors {
+    /// Mirrors of tails that are here.
+    pub(super) fn of_tails(&self) -> impl Iterator<Item = Key> {
+        let tails = self.here.iter().filter(|(subject, _)| matches!(subject, Subject::Tail(_)));
+        tails.map(|(_, &key)| key)
+    }
+
     /// A number that no other tail has.
     pub(super) fn number_tail(&mut self, shard: u16) -> u64 {
         self.tails_made += 1;

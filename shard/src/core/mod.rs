@@ -8,6 +8,7 @@ mod ages;
 mod audit;
 mod backend;
 mod background;
+mod balance;
 mod budget;
 mod client;
 mod conn;
@@ -39,6 +40,7 @@ use crate::tls::Scratch;
 use accept::Acceptor;
 pub use audit::Holding;
 use backend::Pool;
+use balance::Balance;
 use conn::{Conn, Role};
 use directory::Directory;
 use durable::DurableStreams;
@@ -129,6 +131,7 @@ pub struct Shard<I: Io> {
     /// Accepted on a listener, and waiting for a slot: nothing of theirs has been read.
     parked: VecDeque<Newcomer<I::Socket>>,
     moves: Moves,
+    balance: Balance,
     mirrors: Mirrors,
     directory: Directory,
     handshakes: Handshakes,
@@ -189,6 +192,7 @@ impl<I: Io> Shard<I> {
             clients: 0,
             parked: VecDeque::new(),
             moves: Moves::default(),
+            balance: Balance::default(),
             mirrors: Mirrors::default(),
             directory: Directory::default(),
             handshakes: Handshakes::default(),
@@ -262,6 +266,7 @@ impl<I: Io> Shard<I> {
         self.serve_readers();
         self.follow_directory();
         self.follow_moves();
+        self.follow_balance();
         self.pump_dirty();
         self.feed_starved();
         if !self.parked.is_empty() {
@@ -418,6 +423,7 @@ impl<I: Io> Shard<I> {
                 self.mirrors.rung = self.neighbours.is_some();
                 self.directory.rung = self.neighbours.is_some();
                 self.serve_waiting();
+                self.look_for_emptier();
             }
         }
     }

@@ -7,8 +7,8 @@
 //!                  no operation left
 //!                  └─ Io::release ─► queue of the mesh ─► Io::adopt ─► the same bytes again, and on
 //! ```
-//! What moves is a socket, the bytes that were received and not used, and TLS at rest. It happens between two requests, and in the
-//! middle of one kind of answer (`handover`).
+//! What moves is a socket, the bytes that were received and not used, and TLS at rest. It happens between two requests, because of the
+//! next one or for the sake of load (`balance`), and in the middle of one kind of answer (`handover`).
 
 use super::conn::{Client, Conn, Role, State};
 use super::handover::Handover;
@@ -21,12 +21,27 @@ use protocol::limits::HANDED_ON_MAX;
 use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
 
+/// A client that is to go to another shard.
+#[derive(Clone, Copy)]
+struct Going {
+    client: Key,
+    /// If it goes for the sake of load alone: when it will have been idle for too long, ms.
+    idle_due_ms: Option<u64>,
+}
+
 /// Clients that are to go to other shards.
 #[derive(Default)]
 pub(super) struct Moves {
-    clients: Vec<Key>,
+    clients: Vec<Going>,
     /// How many of them go in the middle of an answer.
     pub(super) handovers: usize,
+}
+
+impl Moves {
+    /// How many there are.
+    pub(super) fn under_way(&self) -> usize {
+        self.clients.len()
+    }
 }
 
 /// A client that a shard is to serve.
@@ -67,6 +82,16 @@ impl<I: Io> Shard<I> {
 
     /// A client leaves for another shard as soon as the kernel holds nothing of it.
     pub(super) fn begin_move(&mut self, key: Key, to: usize, sent: bool) {
+        self.set_out(Going { client: key, idle_due_ms: None }, to, sent);
+    }
+
+    /// The same of one that asks for nothing, and is there for so long.
+    pub(super) fn begin_move_for_load(&mut self, key: Key, to: usize, idle_due_ms: u64) {
+        self.set_out(Going { client: key, idle_due_ms: Some(idle_due_ms) }, to, false);
+    }
+
+    fn set_out(&mut self, going: Going, to: usize, sent: bool) {
+        let key = going.client;
         let Some(conn) = self.conns.get_mut(key) else { return };
         if let Some(client) = conn.client() {
             client.sent = sent;
@@ -77,7 +102,7 @@ impl<I: Io> Shard<I> {
         if let Some(op) = conn.ops.hangup {
             self.io.cancel(op);
         }
-        self.moves.clients.push(key);
+        self.moves.clients.push(going);
         // No end of an operation will wake the shard for it.
         self.hurried |= conn.ops.none();
         self.follow_receive(key);
@@ -90,30 +115,39 @@ impl<I: Io> Shard<I> {
             return;
         }
         self.moves.handovers = 0;
-        for key in std::mem::take(&mut self.moves.clients) {
+        for going in std::mem::take(&mut self.moves.clients) {
+            let key = going.client;
             let Some(conn) = self.conns.get(key) else { continue };
             let State::Moving(to) = conn.state else { continue };
             let to = usize::from(to);
             let answered = conn.stream.is_some();
             let open = self.neighbours.as_ref().is_some_and(|neighbours| neighbours.is_open(to));
             if !conn.ops.none() || conn.waiting > 0 || conn.tls.as_ref().is_some_and(|tls| tls.has_unsent()) {
-                self.moves.clients.push(key);
+                self.moves.clients.push(going);
                 self.moves.handovers += usize::from(answered);
             } else if answered {
                 match self.follow_handover(key, to) {
-                    Handover::Goes => self.hand_over(key, to),
+                    Handover::Goes => self.hand_over(going, to),
                     Handover::Stays => self.stay_with_answer(key),
                     Handover::Waits => {
-                        self.moves.clients.push(key);
+                        self.moves.clients.push(going);
                         self.moves.handovers += 1;
                     }
+                }
+            } else if let Some(idle_due_ms) = going.idle_due_ms {
+                let asks = !conn.held.is_empty() || conn.peer_fin;
+                let full = self.neighbours.as_ref().is_none_or(|neighbours| neighbours.is_full(to));
+                if asks || full || self.leaving != Leaving::No || !open {
+                    self.stay_idle(key, idle_due_ms);
+                } else {
+                    self.hand_over(going, to);
                 }
             } else if self.leaving != Leaving::No || !open {
                 self.stay(key);
             } else if self.awaits_room(to) {
-                self.moves.clients.push(key);
+                self.moves.clients.push(going);
             } else {
-                self.hand_over(key, to);
+                self.hand_over(going, to);
             }
         }
     }
@@ -136,6 +170,18 @@ impl<I: Io> Shard<I> {
         self.go_on(key, held, fin);
     }
 
+    /// One that asked for nothing is not taken elsewhere.
+    fn stay_idle(&mut self, key: Key, idle_due_ms: u64) {
+        if let Some(conn) = self.conns.get_mut(key) {
+            conn.due_ms = idle_due_ms;
+        }
+        self.stay(key);
+        self.follow_conn_timer(key);
+        if self.leaving != Leaving::No {
+            self.leave_when_idle(key);
+        }
+    }
+
     /// Takes up a connection with what it has sent, as if it had just arrived.
     fn go_on(&mut self, key: Key, held: Vec<u8>, fin: bool) {
         self.client_held_input(key, held, 0);
@@ -145,7 +191,8 @@ impl<I: Io> Shard<I> {
         self.follow_receive(key);
     }
 
-    fn hand_over(&mut self, key: Key, to: usize) {
+    fn hand_over(&mut self, going: Going, to: usize) {
+        let Going { client: key, idle_due_ms } = going;
         let Some(mut conn) = self.conns.remove(key) else { return };
         let answered = conn.stream.is_some();
         let answer = self.take_answer(&conn);
@@ -167,11 +214,15 @@ impl<I: Io> Shard<I> {
         let hops = conn.hops() + self.neighbours.as_ref().map_or(0, |neighbours| neighbours.distance_to(to));
         let tls = conn.tls.map(|tls| tls.at_rest());
         let from = self.neighbours.as_ref().map_or(0, |neighbours| neighbours.own());
-        let moved = Moved { held, tls, peer_fin: conn.peer_fin, requests, refused, hops, from, sent, answer };
+        let peer_fin = conn.peer_fin;
+        let moved = Moved { held, tls, peer_fin, requests, refused, hops, from, sent, idle_due_ms, answer };
         let what = self.io.release(conn.socket);
         let handed = Handed { what, listener: 0, times: HANDED_ON_MAX, moved: Some(Box::new(moved)) };
         self.stats.counters.handed_away += 1;
-        self.stats.counters.moves += u64::from(!answered);
+        match idle_due_ms {
+            Some(_) => self.stats.counters.moves_for_load += 1,
+            None => self.stats.counters.moves += u64::from(!answered),
+        }
         let result = self.neighbours.as_mut().map(|neighbours| neighbours.hand(to, handed));
         debug_assert!(matches!(result, Some(Ok(()))), "there was room, and nobody else fills the queue");
         self.slot_freed();
@@ -179,19 +230,23 @@ impl<I: Io> Shard<I> {
 
     /// Serves a client that comes with a request of its own.
     pub(super) fn serve_moved(&mut self, socket: I::Socket, moved: Moved) {
-        let Moved { held, tls, peer_fin, requests, refused, hops, from, sent, answer } = moved;
-        let client = match answer {
-            None => Client { hops, moved_from: Some(from as u16), sent, ..Client::default() },
-            Some(_) => Client::default(),
+        let Moved { held, tls, peer_fin, requests, refused, hops, from, sent, idle_due_ms, answer } = moved;
+        let client = match (&answer, idle_due_ms) {
+            (None, None) => {
+                Client { hops, moved_from: Some(from as u16), sent, settled: true, ..Client::default() }
+            }
+            _ => Client::default(),
         };
         let client = Client { requests, refused, ..client };
         let mut conn = Conn::new(socket, Role::Client(client));
         conn.tls = tls.map(|tls| Box::new(Tls::from(tls)));
-        conn.due_ms = self.now_ms() + u64::from(self.idle_ms());
+        conn.due_ms = idle_due_ms.unwrap_or_else(|| self.now_ms() + u64::from(self.idle_ms()));
         conn.receive_wanted = !peer_fin;
         let Some(answer) = answer else {
-            if let Some(key) = self.insert_client(conn) {
-                self.go_on(key, held, peer_fin);
+            let Some(key) = self.insert_client(conn) else { return };
+            self.go_on(key, held, peer_fin);
+            if idle_due_ms.is_some() && self.leaving != Leaving::No {
+                self.leave_when_idle(key);
             }
             return;
         };

@@ -279,6 +279,7 @@ impl<I: Io> Shard<I> {
         let mut room = READERS_PER_TURN_MAX;
         for _ in 0..self.kept.stirred.len() {
             let Some(key) = self.kept.stirred.pop_front() else { break };
+            self.recall_readers(key);
             let Some(source) = self.kept.sources.get_mut(key) else { continue };
             if source.served == 0 {
                 // A round begins. What comes while it lasts is for another one.

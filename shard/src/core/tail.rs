@@ -215,8 +215,26 @@ impl<I: Io> Shard<I> {
         self.kept.sources.get(source)?.tail.as_ref()?.position(at)
     }
 
+    /// Looks at all tails and their mirrors here, as if something had come.
+    pub(super) fn stir_tails(&mut self) {
+        let tails = self.durable.level.values().filter_map(|level| match level {
+            Level::Tail(source) => Some(*source),
+            Level::One(_) => None,
+        });
+        for key in tails.chain(self.mirrors.of_tails()).collect::<Vec<_>>() {
+            self.kept.stir(key);
+        }
+    }
+
     /// If a reader shares a tail: its window has left it behind, and it goes on by itself. Called while nothing of it is in flight.
     pub(super) fn leave_tail(&mut self, key: Key) -> bool {
+        let parted = self.part_from_tail(key);
+        self.stats.counters.durable_parted += u64::from(parted);
+        parted
+    }
+
+    /// The same, whyever it goes.
+    pub(super) fn part_from_tail(&mut self, key: Key) -> bool {
         let now_us = self.now_us;
         let Some(stream) = self.streams.get_mut(key) else { return false };
         let Some(source) = stream.reader.as_ref().and_then(|reader| self.kept.sources.get(reader.source))
@@ -233,7 +251,6 @@ impl<I: Io> Shard<I> {
             conn.ledger = Ledger::at(reader.own_at);
         }
         stream.pending_since_us = Maybe::some(now_us);
-        self.stats.counters.durable_parted += 1;
         if let (Some(behind), Some(home)) = (reader.behind.get(), home) {
             let place = SharedPlace { home, tail, shared, at: reader.at, behind };
             self.reader_left(&reader);

@@ -26,6 +26,8 @@ pub struct Moved {
     pub(crate) from: usize,
     /// The stream that it asks for is there, or nowhere: the shard that its path belongs to says so.
     pub(crate) sent: bool,
+    /// It asks for nothing, and was moved for the sake of load: when it will have been idle for too long, ms.
+    pub(crate) idle_due_ms: Option<u64>,
     /// What it is being answered.
     pub(crate) answer: Option<Box<Answering>>,
 }

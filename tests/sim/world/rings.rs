@@ -127,6 +127,13 @@ impl World {
         self.rings[ring].stalled_until = self.now + us;
     }
 
+    /// The shard that has a client's connection.
+    pub(crate) fn shard_of(&self, client: usize) -> Option<usize> {
+        let client = &self.clients[client];
+        let socket = &self.sockets[client.socket?];
+        (client.ended.is_none() && !socket.closed).then_some(socket.ring)
+    }
+
     /// A shard's bell will ring.
     pub(crate) fn rings_at(&mut self, ring: usize, after_us: u64) {
         self.after(after_us, Event::Bell(ring));
