@@ -423,6 +423,12 @@ fn run(seed: u64) -> (Tally, Finished) {
     (tally, finished)
 }
 
+/// They had the last chunk, the stream was stopped, the disk was not known to have that, and the server was drained.
+#[test]
+fn who_has_all_of_a_stream_is_told_nothing_more() {
+    run(30510);
+}
+
 /// The first hundred seeds; with `SIM_MIRRORS_RUNS`, so many from `SIM_MIRRORS_FROM` on.
 #[test]
 fn readers_of_mirrors_are_owed_what_readers_are_owed_whatever_happens() {

@@ -116,11 +116,7 @@ impl<I: Io> Shard<I> {
         if at < log.start() || at < source.stale_below && self.is_too_late(key, source, began_ms) {
             return Supply::Dropped;
         }
-        let end = match source.producer.and_then(|producer| self.streams.get(producer)) {
-            Some(stream) if stream.produced => stream.end,
-            Some(_) => None,
-            None => source.end,
-        };
+        let end = self.end_of(source);
         if at >= source.shown {
             return Supply::Later;
         }
@@ -132,11 +128,27 @@ impl<I: Io> Shard<I> {
         }
     }
 
+    /// How a source has ended, if nothing is added to its log any more.
+    fn end_of(&self, source: &Source) -> Option<End> {
+        match source.producer.and_then(|producer| self.streams.get(producer)) {
+            Some(stream) if stream.produced => stream.end,
+            Some(_) => None,
+            None => source.end,
+        }
+    }
+
+    /// How a source has ended of whose log nothing is left from there on; the disk may not know of its end yet.
+    fn ended_at(&self, key: Key, at: u64) -> Option<End> {
+        let Some(source) = self.kept.sources.get(key) else { return Some(End::Gone) };
+        let Some(log) = self.source_log(source) else { return Some(End::Gone) };
+        self.end_of(source).filter(|_| at == log.end())
+    }
+
     /// Whether a reader has been lent its stream to the end; it is over then.
     pub(super) fn has_all_of_its_source(&mut self, key: Key) -> bool {
         let Some(stream) = self.streams.get(key) else { return false };
         let Some(reader) = stream.reader.as_ref().filter(|_| stream.end.is_none()) else { return false };
-        let Supply::Over(end) = self.supply(reader.source, reader.at, reader.began_ms) else { return false };
+        let Some(end) = self.ended_at(reader.source, reader.at) else { return false };
         let client = stream.client;
         self.reader_over(key, end);
         if let Some(client) = client {
