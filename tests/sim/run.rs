@@ -387,11 +387,12 @@ impl Sim {
         let shard = self.shards().nth(ring).unwrap_or(&self.shard);
         let counters = &shard.stats().counters;
         let secure = world.tongues.clients.is_some() || world.tongues.backends.is_some();
+        let (client_waiting_bytes, upstream_waiting_bytes) = shard.waiting_bytes();
         let mut counts = Counts {
             accepts: counters.accepts,
-            client_received_bytes: counters.client_received_bytes,
+            client_received_bytes: counters.client_received_bytes + client_waiting_bytes,
             client_sent_bytes: counters.client_sent_bytes,
-            upstream_received_bytes: counters.upstream_received_bytes,
+            upstream_received_bytes: counters.upstream_received_bytes + upstream_waiting_bytes,
             upstream_sent_bytes: counters.upstream_sent_bytes,
             sends: counters.sends,
             sends_short: counters.sends_short,

@@ -50,6 +50,18 @@ impl<I: Io> Shard<I> {
         self.waiting.iter().any(ends)
     }
 
+    /// Bytes of clients and of backends that were received and wait for a later turn: they are counted when it comes.
+    pub fn waiting_bytes(&self) -> (u64, u64) {
+        let mut bytes = (0, 0);
+        for completion in &self.waiting {
+            if let Completion::Received { conn, buffer } = completion {
+                *(if self.role(*conn) == Some(true) { &mut bytes.0 } else { &mut bytes.1 }) +=
+                    buffer.len() as u64;
+            }
+        }
+        bytes
+    }
+
     /// Whether everything that could go on does, and everything that is owned has one owner. To be asked right after a turn.
     ///
     /// # Errors
