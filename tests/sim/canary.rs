@@ -3,7 +3,8 @@
 
 use crate::minimise::{Failure, failure, minimise};
 use crate::random::draw;
-use crate::script::{Script, With, render};
+use crate::script::{Ask, ClientScript, Script, With, render};
+use crate::world::Faults;
 use protocol::planted::Bug;
 
 /// Seeds within which each bug has to be found.
@@ -32,6 +33,16 @@ fn planted_bugs_are_found() {
         }
     }
     assert!(unnoticed.is_empty(), "went unnoticed: {unnoticed:?}");
+}
+
+/// Receives that never find a buffer bring completions in every turn, and nothing comes of any.
+#[test]
+fn a_shard_that_gets_nowhere_is_found() {
+    let faults = Faults { receive_no_buffer: 1000, ..Faults::default() };
+    let clients = vec![ClientScript { asks: vec![Ask::default()], ..ClientScript::default() }];
+    let found = failure(&Script { faults, clients, ..Script::default() }, With::NoBug).err();
+    let what = found.map(|found| found.what).unwrap_or_default();
+    assert!(what.contains("nothing comes"), "{what}");
 }
 
 /// A run that finds a bug is made so small that one can read it, and it still finds the bug and nothing else.

@@ -428,6 +428,13 @@ fn the_clock_may_jump_over_the_time_of_a_stop() {
     run_seed(5_166_761_558_056);
 }
 
+/// Six megabytes, received eight bytes at a time at most, with two completions a turn.
+#[test]
+fn a_run_may_take_as_many_turns_as_it_has_to_carry() {
+    let turns = run_seed(880_000_999).sim.turns;
+    assert!(turns > 1_000_000, "{turns} turns are not many");
+}
+
 #[test]
 fn a_seed_replays_bit_for_bit() {
     for seed in [3, 17, 99, 256] {

@@ -34,6 +34,19 @@ impl Rng {
         self.below(1 << bits.min(62)).min(high)
     }
 
+    /// What [`Rng::skewed`] draws on average, rounded down.
+    pub(crate) fn skewed_mean(high: u64) -> u64 {
+        let bits_max = u64::from(64 - high.leading_zeros());
+        let mean = |bits: u64| {
+            let bound = 1 << bits.min(62);
+            // Of `0..bound`, so many are `high` or become it.
+            let most = bound - high.min(bound);
+            let below = bound - most;
+            (below * below.saturating_sub(1) / 2 + most * high) / bound
+        };
+        (0..=bits_max).map(mean).sum::<u64>() / (bits_max + 1)
+    }
+
     pub(crate) fn chance(&mut self, per_mille: u32) -> bool {
         self.below(1000) < u64::from(per_mille)
     }

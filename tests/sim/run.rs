@@ -20,7 +20,8 @@ use std::cell::{RefCell, RefMut};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Turns of one run; beyond, something goes round in circles.
+/// Turns of one run; beyond, something goes round in circles. Of one that is drawn, what it has to carry says how many: see
+/// `Script::turns_max`.
 const TURNS_MAX: u64 = 1_000_000;
 
 /// The two routes of every simulation: the demo model's, and the backends' for all else.
@@ -145,6 +146,7 @@ pub(crate) struct Sim {
     failures_dropped: u64,
     snapshots: u64,
     pub(crate) turns: u64,
+    pub(crate) turns_max: u64,
     /// The most bytes that one response log held unconfirmed.
     pub(crate) lag_max: u64,
     pub(crate) log_bytes_max: u64,
@@ -239,6 +241,7 @@ impl Sim {
             failures_dropped: 0,
             snapshots: 0,
             turns: 0,
+            turns_max: TURNS_MAX,
             lag_max: 0,
             log_bytes_max: 0,
             streams_max: 0,
@@ -315,7 +318,7 @@ impl Sim {
         self.turns += 1;
         TURNS.set(TURNS.get() + 1);
         assert!(self.turns < TURNS_OF_A_RUN.get(), "longer than the run that failed");
-        assert!(self.turns < TURNS_MAX, "the run does not end");
+        assert!(self.turns < self.turns_max, "the run does not end");
         if !self.others.is_empty() {
             return self.turn_of_one(sleepy);
         }

@@ -2,9 +2,10 @@
 //! Whatever a script does not name is as on a calm day.
 
 use crate::backend::BackendHost;
-use crate::client::ClientPlan;
+use crate::client::{Client, ClientPlan};
 use crate::control::Order;
 use crate::plan::{Answer, Request};
+use crate::rng::Rng;
 use crate::run::{Finished, Sim, settings};
 use crate::world::{Faults, Identity, Planted, Tongues};
 use protocol::phase::Deadlines;
@@ -174,6 +175,15 @@ impl Default for Script {
     }
 }
 
+/// Turns that any run may take: for timers, heartbeats, connections that come and go.
+const TURNS_OF_ANY_RUN: u64 = 50_000;
+/// Turns for each piece of what a run carries: about half of one is usual, where a turn is given only two completions.
+const TURNS_PER_PIECE: u64 = 2;
+/// Bytes of a request's head, and what TLS takes of a connection and of each write.
+const HEAD_BYTES: u64 = 500;
+const TLS_HANDSHAKE_BYTES: u64 = 4_000;
+const TLS_RECORD_BYTES: u64 = 30;
+
 /// A bug to run a script with: one of the machine's, or one of the core's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum With {
@@ -258,7 +268,30 @@ impl Script {
             sim.client(ClientPlan { exchanges: ids, ..plan.clone() });
         }
         sim.world().break_later();
+        sim.turns_max = self.turns_max(&sim);
         sim.finish()
+    }
+
+    /// A run in which everything goes on comes to its end within this. What there is to carry is received in pieces, of
+    /// which a turn may be given as few as two and each may be a few bytes: a run of megabytes takes a million turns then.
+    fn turns_max(&self, sim: &Sim) -> u64 {
+        let world = sim.world();
+        let secure = world.tongues.clients.is_some();
+        let piece_bytes = self.faults.piece_bytes(world.buffer_bytes) as u64;
+        let pieces = |bytes: u64, write_bytes: usize| {
+            let writes = bytes / (Rng::skewed_mean(write_bytes as u64) + 1) + 1;
+            let more = if secure { TLS_HANDSHAKE_BYTES + TLS_RECORD_BYTES * writes } else { 0 };
+            (bytes + more) / piece_bytes + writes
+        };
+        let of_client = |client: &Client| {
+            let of_exchange = |&id: &usize| {
+                let exchange = &world.exchanges[id];
+                pieces(exchange.body.len() as u64 + HEAD_BYTES, client.plan.write_bytes)
+                    + pieces(exchange.wire.bytes.len() as u64, exchange.answer.piece_bytes)
+            };
+            client.plan.exchanges.iter().map(of_exchange).sum::<u64>()
+        };
+        TURNS_OF_ANY_RUN + TURNS_PER_PIECE * world.clients.iter().map(of_client).sum::<u64>()
     }
 
     /// Only what differs from a calm day.

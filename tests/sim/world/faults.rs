@@ -1,6 +1,7 @@
 //! What the simulated kernel and network do wrong: probabilities and extents, drawn once per run; and bugs put into the
 //! machine on purpose.
 
+use crate::rng::Rng;
 use serde::{Deserialize, Serialize};
 use shard::io::Errno;
 
@@ -56,6 +57,16 @@ pub(crate) struct Faults {
     pub(crate) stall_us: u64,
     /// Completions of one turn; 0: the limit of the trait.
     pub(crate) turn_completions: usize,
+}
+
+impl Faults {
+    /// Bytes that a receive brings on average, if they are there.
+    pub(crate) fn piece_bytes(&self, buffer_bytes: usize) -> usize {
+        match self.receive_bytes {
+            0 => buffer_bytes,
+            bytes => (Rng::skewed_mean(bytes as u64) as usize + 1).min(buffer_bytes),
+        }
+    }
 }
 
 /// A bug put into the machine on purpose, to prove that the rig finds such.

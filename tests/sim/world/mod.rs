@@ -20,7 +20,7 @@ use crate::rng::Rng;
 use operations::Op;
 use rings::Ring;
 use shard::core::Holding;
-use shard::io::{Completion, Wait};
+use shard::io::{Completion, Errno, ReceiveEnd, Wait};
 use sockets::{Listener, Socket};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -116,6 +116,21 @@ pub(crate) struct World {
     pub(crate) log: bool,
     pub(crate) tongues: Tongues,
     pub(crate) heard: Heard,
+}
+
+/// Turns one after the other that bring nothing any further. Timers of a silent minute with many clients are a thousand.
+const TURNS_BARREN_MAX: u32 = 20_000;
+
+/// Whether something has got further by it.
+fn moves(completion: &Done) -> bool {
+    match completion {
+        Completion::Accepted { .. } | Completion::Connected { .. } | Completion::Received { .. } => true,
+        Completion::ReceiveEnded { why, .. } => {
+            !matches!(why, ReceiveEnd::Rearm | ReceiveEnd::Error(Errno::NO_BUFFERS))
+        }
+        Completion::Sent { result, .. } => *result != Ok(0),
+        Completion::AcceptEnded { .. } | Completion::Hangup { .. } | Completion::Woken => false,
+    }
 }
 
 fn hash(bytes: impl Iterator<Item = u8>) -> u64 {
@@ -228,13 +243,7 @@ impl World {
         for op in std::mem::take(&mut self.rings[ring].deferred) {
             self.send_done(op);
         }
-        let ring_of = &mut self.rings[ring];
-        ring_of.ready.extend(behind);
-        ring_of.turns_idle = if ring_of.ready.is_empty() { ring_of.turns_idle + 1 } else { 0 };
-        assert!(
-            ring_of.turns_idle < 20_000,
-            "the shard spins: turn after turn without a completion ({wait:?})"
-        );
+        self.rings[ring].ready.extend(behind);
         let limit = match self.faults.turn_completions {
             0 => protocol::limits::COMPLETIONS_PER_TURN_MAX,
             limit => limit,
@@ -242,14 +251,22 @@ impl World {
         if self.rng.chance(self.faults.reorder) {
             self.reorder(ring);
         }
+        let mut moved = false;
         for _ in 0..limit.min(self.rings[ring].ready.len()) {
             if let Some(((socket, receives), completion)) = self.rings[ring].ready.pop_front() {
+                moved |= moves(&completion);
                 self.note(7, (socket as u64) << 1 | u64::from(receives));
                 self.say(|| format!("  => s{} {completion:?}", socket as isize));
                 self.tell(ring, socket, &completion);
                 completions.push(completion);
             }
         }
+        let ring = &mut self.rings[ring];
+        ring.turns_barren = if moved { 0 } else { ring.turns_barren + 1 };
+        assert!(
+            ring.turns_barren < TURNS_BARREN_MAX,
+            "the shard spins: turn after turn of which nothing comes ({wait:?})"
+        );
     }
 
     /// The only shard sleeps, and the world goes on. False: for ever.
@@ -376,7 +393,7 @@ impl World {
             self.happen_until(self.now);
         }
         self.now = self.now.max(until);
-        self.rings.iter_mut().for_each(|ring| ring.turns_idle = 0);
+        self.rings.iter_mut().for_each(|ring| ring.turns_barren = 0);
     }
 
     /// Mixes the lanes, and keeps the order within each.

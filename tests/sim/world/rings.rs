@@ -25,7 +25,8 @@ pub(crate) struct Ring {
     /// Sends that have ended, and whose end is told by the next turn that returns for another reason.
     pub(super) deferred: Vec<u64>,
     pub(super) buffers_used: Rc<Cell<usize>>,
-    pub(super) turns_idle: u32,
+    /// Turns since something got further.
+    pub(super) turns_barren: u32,
     /// It sleeps until then, unless something comes; beside others only.
     asleep_until: Option<u64>,
     /// Its CPU is busy with something else until then.
@@ -76,7 +77,7 @@ impl World {
         let ring = &mut self.rings[ring];
         ring.asleep_until = (!awake).then_some(until_us);
         if !awake {
-            ring.turns_idle = 0;
+            ring.turns_barren = 0;
         }
         awake
     }
