@@ -434,23 +434,29 @@ impl World {
         let complete = client.reader.complete();
         self.say(|| format!("c{index} leaves: {how:?}"));
         let client = &self.clients[index];
-        let asked: Vec<usize> = client.plan.exchanges[..client.begun].to_vec();
-        for (nth, id) in asked.into_iter().enumerate().skip(complete) {
+        let asked: Vec<usize> =
+            client.plan.exchanges[..client.begun].iter().skip(complete).copied().collect();
+        for (nth, &id) in asked.iter().enumerate() {
             let exchange = &mut self.exchanges[id];
             exchange.client_left_us = Some(now);
             exchange.left_how = Some(how);
             exchange.left_socket = Some(socket);
             let streams = exchange.request.streaming && written;
-            exchange.left_visibly = nth == complete && (how == How::Reset || (streams && how == How::Close));
+            exchange.left_visibly = nth == 0 && (how == How::Reset || (streams && how == How::Close));
         }
         match how {
             How::Close => self.peer_close(socket),
             How::Reset => self.peer_reset(socket),
-            How::HalfClose => {
-                self.clients[index].half_closed = true;
-                return self.peer_fin(socket);
-            }
+            How::HalfClose => self.peer_fin(socket),
         }
-        self.client_ends(index, Ended::Left);
+        // TLS has more to say at its end than there is room for.
+        for id in asked {
+            self.exchanges[id].left_unread = self.sockets[socket].inward.len();
+        }
+        if how == How::HalfClose {
+            self.clients[index].half_closed = true;
+        } else {
+            self.client_ends(index, Ended::Left);
+        }
     }
 }

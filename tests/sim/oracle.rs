@@ -27,20 +27,16 @@ impl Sim {
             }
             for attempt in exchange.attempts.iter().filter(|attempt| !attempt.over) {
                 let ended_us = world.sockets[attempt.socket].ended_us.unwrap_or(u64::MAX);
-                // Events on their way to the shard are late by at most the run's own delay, twice over.
-                let noticed_us = exchange
-                    .left_socket
-                    .map_or(0, |socket| world.sockets[socket].served_us.max(world.sockets[socket].told_us));
+                let socket = exchange.left_socket.map(|socket| &world.sockets[socket]);
+                let noticed_us = match socket.map_or((0, 0), |socket| (socket.served_us, socket.told_us)) {
+                    // What came before the end has to be received first.
+                    (served_us, 0) => left_us.max(served_us) + read_us(&world, exchange.left_unread),
+                    (_, told_us) => left_us.max(told_us),
+                };
                 // A shard that is given few completions per turn has a queue of them.
                 let queued_us = if world.faults.turn_completions > 0 { 1_000_000 } else { 0 };
-                // What came before the end is received first, in pieces as small as the run has them.
-                let pieces = match world.faults.receive_bytes {
-                    0 => 0,
-                    bytes => 2 * world.pipe_bytes as u64 / bytes as u64,
-                };
-                let read_us = pieces * (world.faults.work_us + world.faults.delay_us + 1);
-                let limit = left_us.max(noticed_us)
-                    + read_us
+                // Events on their way to the shard are late by at most the run's own delay, twice over.
+                let limit = noticed_us
                     + 100_000
                     + 4 * world.faults.delay_us
                     + world.faults.overshoot_us
@@ -328,6 +324,15 @@ impl Sim {
             }
         }
     }
+}
+
+/// How long a shard may take to receive so much of one connection: a turn for each piece and one for each receive that is
+/// armed again, where there are fewer buffers than connections for each time that others are given them.
+fn read_us(world: &World, bytes: usize) -> u64 {
+    let pieces = bytes.div_ceil(world.faults.piece_bytes(world.buffer_bytes)) as u64;
+    let connections = 2 * world.clients.len();
+    let turns = 2 * connections.div_ceil(world.buffers).max(1) as u64;
+    pieces * turns * (world.faults.work_us + world.faults.delay_us + 1)
 }
 
 /// Whether it reads nothing for so long.

@@ -341,6 +341,8 @@ pub(crate) struct Exchange {
     pub(crate) left_visibly: bool,
     pub(crate) left_how: Option<How>,
     pub(crate) left_socket: Option<usize>,
+    /// What it had sent and the shard had not received when it left, bytes.
+    pub(crate) left_unread: usize,
 }
 
 /// One backend connection that was given the request.
@@ -458,6 +460,7 @@ impl Exchange {
             left_visibly: false,
             left_how: None,
             left_socket: None,
+            left_unread: 0,
         }
     }
 

@@ -411,6 +411,12 @@ fn a_late_head_may_be_refused_behind_the_last_send_of_a_handshake() {
     random(770_005_424);
 }
 
+/// With TLS all of a request is under way when its client leaves; its end is behind that, and there is one small buffer.
+#[test]
+fn what_a_client_has_sent_before_it_leaves_is_received_before_its_end() {
+    random(880_000_046);
+}
+
 /// Its client asks for new keys, and goes while the rest of a batch is still to be sent.
 #[test]
 fn a_connection_may_end_between_the_sends_of_one_batch() {
