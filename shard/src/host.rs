@@ -286,6 +286,8 @@ async fn serve(
                     reactor.sleep(wait, now_us, &disks).await?;
                     looked_us = now_us;
                 }
+                // Its rings would be refused as well, and glommio asks again at once, and panics when that went on for long.
+                None if shard.io_mut().is_refused() => {}
                 None if busy_elsewhere && now_us >= looked_us + look_us => {
                     Timer::new(GLOMMIO_LOOK_SLEEP).await;
                     looked_us = now_us;

@@ -20,6 +20,8 @@ SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_USER_NOTIF = 0x7FFF0000, 0x000
 SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
 # What is told of a call: its id, the thread, the call with its arguments. What is answered: the id, a value, an errno, flags.
 TOLD, ANSWER, GO_ON = struct.Struct("QIIiIQ6Q"), struct.Struct("QqiI"), 1
+# Among the arguments of a call that was told of: the flags of io_uring_enter. A shard's own ring gives it more than others do.
+ENTER_FLAGS, ENTER_EXT_ARG = 9, 8
 SECCOMP_IOCTL_NOTIF_RECV = 0xC0002100 | TOLD.size << 16
 SECCOMP_IOCTL_NOTIF_SEND = 0xC0002101 | ANSWER.size << 16
 LOAD_WORD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
@@ -71,6 +73,7 @@ class Supervised:
 
     def __init__(self, *calls):
         self.calls, self.number, self.refused = calls, 0, 0
+        self.awaited = 0
         self.ours, self.theirs = socket.socketpair()
 
     def confine(self):
@@ -101,7 +104,11 @@ class Supervised:
 
     def refuse(self, number):
         """From now on they fail with this errno; 0: they do not."""
-        self.number = number
+        self.number, self.awaited = number, 0
+
+    def refuse_from_a_turn_on(self, number):
+        """They fail with this errno from the next call on by which a shard enters its own ring, and not glommio one of its."""
+        self.awaited = number
 
     def _answer(self):
         _, [listener], _, _ = socket.recv_fds(self.ours, 1, 1)
@@ -116,6 +123,8 @@ class Supervised:
             try:
                 fcntl.ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, told)
                 call = TOLD.unpack(told)[0]
+                if self.awaited and TOLD.unpack(told)[ENTER_FLAGS] & ENTER_EXT_ARG:
+                    self.refuse(self.awaited)
                 self.refused += self.number != 0
                 answer = (call, 0, -self.number, 0) if self.number else (call, 0, 0, GO_ON)
                 fcntl.ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, ANSWER.pack(*answer))

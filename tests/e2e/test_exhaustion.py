@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 import subprocess
+import threading
 import time
 
 import httpx
@@ -282,13 +283,15 @@ def test_the_ring_takes_nothing_for_a_while(start_tokenring, number):
         assert "panicked" not in tokenring.log()
 
 
+@pytest.mark.parametrize("sleep", ["ring", "reactor"])
 @pytest.mark.parametrize("number,reason", [(errno.EAGAIN, "memory"), (errno.EBUSY, "completions")])
-def test_a_ring_that_takes_nothing_is_asked_at_leisure(start_tokenring, number, reason):
+def test_a_ring_that_takes_nothing_is_asked_at_leisure(start_tokenring, number, reason, sleep):
     """Asking at once again and again would take a whole CPU, which is short then as well."""
     with Supervised("io_uring_enter") as kernel:
-        tokenring = start_tokenring(shards=1, confine=kernel.confine)
+        tokenring = start_tokenring(shards=1, confine=kernel.confine, more=["--sleep", sleep])
         client, begin = streaming(tokenring, 200)
-        kernel.refuse(number)
+        # Within glommio, which knows no leisure, a refusal would last until glommio itself is served again.
+        kernel.refuse_from_a_turn_on(number)
         began = time.monotonic()
         time.sleep(1)
         asked, lasted = kernel.refused, time.monotonic() - began
@@ -301,6 +304,47 @@ def test_a_ring_that_takes_nothing_is_asked_at_leisure(start_tokenring, number, 
         [told] = [float(line.split()[1]) for line in samples if f'ring_refusals_total{{shard="0",reason="{reason}"}}' in line]
         assert 50 < told <= kernel.refused
         assert tokenring.log().count("the ring takes nothing") == 1, tokenring.log()
+        tokenring.drain()
+        assert tokenring.wait(15) == EXIT_OK
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EBUSY], ids=errno.errorcode.get)
+def test_glommio_is_not_asked_while_the_ring_takes_nothing(start_tokenring, tmp_path, number):
+    """Its rings are refused as well, and it would ask at once until it panics. What is written to disk waits meanwhile."""
+    with Supervised("io_uring_enter") as kernel:
+        more = ["--data-dir", tmp_path / "data", "--fsync-interval", "0"]
+        tokenring = start_tokenring(shards=1, confine=kernel.confine, more=more)
+        over, told = threading.Event(), []
+
+        def publish(name):
+            with httpx.Client(base_url=tokenring.url, timeout=30, headers={"Content-Type": "text/plain"}) as client:
+                assert client.put(f"/v1/durable/{name}").status_code == 201
+                count = 0
+                while not over.is_set():
+                    assert client.post(f"/v1/durable/{name}", content=b"x").status_code == 204
+                    count += 1
+                told.append((client.get(f"/v1/durable/{name}").text, count))
+
+        publishers = [threading.Thread(target=publish, args=(name,)) for name in "abcd"]
+        for publisher in publishers:
+            publisher.start()
+        try:
+            # A job of the journal is under way in some of them.
+            for _ in range(8):
+                time.sleep(0.1)
+                before = kernel.refused
+                kernel.refuse_from_a_turn_on(number)
+                began = time.monotonic()
+                time.sleep(0.2)
+                asked, lasted = kernel.refused - before, time.monotonic() - began
+                kernel.refuse(0)
+                assert 0 < asked < 2000 * lasted + 100, asked
+        finally:
+            kernel.refuse(0)
+            over.set()
+            for publisher in publishers:
+                publisher.join(30)
+        assert len(told) == 4 and all(text == "x" * count and count > 0 for text, count in told), told
         tokenring.drain()
         assert tokenring.wait(15) == EXIT_OK
 

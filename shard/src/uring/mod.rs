@@ -168,6 +168,11 @@ impl UringIo {
         self.sleep_owed
     }
 
+    /// Whether the kernel took nothing in the last turn.
+    pub fn is_refused(&self) -> bool {
+        self.refusals.go_on()
+    }
+
     /// Operations in flight, the wake-up's own included.
     pub fn operations(&self) -> usize {
         self.ops.len()
@@ -315,9 +320,10 @@ impl UringIo {
             return self.enter_if_needed();
         }
         if self.sleeps_elsewhere || self.spin_us > 0 {
+            let refusals = self.refusals.total();
             self.enter_if_needed()?;
-            if !self.deferred.is_empty() {
-                // The submission has been a syscall of its own: what it says is known.
+            if !self.deferred.is_empty() || self.refusals.total() != refusals {
+                // The submission has been a syscall of its own: what it says is known, and so is a refusal.
                 return Ok(());
             }
             if self.spin_until_ready(wait) {

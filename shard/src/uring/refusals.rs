@@ -44,6 +44,11 @@ impl Refusals {
         self.counts.iter().sum()
     }
 
+    /// Whether the last turn was refused something.
+    pub(super) fn go_on(&self) -> bool {
+        self.pause_us > 0
+    }
+
     /// The turn was refused something: how long to wait.
     pub(super) fn pause(&mut self) -> Duration {
         self.pause_us = (self.pause_us * 2).clamp(PAUSE_US_MIN, PAUSE_US_MAX);
