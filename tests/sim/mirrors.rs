@@ -448,14 +448,14 @@ fn readers_of_mirrors_are_owed_what_readers_are_owed_whatever_happens() {
         "{whole} whole, {reads} read mirrors, {opened} opened, {skipped} left behind, {told} told of gaps"
     );
     if from == 0 && runs >= 100 {
-        assert!(whole > 500 && reads > 300 && opened > 40 && skipped > 2 && told > 40);
+        assert!(whole > 500 && reads > 300 && opened > 40 && skipped > 2 && told > 20);
     }
 }
 
 #[test]
 fn planted_bugs_of_mirrors_are_found() {
     for &bug in Bug::OF_MIRRORS {
-        let found = (0..150).find_map(|seed| failure_of(bug, || drop(run(seed))).map(|what| (seed, what)));
+        let found = (0..300).find_map(|seed| failure_of(bug, || drop(run(seed))).map(|what| (seed, what)));
         let Some((seed, what)) = found else { panic!("{bug:?} went unnoticed") };
         println!("{bug:?}: seed {seed}, {what}");
     }

@@ -142,6 +142,8 @@ impl World {
                         self.after(delay, Event::Connect(op));
                     }
                     Kind::Receive => self.receive_soon(socket),
+                    // The ring knows its fate when the call that submits it returns (decision 010).
+                    Kind::Send { deferred: true, .. } => self.send_progress(socket),
                     Kind::Send { .. } => self.send_soon(socket),
                     Kind::Hangup => self.hang_soon(socket),
                 }
