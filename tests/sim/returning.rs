@@ -65,7 +65,8 @@ fn random_run_on(seed: u64, disk: Option<(u32, u64)>) -> Tally {
         settings.resume_bytes_max = rng.pick(&[1 << 20, 64 << 10]);
         settings.detached_max = rng.pick(&[100, 1]);
         settings.resumes_per_s = rng.pick(&[1_000, 5]);
-        settings.routes[1].heartbeat_ms = rng.pick(&[15_000, 500, 0]);
+        let heartbeat_ms = rng.pick(&[15_000, 500, 0]);
+        settings.routes.iter_mut().for_each(|route| route.heartbeat_ms = heartbeat_ms);
         settings.routes[1].deadlines.total_ms = 300_000;
     };
     let mut sim = if seed.is_multiple_of(4) {
