@@ -488,8 +488,12 @@ impl Sim {
             self.turn(Sleepy::Yes);
             assert!(!self.world.borrow().stuck || self.have_left(), "a draining shard sleeps for ever");
         }
-        // Its last connections are joining; it does not sleep any more.
-        for _ in 0..200 {
+        // Its last connections are joining; it does not sleep any more. What it has cancelled may end late.
+        let late_ms = self.world().faults.cancel_late_us / 1_000;
+        for ms in 0..200 + late_ms {
+            if ms >= 200 && self.world.borrow().leftovers().is_empty() {
+                break;
+            }
             self.skip(1_000);
         }
     }
