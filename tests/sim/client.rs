@@ -105,6 +105,8 @@ pub(crate) struct Client {
     pub(crate) socket: Option<usize>,
     outgoing: Vec<u8>,
     sent: usize,
+    /// Where in it each request ends.
+    ends: Vec<usize>,
     /// Does not write beyond a byte before so many interim answers (or a final one) are here.
     holds: Vec<(usize, u32)>,
     begun: usize,
@@ -140,6 +142,7 @@ impl Client {
             socket: None,
             outgoing: Vec::new(),
             sent: 0,
+            ends: Vec::new(),
             holds: Vec::new(),
             begun: 0,
             reader: Reader::new(true),
@@ -154,6 +157,12 @@ impl Client {
             read_due: false,
             leaving: false,
         }
+    }
+
+    /// Whether all of one of its requests has left it.
+    pub(crate) fn has_sent(&self, exchange: usize) -> bool {
+        let nth = self.plan.exchanges.iter().position(|&id| id == exchange);
+        nth.and_then(|nth| self.ends.get(nth)).is_some_and(|&end| self.sent >= end)
     }
 
     /// It has been left hanging for good: what it waits for must come, or it waits on purpose.
@@ -234,6 +243,7 @@ impl World {
                 client.holds.push((client.outgoing.len() + head_bytes, interim));
             }
             client.outgoing.extend_from_slice(&wire);
+            client.ends.push(client.outgoing.len());
             client.reader.head_only.push(request.method == Method::Head);
             client.begun += 1;
             if !client.plan.pipelined {

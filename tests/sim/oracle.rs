@@ -6,11 +6,13 @@ use crate::reader::{Frame, Message, read_events};
 use crate::run::{Outcome, Sim};
 use crate::world::World;
 use protocol::dialect::Dialect;
-use protocol::limits::INTERIM_RESPONSES_MAX;
+use protocol::limits::{INTERIM_RESPONSES_MAX, LINGER_MS};
 use shard::settings::HalfClose;
 
 /// A clock that jumps by this much may let deadlines pass.
 const JUMP_US_MIN: u64 = 500_000;
+/// What a server says in a handshake: 590 bytes with the certificates here, and a little more in TLS 1.2.
+const TLS_FLIGHT_BYTES: usize = 700;
 
 impl Sim {
     /// Who has left visibly has had its backend stopped soon.
@@ -140,18 +142,33 @@ impl Sim {
             || closing
             || leaving && (forced || left_out)
             || !stays && client.ended != Some(Ended::Reset)
-            || client.half_closed && exchange.request.streaming
+            || client.half_closed && (exchange.request.streaming || !client.has_sent(id))
             || !exchange.request.demo && by_backend
             || code == "body_timeout" && is_starved(world, exchange.request.body_bytes)
             // It went on sending behind its own `Connection: close`, and was answered by RST.
             || client.ended == Some(Ended::Reset)
                 && client.plan.pipelined
                 && (exchange.request.close || exchange.request.http10)
+            // So it may be behind an answer that it has not read yet, if that is longer than a connection lingers.
+            || client.ended == Some(Ended::Reset)
+                && client.plan.pipelined
+                && client.plan.exchanges.last() != Some(&id)
+                && is_asleep(client, LINGER_MS * 1000)
             || exchange.answer.early_after.is_some()
             || is_asleep(client, 20_000_000)
+            || *outcome == Outcome::Nothing && self.shakes_hands_slowly(world, client)
             || exchange.request.body_bytes as u64 + 500 > self.settings.retry_bytes_max
                 && world.hosts.iter().any(|host| host.idle_us > 0)
             || client.plan.leave.is_some_and(|(_, how)| how == How::HalfClose) && exchange.request.streaming
+    }
+
+    /// Whether it reads what the shard says in a handshake for longer than a handshake may take.
+    fn shakes_hands_slowly(&self, world: &World, client: &Client) -> bool {
+        let us = match client.plan.pace {
+            Pace::Slow { bytes, every_us } => TLS_FLIGHT_BYTES.div_ceil(bytes) as u64 * every_us,
+            _ => 0,
+        };
+        world.tongues.clients.is_some() && us > u64::from(self.settings.tls_handshake_ms) * 1000
     }
 
     fn has_few_slots(&self, world: &World) -> bool {

@@ -417,6 +417,12 @@ fn what_a_client_has_sent_before_it_leaves_is_received_before_its_end() {
     random(880_000_046);
 }
 
+/// It reads a handshake of 590 bytes 45 at a time, one a second.
+#[test]
+fn who_reads_too_slowly_for_a_handshake_is_owed_nothing() {
+    random(991_000_376);
+}
+
 /// Its client asks for new keys, and goes while the rest of a batch is still to be sent.
 #[test]
 fn a_connection_may_end_between_the_sends_of_one_batch() {
