@@ -436,9 +436,9 @@ impl Sim {
         self.lag_max = self.lag_max.max(lag);
         self.log_bytes_max = self.log_bytes_max.max(snapshot.log_bytes);
         let world = self.world.borrow();
-        // Above the mark: what arrives until the pause takes effect (at most every buffer once, and what the pipe
-        // holds while a cancel is late), and what framing and ids add to small events (at most fourfold).
-        let burst = (world.buffers * world.buffer_bytes).max(2 * world.pipe_bytes) as u64;
+        // Above the mark: what arrives until the pause takes effect (at most every buffer once, and what comes
+        // while a cancel is late), and what framing and ids add to small events (at most fourfold).
+        let burst = (world.buffers * world.buffer_bytes + world.late_bytes_max) as u64;
         let largest =
             world.exchanges.iter().map(|exchange| exchange.answer.bytes as u64 + 200).max().unwrap_or(0);
         let bound = self.settings.lag_high_bytes + 4 * burst + largest;

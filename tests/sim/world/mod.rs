@@ -96,6 +96,8 @@ pub(crate) struct World {
     pub(crate) buffers: usize,
     pub(crate) buffer_bytes: usize,
     pub(crate) pipe_bytes: usize,
+    /// The most that a receive has brought while it was being cancelled.
+    pub(crate) late_bytes_max: usize,
     pub(crate) backlog_max: usize,
     /// FNV of everything asked and answered, with its time: two runs of a seed agree.
     pub(crate) trace: u64,
@@ -159,6 +161,7 @@ impl World {
             buffers: 64,
             buffer_bytes: 4096,
             pipe_bytes: 64 * 1024,
+            late_bytes_max: 0,
             backlog_max: 128,
             trace: 0,
             stuck: false,

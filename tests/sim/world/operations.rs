@@ -154,6 +154,9 @@ impl World {
                 if !receives && self.strike(Planted::LostCancel) {
                     return;
                 }
+                if let Some(Op { kind: Kind::Receive, socket, .. }) = self.ops.get(&op) {
+                    self.sockets[*socket].late_bytes.get_or_insert(0);
+                }
                 let accepts = matches!(self.ops.get(&op), Some(Op { kind: Kind::Accept { .. }, .. }));
                 let late_us = match self.faults.cancel_late_us {
                     // A real ring cancels an accept at once.
@@ -185,7 +188,7 @@ impl World {
             match kind {
                 Kind::Accept { .. } => {}
                 Kind::Connect { .. } => socket.connect = None,
-                Kind::Receive => socket.receive = None,
+                Kind::Receive => (socket.receive, socket.late_bytes) = (None, None),
                 Kind::Send { .. } => socket.send = None,
                 Kind::Hangup => socket.hangup = None,
             }
@@ -295,6 +298,10 @@ impl World {
                 let inward = &mut self.sockets[from].inward;
                 let bytes: Vec<u8> = inward.drain(..limit.min(inward.len())).collect();
                 self.note(8, hash(bytes.iter().copied()));
+                if let Some(late_bytes) = &mut self.sockets[index].late_bytes {
+                    *late_bytes += bytes.len();
+                    self.late_bytes_max = self.late_bytes_max.max(*late_bytes);
+                }
                 let buffer = SimBuffer::new(bytes, &self.rings[ring].buffers_used);
                 self.rings[ring].ready.push_back(((index, true), Completion::Received { conn, buffer }));
                 self.peer_writable(index);

@@ -52,6 +52,8 @@ pub(crate) struct Socket {
     pub(crate) broken: bool,
     /// Bytes that its peer has taken out.
     pub(super) read_bytes: u64,
+    /// The receive in flight is being cancelled, and has brought so much since.
+    pub(super) late_bytes: Option<usize>,
     pub(super) receive_due: bool,
     pub(super) send_due: bool,
     /// Whose it is, once an operation has named its connection.
@@ -120,6 +122,7 @@ impl World {
             told_us: 0,
             broken: false,
             read_bytes: 0,
+            late_bytes: None,
             receive_due: false,
             send_due: false,
             conn: None,
