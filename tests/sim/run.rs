@@ -24,6 +24,9 @@ use std::sync::Arc;
 /// `Script::turns_max`.
 const TURNS_MAX: u64 = 1_000_000;
 
+/// Bytes of one record, in plain.
+const TLS_RECORD_BYTES_MAX: usize = 16 << 10;
+
 /// The two routes of every simulation: the demo model's, and the backends' for all else.
 pub(crate) fn settings() -> Settings {
     let route = Route {
@@ -438,7 +441,9 @@ impl Sim {
         let world = self.world.borrow();
         // Above the mark: what arrives until the pause takes effect (at most every buffer once, and what comes
         // while a cancel is late), and what framing and ids add to small events (at most fourfold).
-        let burst = (world.buffers * world.buffer_bytes + world.late_bytes_max) as u64;
+        // A record of TLS is opened when the last of it is there.
+        let record = if world.tongues.backends.is_some() { TLS_RECORD_BYTES_MAX } else { 0 };
+        let burst = (world.buffers * world.buffer_bytes + world.late_bytes_max + record) as u64;
         let largest =
             world.exchanges.iter().map(|exchange| exchange.answer.bytes as u64 + 200).max().unwrap_or(0);
         let bound = self.settings.lag_high_bytes + 4 * burst + largest;
