@@ -370,6 +370,14 @@ impl<T> Neighbours<T> {
         self.loads[shard].0.load(Ordering::Relaxed) as usize + on_their_way
     }
 
+    /// Clients of a shard on average, if this one has `own`; of those that take any, and what is on its way to them is theirs.
+    pub fn mean_load(&self, own: usize) -> usize {
+        let others = (0..self.loads.len()).filter(|&shard| shard != self.own && self.is_open(shard));
+        let (all, shards) =
+            others.fold((own, 1), |(all, shards), shard| (all + self.load_of(shard), shards + 1));
+        all / shards
+    }
+
     /// The neighbour with the most clients is rung, if it has so many more than `own` that some should go: it will look.
     pub fn remind_fuller(&mut self, own: usize) {
         let others = (0..self.loads.len()).filter(|&shard| shard != self.own);

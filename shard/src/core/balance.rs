@@ -52,9 +52,13 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    /// The shard with the fewest clients, if it has many fewer.
+    /// The shard with the fewest clients, if it has many fewer, and this one more than its share: others may share theirs with the same
+    /// one meanwhile, and together they would give it too many.
     fn has_emptier(&self) -> Option<usize> {
         let neighbours = self.neighbours.as_ref().filter(|_| self.leaving == Leaving::No)?;
+        if self.load().saturating_sub(self.moves.under_way()) <= neighbours.mean_load(self.load()) {
+            return None;
+        }
         neighbours.emptier(self.load_to_share(), self.settings.connections_max)
     }
 

@@ -104,7 +104,7 @@ impl<I: Io> Shard<I> {
         }
         self.moves.clients.push(going);
         // No end of an operation will wake the shard for it.
-        self.hurried |= conn.ops.none();
+        self.hurried |= conn.ops.none() || conn.deferred;
         self.follow_receive(key);
     }
 
