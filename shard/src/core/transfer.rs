@@ -5,7 +5,9 @@ use super::Shard;
 use super::conn::{Handshake, Maybe, Role, State};
 use crate::io::{Close, Confirm, Errno, Half, Hangup, Io, ReceiveEnd};
 use crate::settings::HalfClose;
-use protocol::limits::{LINGER_MS, LOG_SEGMENT_BYTES_MAX, RESET_LOOK_MS, RESET_LOOK_STEP_MS, STALL_CHECKS};
+use protocol::limits::{
+    LINGER_MS, LOG_SEGMENT_BYTES_MAX, LOG_SETTLED_BYTES_MAX, RESET_LOOK_MS, RESET_LOOK_STEP_MS, STALL_CHECKS,
+};
 use protocol::phase::{End, Phase, Step};
 use protocol::planted::{Bug, is_planted};
 use protocol::slots::Key;
@@ -181,6 +183,7 @@ impl<I: Io> Shard<I> {
     /// Starts the sends that have become possible.
     pub(super) fn pump_dirty(&mut self) {
         let mut dirty = std::mem::take(&mut self.dirty);
+        self.fetch_history(&dirty);
         for key in dirty.drain(..) {
             self.pump(key);
         }
@@ -189,6 +192,18 @@ impl<I: Io> Shard<I> {
             self.pump(key);
         }
         self.dirty = dirty;
+    }
+
+    /// Asks for where history goes to once the sends are confirmed that are started now: it comes while the kernel sends. For
+    /// all of them at once, since the pages of each have to be looked up, and the processor does several of that side by side.
+    fn fetch_history(&self, dirty: &[Key]) {
+        for &key in dirty {
+            let Some(conn) = self.conns.get(key).filter(|conn| conn.is_client()) else { continue };
+            let Some(stream) = conn.stream.and_then(|key| self.streams.get(key)) else { continue };
+            let owed = stream.response.end().saturating_sub(conn.ledger.sent());
+            let bytes = owed.min(LOG_SETTLED_BYTES_MAX as u64) as usize;
+            stream.response.settles_at(bytes).for_each(|line| self.io.prefetch(line));
+        }
     }
 
     fn pump(&mut self, key: Key) {
@@ -221,10 +236,6 @@ impl<I: Io> Shard<I> {
             return;
         };
         let bytes = range.len() as u32;
-        if client {
-            // Needed when the send is confirmed; on its way while the kernel sends.
-            log.settles_at(range.len()).for_each(|line| self.io.prefetch(line));
-        }
         // Waited for: by what is left of the log, by the side that was paused, by the end of the answer or the request.
         let (complete, paused) = match client {
             true => (!stream.produced, stream.paused),
