@@ -40,7 +40,8 @@ VARIANTS = {
 
 def variant_arguments(name, directory):
     """Of a server's name, what it says behind the plus."""
-    _, _, variant = name.partition("+")
+    # Behind an at sign, a plus stands between CPUs.
+    variant = name.partition("+")[2] if "@" not in name else ""
     return [argument.format(directory=directory) for argument in VARIANTS[variant]] if variant else []
 
 

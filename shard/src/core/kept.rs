@@ -33,6 +33,9 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
 use std::hash::{BuildHasherDefault, Hasher};
 
+/// Names of streams that are gone are cleared away no sooner than there are so many.
+const NAMES_MIN: usize = 64;
+
 /// The streams of a shard that can be resumed.
 pub(super) struct Kept {
     /// Authenticates their ids.
@@ -50,6 +53,9 @@ pub(super) struct Kept {
     pub(super) over: VecDeque<Key>,
     /// Those that are not, in the order in which they are made to forget; some are over by now.
     live: VecDeque<Key>,
+    /// Where either is so long that those who are gone are taken out.
+    over_names_max: usize,
+    live_names_max: usize,
     /// Those whose readers have something to do in this turn.
     pub(super) stirred: VecDeque<Key>,
     /// Readers that wait for their turn to begin.
@@ -229,6 +235,8 @@ impl Kept {
             by_response: HashMap::new(),
             over: VecDeque::new(),
             live: VecDeque::new(),
+            over_names_max: NAMES_MIN,
+            live_names_max: NAMES_MIN,
             stirred: VecDeque::new(),
             waiting: VecDeque::new(),
             allowance: (0, 0),
@@ -248,6 +256,20 @@ impl Kept {
     pub(super) fn id(&self, number: u64) -> StreamId {
         let (shard, number) = ((number >> 48) as u16, number & NUMBER_MAX);
         StreamId { node: 0, shard, number, tag: self.tag(shard, number) }
+    }
+
+    /// Names of those that are gone are not kept for ever. Each list by itself: beside many that are over, those that are not
+    /// would be looked for among as many names, in one turn.
+    fn forget_names(&mut self) {
+        if self.over.len() > self.over_names_max {
+            self.over.retain(|&name| self.sources.get(name).is_some());
+            self.over_names_max = NAMES_MIN.max(2 * self.over.len());
+        }
+        if self.live.len() > self.live_names_max {
+            let is_live = |source: &Source| source.producer.is_some() || source.is_mirror();
+            self.live.retain(|&name| self.sources.get(name).is_some_and(is_live));
+            self.live_names_max = NAMES_MIN.max(2 * self.live.len());
+        }
     }
 
     /// One that others come by is made to forget in its turn.
@@ -532,12 +554,7 @@ impl<I: Io> Shard<I> {
         self.forget_response(key, source.notes.as_deref());
         self.kept.bytes -= source.charged;
         self.overdraft_bytes -= source.drawn;
-        // Names of those that are gone are not kept for ever.
-        for names in [&mut self.kept.over, &mut self.kept.live] {
-            if names.len() > 64 && names.len() > 2 * self.kept.sources.len() {
-                names.retain(|&name| self.kept.sources.get(name).is_some());
-            }
-        }
+        self.kept.forget_names();
     }
 
     /// Nobody can come back to a shard that leaves: what nobody reads now is let go.
@@ -702,4 +719,35 @@ pub(super) fn push_id_line(lines: &mut ExtraLines, id: &StreamId) {
 /// Tells what a request has chosen, and how much it got of it.
 fn push_on_leave_line(lines: &mut ExtraLines, on_leave: OnLeave) {
     write!(lines, "Tokenring-On-Leave: {on_leave}\r\n").ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A turn that clears names looks at as many as there are streams under way, not at all that are kept.
+    #[test]
+    fn the_names_of_streams_that_ended_are_cleared_however_many_are_kept() {
+        let mut kept = Kept::new(&crate::uring::tests::settings(), 0);
+        let mut producers = Slots::new(1);
+        let producer = producers.insert(()).unwrap();
+        let mut longest = 0;
+        for number in 1..=1000 {
+            let source = Source::new(number, producer, 0, Dialect::Plain, true, 0);
+            let key = kept.sources.insert(source).ok().unwrap();
+            kept.live.push_back(key);
+            kept.sources.get_mut(key).unwrap().producer = None;
+            kept.over.push_back(key);
+            kept.forget_names();
+            longest = longest.max(kept.live.len());
+        }
+        assert_eq!(kept.over.len(), 1000, "all of them are kept");
+        assert!(longest <= NAMES_MIN, "{longest} names of streams under way, of which there is one");
+        for key in kept.over.iter().take(900) {
+            kept.sources.remove(*key).unwrap();
+        }
+        kept.over_names_max = 1;
+        kept.forget_names();
+        assert_eq!((kept.over.len(), kept.over_names_max), (100, 200), "no names of those that are gone");
+    }
 }
