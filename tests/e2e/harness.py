@@ -59,16 +59,22 @@ def find_binary():
     return str(max(built, key=lambda path: path.stat().st_mtime))
 
 
+GIVEN_PORTS = set()
+
+
 def free_port():
-    """A port that nothing listens on, outside the range the kernel hands to outgoing connections."""
+    """A port that nothing listens on, outside the range the kernel hands to outgoing connections; never the same one twice."""
     for _ in range(200):
         port = random.randint(20000, 32000)
+        if port in GIVEN_PORTS:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        GIVEN_PORTS.add(port)
+        return port
     raise RuntimeError("no free port found between 20000 and 32000")
 
 
